@@ -1,0 +1,76 @@
+# Every target sets up .venv first; a machine needs Python 3.11, make and access to a package registry.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+NEED_GB := 10
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: setup
+setup: $(STAMP) ## the pinned stack in .venv, about 8.6 GB: the registry's torch carries CUDA
+
+$(STAMP): requirements.lock pyproject.toml hatch_build.py nxdt_nemo_activate.pth
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	if [ ! -d $(VENV)/lib/python3.11/site-packages/torch ]; then
+	  free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}')
+	  if [ "$$free" -lt $(NEED_GB) ]; then echo "make: $$free GB free here, the stack needs $(NEED_GB) GB" >&2; exit 1; fi
+	  echo "setting up $(VENV): about 8.6 GB, because the registry's torch carries CUDA; some minutes"
+	fi
+	if uv=$$(command -v uv); then
+	  [ -x $(PY) ] || "$$uv" venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV)
+	else
+	  [ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	  uv=$(VENV)/bin/uv
+	  [ -x "$$uv" ] || { $(PY) -m ensurepip >/dev/null; $(PY) -m pip install --quiet uv; }
+	fi
+	"$$uv" pip install --python $(PY) --compile-bytecode -r requirements.lock
+	"$$uv" pip install --python $(PY) --no-deps --no-build-isolation -e .
+	env -u PYTHONDONTWRITEBYTECODE $(PY) -m compileall -q nxdt_nemo
+	touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## trains a small Llama on real English text, saves, resumes, generates: under 5 minutes
+	@$(PY) tools/demo.py
+
+.PHONY: test
+test: $(STAMP) ## every test that is not slow
+	@$(PY) -m pytest -q
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## the slow ones
+	@$(PY) -m pytest -q -m slow
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, mypy --strict, import-linter
+	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+.PHONY: format
+format: $(STAMP) ## ruff's formatter and its safe fixes
+	@$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: lock
+lock: ## requirements.lock from pyproject.toml
+	@tools/lock.sh
+
+.PHONY: wheel
+wheel: $(STAMP) ## the wheel, in dist/
+	@$(PY) -m build --wheel --no-isolation
+
+.PHONY: clean
+clean: ## what tests, builds and the demo leave; keeps .venv
+	@rm -rf dist build demo outputs nemo_experiments .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find nxdt_nemo tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,4 @@
+"""apex.contrib.optimizers.
+
+Room apex/. Proof: tests/apex/test_absent.py.
+"""

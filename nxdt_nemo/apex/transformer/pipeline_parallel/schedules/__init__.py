@@ -1,0 +1,4 @@
+"""apex.transformer.pipeline_parallel.schedules.
+
+Room apex/. Proof: tests/apex/test_transformer.py.
+"""

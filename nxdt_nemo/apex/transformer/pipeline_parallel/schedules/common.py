@@ -1,0 +1,17 @@
+"""What NeMo takes from Apex's pipeline schedules.
+
+Room apex/. Proof: tests/apex/test_transformer.py.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+__all__ = ["listify_model"]
+
+Model = TypeVar("Model")
+
+
+def listify_model(model: Model | list[Model]) -> list[Model]:
+    """The model chunks as a list; one model becomes a list of one."""
+    return model if isinstance(model, list) else [model]

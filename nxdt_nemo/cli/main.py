@@ -1,0 +1,78 @@
+"""The command `nxdt-nemo`.
+
+Room cli/. Parses and prints only. Imports typer; the sub-commands import what they need when they run, so
+that --help loads neither torch nor a configuration library. Proof: tests/cli/test_help.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from nxdt_nemo import __version__
+from nxdt_nemo.cli import patches
+from nxdt_nemo.cli.run import Job, leave
+from nxdt_nemo.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="nxdt-nemo",
+    help="Run unedited NVIDIA NeMo and Megatron training scripts on AWS Trainium.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(patches.app, name="patches")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nxdt-nemo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# Options end at the script's name: whatever follows is the script's, `-h` and `--config-path=conf` included.
+@app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+def _run(
+    context: typer.Context,
+    script: Annotated[
+        str, typer.Argument(metavar="SCRIPT", help="The script, or the module after -m.", show_default=False)
+    ],
+    args: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGS", help="Passed on as they are.", show_default=False)
+    ] = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name.")] = False,
+) -> None:
+    """Run SCRIPT as python would, with the backend active."""
+    context.obj.append(Job(script, tuple(args or ()), module))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A UserError ends as one line and exit code 2.
+
+    The script is started after typer has returned, since typer has its own opinion about exceptions,
+    Ctrl-C and sys.excepthook, and the script must meet python's.
+    """
+    jobs: list[Job] = []
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        typer.main.get_command(app).main(args=given, prog_name="nxdt-nemo", obj=jobs)
+    except UserError as error:
+        leave(error)
+    except SystemExit as finished:
+        if finished.code or not jobs:
+            raise
+    jobs[0].start()

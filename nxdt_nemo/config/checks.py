@@ -1,0 +1,243 @@
+"""The rules of a configuration that need more than one key, each with the message it prints.
+
+Room config/ (leaf). Stands in for the asserts that NeMo and megatron-core raise from many places, later and on every
+rank. Each rule takes a View and yields what it finds; ERRORS and CHANGES give their order.
+May import the standard library and nxdt_nemo.errors. Proof: tests/config/test_checks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import gcd
+
+from nxdt_nemo.config.data_prefix import as_list, prefix_errors
+from nxdt_nemo.config.report import Change, or_list
+from nxdt_nemo.config.view import View
+from nxdt_nemo.errors import ConfigError
+
+__all__ = ["ACCELERATORS", "CHANGES", "ERRORS", "trains"]
+
+Errors = Iterator[ConfigError]
+Changes = Iterator[Change]
+
+# What the user may write; all but cpu mean neuron while the backend is active.
+ACCELERATORS = ("neuron", "gpu", "cuda", "auto", "tpu", "cpu")
+FP16 = (16, "16", "16-mixed", "16-true", "fp16")
+BF16 = ("bf16", "bf16-mixed")
+FP32 = (32, "32", "32-true")
+
+TP = "model.tensor_model_parallel_size"
+PP = "model.pipeline_model_parallel_size"
+VPP = "model.virtual_pipeline_model_parallel_size"
+CP = "model.context_parallel_size"
+EP = "model.expert_model_parallel_size"
+MICRO, GLOBAL = "model.micro_batch_size", "model.global_batch_size"
+SIZES = (TP, PP, CP, EP, MICRO, GLOBAL, "model.num_layers", "model.num_attention_heads")
+
+
+def trains(view: View) -> bool:
+    """True if the config trains: it has an optimizer and does not ask for validation only."""
+    return view.get("model.optim.name") is not None and not view.get("model.skip_train", False)
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, ascending."""
+    return [part for part in range(1, number + 1) if number % part == 0]
+
+
+def positive_sizes(view: View) -> Errors:
+    """Degrees of parallelism, batch sizes and layers are positive whole numbers."""
+    for key in SIZES:
+        value = view.get(key)
+        if value is not None and (view.number(key) or 0) < 1:
+            yield view.error(f"{key}={value} is not a positive whole number")
+
+
+def accelerator(view: View) -> Errors:
+    """A device that we stand in for, or cpu."""
+    value = view.get("trainer.accelerator")
+    if isinstance(value, str) and value not in ACCELERATORS:
+        yield view.error(f"trainer.accelerator={value} is not known here", f"use {or_list(ACCELERATORS)}")
+
+
+def tensor_parallel(view: View) -> Errors:
+    """TP divides attention heads, query groups and the feed-forward size."""
+    tp = view.size(TP)
+    heads = view.number("model.num_attention_heads")
+    groups = view.number("model.num_query_groups")
+    ffn = view.number("model.ffn_hidden_size")
+    if heads and heads % tp:
+        fits = or_list(divisors(gcd(heads, groups or heads)))
+        yield view.error(f"{TP}={tp} does not divide model.num_attention_heads={heads}", f"use {fits}")
+    elif groups and groups % tp:
+        fits = or_list(divisors(gcd(heads or groups, groups)))
+        yield view.error(
+            f"{TP}={tp} does not divide model.num_query_groups={groups}, and KV heads are not replicated yet",
+            f"use {fits}",
+        )
+    if ffn and ffn % tp:
+        yield view.error(f"{TP}={tp} does not divide model.ffn_hidden_size={ffn}", f"use a multiple of {tp}")
+
+
+def pipeline_parallel(view: View) -> Errors:
+    """PP divides the layers, less those of a first and last stage of their own."""
+    if view.get("model.pipeline_model_parallel_layout") is not None:
+        return
+    stages, layers = view.size(PP), view.number("model.num_layers")
+    if layers is None:
+        return
+    even = True
+    for place in ("first", "last"):
+        own = view.number(f"model.num_layers_in_{place}_pipeline_stage")
+        if own is not None:
+            stages, layers, even = stages - 1, layers - own, False
+    for place in ("embedding", "loss"):
+        if view.get(f"model.account_for_{place}_in_pipeline_split", False):
+            layers, even = layers + 1, False
+    if stages < 1 or layers % stages == 0:
+        return
+    written = f"{PP}={view.size(PP)} does not divide model.num_layers={view.number('model.num_layers')}"
+    if even:
+        yield view.error(written, f"use {or_list(divisors(layers))}")
+    else:
+        yield view.error(f"{written} as its uneven stages ask", f"leave {stages} stages a multiple of {stages} layers")
+
+
+def world(view: View) -> Errors:
+    """TP x PP x CP divides the ranks, and the batch divides among the data-parallel ones."""
+    degrees = {key: view.size(key) for key in (TP, PP, CP)}
+    model = degrees[TP] * degrees[PP] * degrees[CP]
+    ranks = view.world_size
+    if ranks is not None and ranks % model:
+        product = " x ".join(f"{key}={value}" for key, value in degrees.items() if value > 1)
+        yield view.error(f"{ranks} ranks are not divisible by {product}", f"use a multiple of {model} ranks")
+        return
+    micro, whole = view.number(MICRO), view.number(GLOBAL)
+    if not micro or not whole or micro < 1 or whole < 1:
+        return
+    data = 1 if ranks is None else ranks // model
+    if rest := whole % (micro * data):
+        among = f" x {data} data-parallel ranks" if data > 1 else ""
+        fits = or_list(size for size in (whole - rest, whole - rest + micro * data) if size)
+        yield view.error(f"{GLOBAL}={whole} is not divisible by {MICRO}={micro}{among}", f"use {fits}")
+
+
+def sequence_parallel(view: View) -> Errors:
+    """Sequence parallelism splits the sequence among the tensor-parallel ranks."""
+    tp, length = view.size(TP), view.number("model.encoder_seq_length")
+    if view.get("model.sequence_parallel", False) and length and length % tp:
+        yield view.error(
+            f"model.sequence_parallel=True needs {TP}={tp} to divide model.encoder_seq_length={length}",
+            f"use a multiple of {tp}",
+        )
+
+
+def not_yet(view: View) -> Errors:
+    """What a later release brings, and what NeMo itself refuses."""
+    vpp = view.number(VPP)
+    if vpp is not None and vpp > 1:
+        yield view.error(f"{VPP}={vpp}: NeMo 2.4 itself refuses interleaved pipelines for YAML models", "use null")
+    for key in (CP, EP):
+        if view.size(key) > 1:
+            yield view.error(f"{key}={view.size(key)} is not supported yet, a later release brings it", "use 1")
+    if view.get("model.fsdp", False):
+        yield view.error("model.fsdp=True is not supported", "use False: ranks beyond TP x PP are data parallel")
+    name = view.get("model.optim.name")
+    if view.training and name in ("distributed_fused_adam", "mcore_distributed_optim"):
+        yield view.error(
+            f"model.optim.name={name} is not supported yet, a later release brings it", "use fused_adam or adamw"
+        )
+
+
+def precision(view: View) -> Errors:
+    """Trainium trains in bf16 or fp32, not in fp16 or fp8."""
+    for key in ("trainer.precision", "model.precision"):
+        value = view.get(key)
+        if value is None or key in view.interpolated or value in (*BF16, *FP32):
+            continue
+        if value not in FP16:
+            yield view.error(f"{key}={value} is no precision of NeMo's Megatron models", f"use {key}=bf16 or 32")
+        elif view.training:
+            yield view.error(f"{key}={value} trains in fp16, which this backend does not do", f"use {key}=bf16")
+    for key in ("model.fp8", "model.fp8_params"):
+        if view.get(key, False):
+            yield view.error(f"{key}={view.get(key)} is not supported: there is no fp8 training here", "use False")
+
+
+def megatron_core(view: View) -> Errors:
+    """GPT is megatron-core's; NeMo falls back to its own when the key is absent."""
+    architecture = ("model.num_layers", "model.num_attention_heads", "model.encoder_seq_length")
+    if not view.training or not all(view.has(key) for key in architecture):
+        return
+    if any(view.has(key) for key in ("model.mcore_bert", "model.mcore_t5", "model.retro")):
+        return
+    if not view.get("model.mcore_gpt", False):
+        state = "=False" if view.has("model.mcore_gpt") else " is not set"
+        yield view.error(
+            f"model.mcore_gpt{state}: NeMo's legacy GPT does not run on this backend",
+            "use model.mcore_gpt=True, and convert a legacy checkpoint to megatron-core first",
+        )
+
+
+def data_files(view: View) -> Errors:
+    """The pretraining data is named and there."""
+    if view.training:
+        yield from prefix_errors(view)
+
+
+ERRORS: tuple[Callable[[View], Errors], ...] = (
+    positive_sizes,
+    accelerator,
+    precision,
+    not_yet,
+    megatron_core,
+    tensor_parallel,
+    pipeline_parallel,
+    sequence_parallel,
+    world,
+    data_files,
+)
+
+
+def half_to_bf16(view: View) -> Changes:
+    """Inference and evaluation in fp16 become bf16."""
+    for key in ("trainer.precision", "model.precision"):
+        value = view.get(key)
+        if not view.training and value in FP16 and key not in view.interpolated:
+            new = "bf16-mixed" if str(value).endswith("-mixed") else "bf16"
+            yield Change(key, value, new, "fp16 is not computed on this backend")
+
+
+def o2_needs_half(view: View) -> Changes:
+    """NeMo's O2 with precision 32 ends in an obscure error."""
+    value = view.get("trainer.precision", view.get("model.precision"))
+    if view.get("model.megatron_amp_O2", False) and value in FP32:
+        why = f"O2 keeps 16-bit weights, which trainer.precision={value} does not have"
+        yield Change("model.megatron_amp_O2", True, False, why)
+
+
+def asynchronous_gradients(view: View) -> Changes:
+    """O2's overlapped all-reduce, on unless it is turned off, never waits for its collectives."""
+    half = view.get("trainer.precision", view.get("model.precision")) not in FP32
+    key = "model.async_grad_allreduce"
+    if view.training and half and view.get("model.megatron_amp_O2", False) and view.get(key, True):
+        why = "gradients are reduced after the backward pass: upstream waits for CUDA only"
+        yield Change(key, view.get(key, "True (default)"), False, why)
+
+
+def data_as_list(view: View) -> Changes:
+    """NeMo reads a data_prefix given as text letter by letter; mock data needs the key to be there."""
+    key = "model.data.data_prefix"
+    if not view.has("model.data"):
+        return
+    if view.get("model.data.data_impl") == "mock":
+        if view.has(key) and view.get(key) is None and view.raw(key) is not None:
+            yield Change(key, view.raw(key), None, "mock data has no files")
+        return
+    value = view.get(key)
+    listed = {name: as_list(part) for name, part in value.items()} if isinstance(value, dict) else as_list(value)
+    if value is not None and listed != value:
+        yield Change(key, value, listed, "NeMo expects a list and reads text letter by letter")
+
+
+CHANGES: tuple[Callable[[View], Changes], ...] = (half_to_bf16, o2_needs_half, asynchronous_gradients, data_as_list)

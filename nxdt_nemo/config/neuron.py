@@ -1,0 +1,85 @@
+"""Our own section of a configuration, `neuron:`, beside NeMo's keys.
+
+Room config/ (leaf). Stands in for nothing upstream. May import pydantic, omegaconf and nxdt_nemo.errors.
+Proof: tests/config/test_neuron.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nxdt_nemo.config.report import or_list
+from nxdt_nemo.errors import ConfigError
+
+__all__ = ["DEVICES", "NeuronConfig", "neuron_section"]
+
+# Devices that torch sees on an instance; trn2 groups its cores by two (LNC 2, its default) or not at all (LNC 1).
+DEVICES: dict[str, tuple[int, ...]] = {
+    "trn1.2xlarge": (2,),
+    "trn1.32xlarge": (32,),
+    "trn1n.32xlarge": (32,),
+    "trn2.48xlarge": (64, 128),
+}
+LANES = ("auto", "cpu", "xla", "neuron")
+
+
+class NeuronConfig(BaseModel):
+    """The section `neuron:`, at the top level of the YAML or as overrides such as `+neuron.runtime=cpu`.
+
+    runtime       the lane to run on; None leaves it to the environment (NXDT_NEMO_RUNTIME)
+    instance      the instance type of the nodes, to compare trainer.devices with
+    strict_keys   a key that nobody reads is an error, not a warning
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    runtime: Literal["auto", "cpu", "xla", "neuron"] | None = None
+    instance: str | None = None
+    strict_keys: bool = False
+
+    def devices(self) -> tuple[int, ...]:
+        """The device counts that the instance can have; empty when no instance is named."""
+        return DEVICES[self.instance] if self.instance else ()
+
+
+def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:
+    """The section of a config, with defaults where it says nothing.
+
+    Raises ConfigError for an unknown key (with the nearest name), a wrong value, or an instance that is not known.
+    """
+    section = OmegaConf.select(cfg, "neuron")
+    if section is None:
+        return NeuronConfig()
+    if not isinstance(section, DictConfig):
+        raise ConfigError(f"neuron={section} is not a section", place=place, fix=_example())
+    try:
+        found = NeuronConfig.model_validate(OmegaConf.to_container(section, resolve=True))
+    except ValidationError as error:
+        raise _one_line(error, place) from None
+    if found.instance is not None and found.instance not in DEVICES:
+        near = difflib.get_close_matches(found.instance, DEVICES, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use {or_list(DEVICES)}"
+        raise ConfigError(f"neuron.instance={found.instance} is not a known instance", place=place, fix=fix)
+    return found
+
+
+def _example() -> str:
+    return f"write its keys: {or_list(f'neuron.{name}' for name in NeuronConfig.model_fields)}"
+
+
+def _one_line(error: ValidationError, place: str) -> ConfigError:
+    """The first finding of pydantic in our words."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, NeuronConfig.model_fields, n=1)
+        return ConfigError(
+            f"unknown key neuron.{key}", place=place, fix=f"did you mean {near[0]}?" if near else _example()
+        )
+    fix = f"use {or_list(LANES)}" if key == "runtime" else ""
+    reason = "is not a lane" if key == "runtime" else f"is wrong ({first['msg'].lower()})"
+    return ConfigError(f"neuron.{key}={first['input']} {reason}", place=place, fix=fix)

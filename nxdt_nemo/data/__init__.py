@@ -1,0 +1,1 @@
+"""Leaf data/: packing and preparing samples. Imports no other room."""

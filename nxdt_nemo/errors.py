@@ -1,0 +1,50 @@
+"""The errors a user may meet; shared by all rooms, imports nothing of ours.
+
+    NxdtError
+    +-- UserError          the user can fix it: one line, exit code 2, no traceback
+    |   +-- ConfigError    a key or value in a YAML file or an override
+    |   +-- LaneError      a runtime lane that cannot be used on this machine
+    +-- PatchError         an upstream target moved, or two records claim it: fails closed
+    +-- NotOnNeuron        upstream code asked for something that this backend does not have
+"""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "LaneError", "NotOnNeuron", "NxdtError", "PatchError", "UserError"]
+
+
+class NxdtError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class UserError(NxdtError):
+    """A mistake that the user can fix.
+
+    place   the file, key or option to look at ("" when there is none)
+    reason  what is wrong there, with the value
+    fix     what to do instead ("" when the reason says it)
+    Printed as one line, `place: reason; fix`, with exit code 2.
+    """
+
+    exit_code = 2
+
+    def __init__(self, reason: str, *, place: str = "", fix: str = "") -> None:
+        self.place, self.reason, self.fix = place, reason, fix
+        line = f"{place}: {reason}" if place else reason
+        super().__init__(f"{line}; {fix}" if fix else line)
+
+
+class ConfigError(UserError):
+    """A key or value of a configuration that cannot run."""
+
+
+class LaneError(UserError):
+    """A lane that was asked for and cannot be used here."""
+
+
+class PatchError(NxdtError):
+    """An upstream target does not look as its record says."""
+
+
+class NotOnNeuron(NxdtError, NotImplementedError):
+    """A CUDA, Apex or TransformerEngine feature with no counterpart on this backend."""

@@ -1,0 +1,1 @@
+"""Room lightning/: accelerator, strategy, precision and checkpoint IO. Knows Lightning, not NeMo."""

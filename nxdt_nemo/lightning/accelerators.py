@@ -1,0 +1,81 @@
+"""`accelerator="neuron"` for Lightning.
+
+Room lightning/. Stands in for lightning.pytorch.accelerators.cuda; enters by Lightning's
+AcceleratorRegistry, no patch. Proof: tests/lightning/test_accelerators.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators.accelerator import Accelerator
+
+from nxdt_nemo.errors import ConfigError
+from nxdt_nemo.patching.view import Views
+from nxdt_nemo.runtime import current
+
+__all__ = ["NeuronAccelerator", "register"]
+
+
+class NeuronAccelerator(Accelerator):
+    """The devices of the runtime's lane, as Lightning asks for them."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Nothing: a lane's device is set up when its ranks come up."""
+
+    def get_device_stats(self, device: str | torch.device) -> dict[str, Any]:
+        """Bytes allocated, reserved and at peak on this rank's device."""
+        figures = current().memory()
+        return {"allocated_bytes": figures.allocated, "reserved_bytes": figures.reserved, "peak_bytes": figures.peak}
+
+    def teardown(self) -> None:
+        """Nothing to give back."""
+
+    @staticmethod
+    def parse_devices(devices: Any) -> int | list[int]:
+        """Trainer(devices=...): a number, -1 or "auto" (all), "2", "0,1" or a list of indices.
+
+        Raises ConfigError naming trainer.devices.
+        """
+        if isinstance(devices, list | tuple):
+            return [int(index) for index in devices]
+        text = str(devices).strip()
+        if text in ("-1", "auto"):
+            return current().device_count()
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts or not all(part.isdigit() for part in parts):
+            raise ConfigError(f"{devices!r} names no devices", place="trainer.devices", fix="give a number, as in 2")
+        if len(parts) > 1 or text.endswith(","):
+            return [int(part) for part in parts]
+        return int(parts[0])
+
+    @staticmethod
+    def get_parallel_devices(devices: int | list[int]) -> list[torch.device]:
+        """One device for each rank of this host."""
+        indices = list(range(devices)) if isinstance(devices, int) else devices
+        return [current().device(index) for index in indices]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """What devices="auto" stands for."""
+        return current().device_count()
+
+    @staticmethod
+    def is_available() -> bool:
+        """Always: the cpu lane is on every machine."""
+        return True
+
+    @classmethod
+    def register_accelerators(cls, accelerator_registry: Any) -> None:
+        """Put "neuron" into Lightning's registry."""
+        accelerator_registry.register("neuron", cls, description="AWS Trainium, or its rehearsal on the cpu lane")
+
+
+def register(module: ModuleType, _: Views) -> Callable[[], None]:
+    """Add `neuron` to the registry of lightning.pytorch.accelerators; returns what takes it out again."""
+    registry = module.AcceleratorRegistry
+    NeuronAccelerator.register_accelerators(registry)
+    return lambda: registry.remove("neuron")

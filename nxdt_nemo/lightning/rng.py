@@ -1,0 +1,87 @@
+"""Where a rank's random streams stand, taken after a step and saved with a checkpoint.
+
+Room lightning/. NeMo 2.4 saves no random state at all, so a resumed run draws other dropout masks. One
+small file a rank, `rng/rank_00000.safetensors`, in the checkpoint's folder: tensors for the torch states,
+JSON in its metadata for Python's and numpy's. Proof: tests/lightning/test_rng.py, tests/nemo/test_resume.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nxdt_nemo import console
+from nxdt_nemo.megatron.tensor_parallel.random import get_tracker_states, set_tracker_states
+from nxdt_nemo.runtime import current
+
+__all__ = ["RngSnapshot"]
+
+FOLDER = "rng"
+
+
+@dataclass(frozen=True)
+class RngSnapshot:
+    """Python's, numpy's, torch's (uint8 [n]) and Megatron's tracked (uint8 [n] by name) random states."""
+
+    python: tuple[Any, ...]
+    numpy: Any
+    torch: torch.Tensor
+    tracker: dict[str, torch.Tensor]
+
+    @classmethod
+    def take(cls) -> RngSnapshot:
+        """The states as they are now on this rank."""
+        return cls(random.getstate(), np.random.get_state(), current().rng_state(), get_tracker_states())
+
+    def restore(self) -> None:
+        """Make them so again."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        current().set_rng_state(self.torch)
+        set_tracker_states(self.tracker)
+
+    def save(self, folder: Path, rank: int, world: int) -> None:
+        """Write this rank's file into a checkpoint's folder."""
+        from safetensors.torch import save_file
+
+        name, keys, *rest = self.numpy
+        metadata = {
+            "world_size": json.dumps(world),
+            "python": json.dumps(self.python),
+            "numpy": json.dumps([name, keys.tolist(), *rest]),
+        }
+        tensors = {"torch": self.torch} | {f"tracker.{key}": state for key, state in self.tracker.items()}
+        path = _file(folder, rank)
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, folder: Path, rank: int, world: int) -> RngSnapshot | None:
+        """This rank's states from a checkpoint's folder; None, said once, if it has none for this world size."""
+        from safetensors import safe_open
+
+        path = _file(folder, rank)
+        if not path.is_file():
+            console.once(f"{folder.name} holds no random states for {world} ranks: dropout goes on from the seed")
+            return None
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if json.loads(metadata["world_size"]) != world:
+            console.once(f"{folder.name} was saved by {metadata['world_size']} ranks: dropout goes on from the seed")
+            return None
+        version, state, gauss = json.loads(metadata["python"])
+        name, keys, *rest = json.loads(metadata["numpy"])
+        tracker = {key.removeprefix("tracker."): t for key, t in tensors.items() if key != "torch"}
+        numpy_state = (name, np.asarray(keys, dtype=np.uint32), *rest)
+        return cls((version, tuple(state), gauss), numpy_state, tensors["torch"], tracker)
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / FOLDER / f"rank_{rank:05d}.safetensors"

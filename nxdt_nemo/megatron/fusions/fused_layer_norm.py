@@ -1,0 +1,67 @@
+"""The one norm of this backend: LayerNorm and RMSNorm.
+
+Room megatron/. Stands in for megatron.core.fusions.fused_layer_norm.FusedLayerNorm (CUDA kernels, LayerNorm
+only) and megatron.core.transformer.torch_norm.WrappedTorchNorm (refuses sequence parallelism). May import
+torch and upstream's configuration; enters by ModuleSpec, no patch. Proof: tests/megatron/test_norm.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+__all__ = ["Norm"]
+
+
+class Norm(nn.Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, or x / sqrt(mean(x^2) + eps) * weight.
+
+    S sequence, B micro-batch, H hidden, t tensor-parallel size.
+      x        [S, B, H]; [S/t, B, H] with sequence parallelism; float32 or bfloat16
+      weight   [H]  params_dtype; stored minus one if layernorm_zero_centered_gamma
+      bias     [H]  LayerNorm only
+      returns  as x
+    With sequence parallelism each rank sees S/t rows, so the parameters are marked `sequence_parallel` and
+    their gradients are summed over the tensor-parallel ranks by whoever finalizes gradients.
+    Raises ValueError for a normalization other than LayerNorm and RMSNorm.
+    Papers: Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = False,
+        zero_centered_gamma: bool = False,
+        normalization: str = "LayerNorm",
+    ) -> None:
+        """Upstream's signature; `config` decides, the last three arguments are upstream's leftovers."""
+        super().__init__()
+        self.normalization = config.normalization
+        if self.normalization not in ("LayerNorm", "RMSNorm"):
+            raise ValueError(f"normalization={self.normalization!r} is neither 'LayerNorm' nor 'RMSNorm'")
+        self.hidden_size = (hidden_size,)
+        self.eps = eps
+        self.zero_centered_gamma = bool(config.layernorm_zero_centered_gamma)
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(hidden_size)) if self.normalization == "LayerNorm" else None
+        self.reset_parameters()
+        for param in self.parameters():
+            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def reset_parameters(self) -> None:
+        """The identity's scale and no shift."""
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        weight = self.weight + 1 if self.zero_centered_gamma else self.weight
+        if self.normalization == "LayerNorm":
+            return F.layer_norm(x, self.hidden_size, weight, self.bias, self.eps)
+        return F.rms_norm(x, self.hidden_size, weight, self.eps)

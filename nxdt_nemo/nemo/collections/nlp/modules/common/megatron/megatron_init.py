@@ -1,0 +1,27 @@
+"""Ranks and process groups up before the model is built.
+
+Room nemo/. Wraps nemo.collections.nlp.modules.common.megatron.megatron_init.initialize_model_parallel_for_nemo.
+megatron-core 0.13 layers take their process groups at construction; stock NeMo joins them in trainer.fit,
+after the model exists, and its layers are left with none. Proof: tests/nemo/test_launch.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from nxdt_nemo.lightning.strategy import newest_strategy
+
+__all__ = ["initialize_model_parallel_for_nemo"]
+
+# Set by upstream's checkpoint converters, which pretend to be each rank in turn.
+PRETENDED_RANKS = "NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"
+
+
+def initialize_model_parallel_for_nemo(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Upstream's bookkeeping, then the real groups, by way of the Trainer's strategy."""
+    original(*args, **kwargs)
+    strategy = newest_strategy()
+    if strategy is not None and os.environ.get(PRETENDED_RANKS, "false").lower() != "true":
+        strategy.bring_up_ranks()

@@ -1,0 +1,101 @@
+"""The import hook: views before a module runs, patches right after, so that nobody binds a stale name.
+
+Room patching/, a leaf. wrapt's post-import hooks come after execution only, and cannot be taken back;
+a view has to be in place before. Proof: tests/patching/test_finder.py.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from nxdt_nemo.patching.view import Views
+
+__all__ = ["UpstreamFinder"]
+
+
+class _Loader(importlib.abc.Loader):
+    """The real loader, with a step before and one after execution; steps aside once it is done."""
+
+    def __init__(self, real: Any, finder: UpstreamFinder) -> None:
+        self._real, self._finder = real, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self._real.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = self._real
+        module.__loader__ = self._real
+        self._finder.before(module)
+        self._real.exec_module(module)
+        self._finder.after(module)
+
+
+class UpstreamFinder(importlib.abc.MetaPathFinder):
+    """Stands first on sys.meta_path while the backend is active.
+
+    wanted    says of a module's full name whether it is the target of a patch
+    after     called with each such module, and with each in a view's scope, once it has been executed
+    absent    full names of modules to make up (kind "stub"), or None
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        wanted: Callable[[str], bool],
+        after: Callable[[ModuleType], None],
+        stub_for: Callable[[str], ModuleType | None],
+    ) -> None:
+        self._views, self._wanted, self._after, self._stub_for = views, wanted, after, stub_for
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if self._views.scope_of(fullname) is None and not self._wanted(fullname):
+            return None
+        stub = self._stub_for(fullname)
+        if stub is not None:
+            return importlib.machinery.ModuleSpec(fullname, _Made(stub), origin="nxdt_nemo stub")
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None and hasattr(spec.loader, "exec_module") and spec.origin is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+    def before(self, module: ModuleType) -> None:
+        """Give a module of a scope its view of torch and apex."""
+        scope = self._views.scope_of(module.__name__)
+        if scope is not None:
+            module.__dict__["__builtins__"] = self._views.builtins_for(scope)
+
+    def after(self, module: ModuleType) -> None:
+        """Apply the records whose targets this module defines."""
+        if self._wanted(module.__name__):
+            self._after(module)
+
+
+class _Made(importlib.abc.Loader):
+    """Loads a module that was made up."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Made whole already."""

@@ -1,0 +1,77 @@
+"""What gloo lacks of torch.distributed, in torch.distributed's own signatures, for upstream's direct calls.
+
+Room runtime/. Stands in for all_reduce with PREMUL_SUM (gloo 2.9 fails in the work's wait, which upstream
+never calls: gradients stay unreduced in silence), _coalescing_manager with a device (no startCoalescing) and
+the list form of all_to_all. Imports torch. Proof: tests/runtime/test_gaps.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
+
+__all__ = ["PremulSum", "all_reduce", "all_to_all", "coalescing"]
+
+
+@dataclass(frozen=True)
+class PremulSum:
+    """The reduction "multiply by factor, then sum"; what torch.distributed._make_nccl_premul_sum makes."""
+
+    factor: float
+
+
+def all_reduce(
+    tensor: torch.Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
+    """torch.distributed.all_reduce that also takes a PremulSum, and is done when it returns.
+
+    On CUDA the stream orders the result before its next reader, so upstream drops the handle (NeMo's
+    optimizer_with_main_params); gloo has no such order, so an asynchronous call is waited for here.
+    """
+    if isinstance(op, PremulSum):
+        tensor.mul_(op.factor)
+        op = None
+    op = dist.ReduceOp.SUM if op is None else op
+    work: dist.Work | None = dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+    if work is not None:
+        work.wait()
+    return work
+
+
+@contextmanager
+def coalescing(
+    group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
+) -> Iterator[Any]:
+    """torch.distributed._coalescing_manager without the device, which makes it call startCoalescing."""
+    with _coalescing_manager(group, device=None, async_ops=async_ops) as manager:
+        yield manager
+
+
+def all_to_all(
+    output_tensor_list: Sequence[torch.Tensor],
+    input_tensor_list: Sequence[torch.Tensor],
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """torch.distributed.all_to_all by all_to_all_single; is done when it returns."""
+    received = output_tensor_list[0].new_empty(sum(tensor.numel() for tensor in output_tensor_list))
+    work: dist.Work | None = dist.all_to_all_single(
+        received,
+        torch.cat([tensor.reshape(-1) for tensor in input_tensor_list]),
+        [tensor.numel() for tensor in output_tensor_list],
+        [tensor.numel() for tensor in input_tensor_list],
+        group=group,
+        async_op=async_op,
+    )
+    if work is not None:
+        work.wait()
+    parts = received.split([tensor.numel() for tensor in output_tensor_list])
+    for tensor, part in zip(output_tensor_list, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return work

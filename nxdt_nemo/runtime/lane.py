@@ -1,0 +1,188 @@
+"""The interface of a lane: one kind of device.
+
+Room runtime/. Stands in for torch.cuda's device API and torch.distributed's bring-up. Imports torch for
+type checking only, so that a lane can be probed before torch is loaded. Proof: tests/runtime/test_cpu.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store
+
+    from nxdt_nemo.runtime.gaps import PremulSum
+    from nxdt_nemo.runtime.groups import Group
+    from nxdt_nemo.runtime.ops import Ops
+
+__all__ = ["Lane", "LaneName", "MemoryFigures", "Undo", "Verdict"]
+
+LaneName = Literal["cpu", "xla", "neuron"]
+Undo = Callable[[], None]
+
+
+class Verdict(NamedTuple):
+    """Whether a lane can be used on this machine, and why (not)."""
+
+    usable: bool
+    reason: str
+
+
+class MemoryFigures(NamedTuple):
+    """A rank's memory in bytes; allocated <= reserved <= peak.
+
+    allocated  held by tensors (cpu: RssAnon, all private memory, so mapped files do not count)
+    reserved   held by the process on the device (cpu: resident set)
+    peak       highest `reserved` since the start or reset_peak_memory()
+    """
+
+    allocated: int
+    reserved: int
+    peak: int
+
+
+class Lane(ABC):
+    """One kind of device.
+
+    Order of calls: 1 probe (before any device exists), 2 enter_process (before torch_xla or accelerate can be
+    imported), 3 device (each rank), 4 init_ranks (all ranks), 5 groups (all ranks, same order), 6 rng (each
+    rank), 7 step_boundary (each rank, after the optimizer), 8 close_ranks.
+    """
+
+    name: ClassVar[LaneName]
+    backend: ClassVar[str]
+    """Name of the torch.distributed backend that moves this lane's tensors."""
+
+    @classmethod
+    @abstractmethod
+    def probe(cls, *, asked: bool = False) -> Verdict:
+        """Can this machine run the lane? Cheap, imports no torch.
+
+        asked  the user named this lane: then a machine without its device may do, and every obstacle is told.
+        """
+
+    @abstractmethod
+    def enter_process(self) -> Undo:
+        """Make this process the lane's (imports kept out, environment); returns what takes it back."""
+
+    @abstractmethod
+    def device(self, local_rank: int = 0) -> torch.device:
+        """The device of a rank on this host."""
+
+    @abstractmethod
+    def device_count(self) -> int:
+        """Devices of this host that ranks can be placed on."""
+
+    @abstractmethod
+    def name_of_device(self) -> str:
+        """What the device calls itself."""
+
+    @abstractmethod
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Can a model train in this dtype here?"""
+
+    @abstractmethod
+    def total_memory(self) -> int:
+        """Bytes that a device (cpu: this host or container) has."""
+
+    @abstractmethod
+    def memory(self) -> MemoryFigures:
+        """This rank's memory now."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Start MemoryFigures.peak anew."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Return when the device has done all it was given."""
+
+    @abstractmethod
+    def manual_seed(self, seed: int) -> None:
+        """Seed the device's generator."""
+
+    @abstractmethod
+    def rng_state(self) -> torch.Tensor:
+        """A copy of the device generator's state (a CPU tensor)."""
+
+    @abstractmethod
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Put the device's generator back into a state that rng_state gave."""
+
+    @abstractmethod
+    def init_ranks(
+        self,
+        rank: int,
+        world: int,
+        *,
+        init_method: str | None = None,
+        store: Store | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        """Bring up torch.distributed with this lane's backend; does nothing when it is up as asked.
+
+        Raises LaneError when it is up with another backend, rank or world, or when the launcher's RANK and
+        WORLD_SIZE say otherwise.
+        """
+
+    @abstractmethod
+    def close_ranks(self) -> None:
+        """Take torch.distributed down and forget the groups."""
+
+    @abstractmethod
+    def groups(self, mesh: Sequence[Sequence[int]], name: str) -> Group:
+        """Make every group of `mesh` (each rank of the world in exactly one) and return this rank's.
+
+        All ranks call it with the same mesh, in the same order. Raises ValueError naming what is wrong with it.
+        """
+
+    @abstractmethod
+    def world(self) -> Group:
+        """The group of all ranks."""
+
+    @abstractmethod
+    def group_of(self, process_group: dist.ProcessGroup) -> Group:
+        """The Group around a torch ProcessGroup, upstream's own included."""
+
+    @property
+    @abstractmethod
+    def ops(self) -> Ops:
+        """The raw collectives of this lane; shared by its groups."""
+
+    @abstractmethod
+    def shard(self, tensor: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+        """This rank's equal part of `tensor` along `dim`. Raises ValueError if it cannot be cut equally."""
+
+    @abstractmethod
+    def premul_sum(self, factor: float) -> PremulSum:
+        """The reduction "multiply by factor, then sum", for all_reduce."""
+
+    @abstractmethod
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
+    ) -> dist.Work | None:
+        """torch.distributed.all_reduce for upstream's calls: takes premul_sum, and is done when it returns."""
+
+    @abstractmethod
+    def coalescing(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
+    ) -> AbstractContextManager[Any]:
+        """torch.distributed._coalescing_manager for upstream's calls."""
+
+    @abstractmethod
+    def step_boundary(self) -> None:
+        """The end of a training step: a traced lane cuts its graph here."""
+
+    @abstractmethod
+    def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """Call function(*values) with the tensors' values on the host, when they are there.
+
+        cpu: at once. A traced lane calls it at a later step_boundary, so that reading a loss costs no wait.
+        """

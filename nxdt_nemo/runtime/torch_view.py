@@ -1,0 +1,394 @@
+"""torch as megatron.*, nemo.* and the user's script see it: CUDA's names mean the runtime's device.
+
+Room runtime/. Stands in for torch.cuda and for `device="cuda"` in torch's factories, in those modules only
+(patches/views.toml); everyone else's torch is untouched. A CUDA function with no counterpart raises
+NotOnNeuron with its name when it is called. Proof: tests/runtime/test_torch_view.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from nxdt_nemo.errors import NotOnNeuron
+from nxdt_nemo.patching.view import ModuleView, Views
+from nxdt_nemo.runtime.select import current
+
+__all__ = ["hook_methods", "to_lane", "view"]
+
+# torch functions with a device argument that upstream calls with "cuda".
+FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace normal ones ones_like "
+    "rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor tril_indices triu_indices "
+    "zeros zeros_like"
+).split()
+TENSOR_TYPES = (
+    "BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor HalfTensor IntTensor LongTensor "
+    "ShortTensor"
+).split()
+
+
+def to_lane(device: Any) -> Any:
+    """The runtime's device for anything that names CUDA (a string, a torch.device, an index); else `device`."""
+    if isinstance(device, str):
+        return current().device() if device.startswith("cuda") else device
+    if isinstance(device, int) and not isinstance(device, bool):
+        return current().device()
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return current().device()
+    return device
+
+
+def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = to_lane(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return make
+
+
+class _DeviceType(type):
+    """`isinstance(x, torch.device)` stays true for real devices."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, torch.device)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, torch.device)
+
+
+class _Device(metaclass=_DeviceType):
+    """torch.device, with CUDA's names meaning the runtime's device."""
+
+    def __new__(cls, type: Any = None, index: Any = None, **named: Any) -> torch.device:  # type: ignore[misc]  # noqa: A002
+        type = named.get("device", type)  # noqa: A001 - upstream's keyword
+        moved = to_lane(type)
+        if moved is not type or isinstance(moved, torch.device):
+            return moved  # type: ignore[no-any-return]
+        return torch.device(moved) if index is None else torch.device(moved, index)
+
+
+class _Autocast(torch.autocast):
+    """torch.autocast with device_type "cuda" meaning the runtime's; subclassed and instantiated upstream."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_type_name(device_type), *args, **kwargs)
+
+
+class _CudaAutocast(_Autocast):
+    """torch.cuda.amp.autocast: no device argument."""
+
+    def __init__(self, enabled: bool = True, dtype: Any = torch.bfloat16, cache_enabled: bool = True) -> None:
+        super().__init__("cuda", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
+
+
+def _type_name(device_type: str) -> str:
+    return current().device().type if device_type == "cuda" else device_type
+
+
+def _custom(name: str) -> Callable[..., Any]:
+    real = getattr(torch.amp, name)
+
+    @functools.wraps(real)
+    def decorate(function: Any = None, *, device_type: str = "cuda", **named: Any) -> Any:
+        bound = functools.partial(real, device_type=_type_name(device_type), **named)
+        return bound if function is None else bound(function)
+
+    return decorate
+
+
+def _autocast_query(name: str) -> Callable[..., Any]:
+    real = getattr(torch, name)
+
+    @functools.wraps(real)
+    def query(device_type: str = "cuda") -> Any:
+        return real(_type_name(device_type))
+
+    return query
+
+
+class _Stream:
+    """One stream: work on this backend is ordered by the device itself."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        current().synchronize()
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """Host times, taken after the device is done: what Megatron's timers read."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._time = 0.0
+
+    def record(self, _: Any = None) -> None:
+        import time
+
+        current().synchronize()
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds from this event to `end`."""
+        return (end._time - self._time) * 1e3
+
+    def synchronize(self) -> None:
+        current().synchronize()
+
+    def wait(self, _: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Generators:
+    """torch.cuda.default_generators: one, whatever the index."""
+
+    def __getitem__(self, _: Any) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[torch.Generator]:
+        yield torch.default_generator
+
+
+class _DeviceContext:
+    """torch.cuda.device(index) as a context: a process has one device."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.idx = 0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+@contextmanager
+def _range(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A CUDA call with no effect here."""
+
+
+def _call(function: Callable[[], Any], **_: Any) -> None:
+    function()
+
+
+def _properties(_: Any = None) -> SimpleNamespace:
+    lane = current()
+    return SimpleNamespace(
+        name=lane.name_of_device(),
+        major=0,
+        minor=0,
+        total_memory=lane.total_memory(),
+        multi_processor_count=1,
+        warp_size=1,
+    )
+
+
+def _memory_stats(_: Any = None) -> dict[str, int]:
+    figures = current().memory()
+    return {
+        "allocated_bytes.all.current": figures.allocated,
+        "allocated_bytes.all.peak": figures.peak,
+        "reserved_bytes.all.current": figures.reserved,
+        "reserved_bytes.all.peak": figures.reserved,
+        "num_alloc_retries": 0,
+    }
+
+
+def _random() -> dict[str, Callable[..., Any]]:
+    def get_rng_state(device: Any = "cuda") -> torch.Tensor:
+        return current().rng_state()
+
+    def set_rng_state(state: torch.Tensor, device: Any = "cuda") -> None:
+        current().set_rng_state(state)
+
+    def manual_seed(seed: int) -> None:
+        current().manual_seed(int(seed))
+
+    def initial_seed() -> int:
+        return torch.initial_seed()
+
+    return {
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "get_rng_state_all": lambda: [current().rng_state()],
+        "set_rng_state_all": lambda states: current().set_rng_state(list(states)[0]),
+        "manual_seed": manual_seed,
+        "manual_seed_all": manual_seed,
+        "initial_seed": initial_seed,
+    }
+
+
+def _cuda_table() -> dict[str, Any]:
+    random = _random()
+    amp = ModuleView(
+        torch.cuda.amp,
+        {"autocast": _CudaAutocast, "custom_fwd": _custom("custom_fwd"), "custom_bwd": _custom("custom_bwd")},
+    )
+    table: dict[str, Any] = {
+        "amp": amp,
+        "random": ModuleView(torch.cuda.random, random),
+        "nvtx": SimpleNamespace(
+            range=_range, range_push=_nothing, range_pop=_nothing, range_start=_nothing, range_end=_nothing,
+            mark=_nothing,
+        ),
+        "default_generators": _Generators(),
+        "device": _DeviceContext,
+        "Stream": _Stream,
+        "ExternalStream": _Stream,
+        "Event": _Event,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "is_current_stream_capturing": lambda: False,
+        "current_device": lambda: current().device(),
+        "device_count": lambda: current().device_count(),
+        "current_stream": lambda *_: _Stream(),
+        "default_stream": lambda *_: _Stream(),
+        "stream": lambda stream=None: nullcontext(stream),
+        "synchronize": lambda *_, **__: current().synchronize(),
+        "get_device_name": lambda *_: current().name_of_device(),
+        "get_device_capability": lambda *_: (0, 0),
+        "get_device_properties": _properties,
+        "memory_stats": _memory_stats,
+        "memory_allocated": lambda *_: current().memory().allocated,
+        "max_memory_allocated": lambda *_: current().memory().peak,
+        "memory_reserved": lambda *_: current().memory().reserved,
+        "max_memory_reserved": lambda *_: current().memory().reserved,
+        "mem_get_info": lambda *_: (
+            current().total_memory() - current().memory().allocated,
+            current().total_memory(),
+        ),
+        "_lazy_call": _call,
+    }
+    for name in ("_lazy_init", "init", "set_device", "set_stream", "empty_cache", "ipc_collect",
+                 "reset_peak_memory_stats", "reset_max_memory_allocated", "set_per_process_memory_fraction"):
+        table[name] = _nothing
+    for name in TENSOR_TYPES:
+        table[name] = getattr(torch, name)
+    return table | random
+
+
+class _CudaView(ModuleView):
+    """torch.cuda: the table, then the real module's classes; other functions say that they are not here."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_real"], name)
+        if not isinstance(value, FunctionType | BuiltinFunctionType) or not self.__dict__.get("_on", True):
+            return value
+
+        @functools.wraps(value)
+        def missing(*_: Any, **__: Any) -> Any:
+            raise NotOnNeuron(f"torch.cuda.{name} has no counterpart on the {current().name} lane")
+
+        return missing
+
+    def disable(self) -> None:
+        super().disable()
+        self.__dict__["_on"] = False
+
+
+def _eager(*args: Any, **_: Any) -> Any:
+    """torch.compile / torch.jit.script for upstream's fusions: the function as it stands."""
+    function = args[0] if args else None
+    return function if function is not None else _eager
+
+
+def _torch_table(scope: str) -> dict[str, Any]:
+    real_load = torch.load
+
+    @functools.wraps(real_load)
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return real_load(f, to_lane(map_location), *args, **kwargs)
+
+    @functools.wraps(torch.Generator)
+    def generator(device: Any = "cpu") -> torch.Generator:
+        return torch.Generator(to_lane(device))
+
+    amp = {"autocast": _Autocast, "custom_fwd": _custom("custom_fwd"), "custom_bwd": _custom("custom_bwd")}
+    table: dict[str, Any] = {
+        "cuda": _CudaView(torch.cuda, _cuda_table()),
+        "device": _Device,
+        "autocast": _Autocast,
+        "amp": ModuleView(torch.amp, amp),
+        "load": load,
+        "Generator": generator,
+        "is_autocast_enabled": _autocast_query("is_autocast_enabled"),
+        "get_autocast_gpu_dtype": lambda: torch.get_autocast_dtype(_type_name("cuda")),
+        "set_autocast_gpu_dtype": lambda dtype: torch.set_autocast_dtype(_type_name("cuda"), dtype),
+    }
+    for name in FACTORIES:
+        table[name] = _factory(getattr(torch, name))
+    if scope == "upstream":
+        # Upstream's fusions are bound to CUDA's compilers; XLA traces the plain functions into one graph.
+        table["compile"] = _eager
+        table["jit"] = ModuleView(torch.jit, {"script": _eager})
+    return table
+
+
+def view(real: ModuleType, scope: str) -> ModuleView:
+    """torch for the modules of a scope: "upstream" (megatron.*, nemo.*) or "main" (the user's script)."""
+    return ModuleView(real, _torch_table(scope))
+
+
+def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
+    """`x.cuda()` moves to the runtime's device when a module in scope says it; returns what takes it back.
+
+    Tensor.to and Tensor.type stay torch's own: they are on everyone's hot path.
+    """
+    owners = (module.Tensor, module.nn.Module)
+    undo = [_hook_cuda(owner, views) for owner in owners]
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore
+
+
+def _hook_cuda(owner: type, views: Views) -> Callable[[], None]:
+    own = "cuda" in vars(owner)
+    original = owner.cuda  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if views.scope_of(caller) is None:
+            return original(self, *args, **kwargs)
+        return self.to(current().device())
+
+    owner.cuda = cuda  # type: ignore[attr-defined]
+    return lambda: setattr(owner, "cuda", original) if own else delattr(owner, "cuda")

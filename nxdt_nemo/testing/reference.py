@@ -1,0 +1,147 @@
+"""The reference of every parity table: stock megatron-core on one CPU rank, trained by plain PyTorch.
+
+Room testing/. Imports torch, megatron-core and nxdt_nemo.testing.recipe (data); nothing else of ours, and the
+backend must not be active. Schedule, clipping and optimizer are torch's own, so a mistake that upstream's and our
+training loop share would show. Proof: tests/megatron/test_parity.py.
+
+Run it with RankPool(1, env=STOCK_ENV): `pool.run("nxdt_nemo.testing.reference:train", recipe)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nxdt_nemo.testing.recipe import Batch, Recipe, micro_batches, transformer_fields
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["STOCK_ENV", "Trained", "initial_weights", "train"]
+
+# torch.compile answers with the function itself: upstream's fused formulas, without compiling them
+STOCK_ENV = {"TORCHDYNAMO_DISABLE": "1", "NXDT_NEMO": "0"}
+
+
+@dataclass
+class Trained:
+    """What a run reports; all layouts in the names and shapes of the undivided model.
+
+    losses, grad_norms  one a step; the loss is the mean over all tokens, summed in float64
+    grads               step 1's gradients, reduced over all ranks, before clipping
+    weights             after the last step
+    """
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def initial_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Upstream's own initialisation; biases and norms are shaken too, since zeros and ones hide a misplaced one."""
+    import torch
+
+    torch.manual_seed(recipe.seed)
+    model = _stock_model(recipe)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=recipe.init_std)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def train(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    batches: list[list[Batch]] | None = None,
+    lrs: list[float] | None = None,
+) -> Trained:
+    """Train from these weights; batches[step] and lrs[step] replace the recipe's own."""
+    import torch
+
+    model = _stock_model(recipe)
+    model.load_state_dict(weights, strict=False)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, foreach=False)
+    trained = Trained()
+    for step in range(recipe.steps):
+        parts = batches[step] if batches is not None else micro_batches(recipe, step)
+        optimizer.zero_grad()
+        trained.losses.append(sum(_forward_backward(model, batch, len(parts)) for batch in parts) / len(parts))
+        if step == 0:
+            trained.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        trained.grad_norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], recipe.clip))
+        for group in optimizer.param_groups:
+            group["lr"] = lrs[step] if lrs is not None else recipe.lr_at(step)
+        optimizer.step()
+    trained.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return trained
+
+
+def _forward_backward(model: Any, batch: Batch, parts: int) -> float:
+    import torch
+
+    tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
+    seq = tokens.shape[1]
+    # Given, because upstream's default mask is made with device="cuda". True hides a position.
+    mask = torch.ones(1, 1, seq, seq, dtype=torch.bool).triu(1)
+    losses = model(tokens, torch.arange(seq).expand_as(tokens), mask, labels=labels)
+    (losses.mean() / parts).backward()
+    return float(losses.detach().double().mean())
+
+
+def _clip(grads: list[torch.Tensor], limit: float) -> float:
+    """Scale the gradients down to the limit; their norm before, summed in float64.
+
+    torch.nn.utils.clip_grad_norm_ adds float32 squares one after the other on CPU: measured, 5e-6 too far from the
+    true norm at 65 thousand elements and 6e-4 at 10 million, which is no yardstick for 1e-6.
+    """
+    norm = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
+    for grad in grads:
+        grad.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
+def _stock_model(recipe: Recipe) -> Any:
+    """A fresh GPTModel of upstream's local layers."""
+    _stub_cuda()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if "apex" in sys.modules or "transformer_engine" in sys.modules:
+        raise RuntimeError("the reference must be stock: apex or transformer_engine is loaded in this process")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(recipe.seed)
+    llama = recipe.family == "llama"
+    activation = torch.nn.functional.silu if llama else torch.nn.functional.gelu
+    config = TransformerConfig(**transformer_fields(recipe), activation_func=activation)
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization=config.normalization),
+        vocab_size=recipe.vocab,
+        max_sequence_length=recipe.seq,
+        share_embeddings_and_output_weights=not llama,
+        position_embedding_type="rope" if llama else "learned_absolute",
+    )
+
+
+def _stub_cuda() -> None:
+    """The smallest stub with which stock layers build and run: where the device is, and a random state."""
+    import torch
+
+    stubs: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: "cpu"),
+        (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+    ]
+    for place, name, stub in stubs:
+        setattr(place, name, stub)

@@ -1,0 +1,189 @@
+"""Each rule that needs more than one key: the line that it prints, and that it keeps silent otherwise."""
+
+from __future__ import annotations
+
+import pytest
+from nxdt_nemo.config import check, sanitise
+
+TP = "model.tensor_model_parallel_size"
+PP = "model.pipeline_model_parallel_size"
+LATER = "is not supported yet, a later release brings it"
+
+WRONG = [  # overrides, ranks, the line
+    ([f"{TP}=3"], 3, f"{TP}=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
+    (
+        [f"{TP}=3", "model.num_query_groups=2"],
+        3,
+        f"{TP}=3 does not divide model.num_attention_heads=8; use 1 or 2",
+    ),
+    (
+        [f"{TP}=4", "model.num_query_groups=2"],
+        4,
+        f"{TP}=4 does not divide model.num_query_groups=2, and KV heads are not replicated yet; use 1 or 2",
+    ),
+    (
+        [f"{TP}=4", "model.ffn_hidden_size=130"],
+        4,
+        f"{TP}=4 does not divide model.ffn_hidden_size=130; use a multiple of 4",
+    ),
+    ([f"{TP}=0"], 1, f"{TP}=0 is not a positive whole number"),
+    ([f"{TP}=two"], 1, f"{TP}=two is not a positive whole number"),
+    ([f"{PP}=3"], 3, f"{PP}=3 does not divide model.num_layers=4; use 1, 2 or 4"),
+    (
+        [f"{PP}=2", "model.num_layers=4", "+model.account_for_loss_in_pipeline_split=True"],
+        2,
+        f"{PP}=2 does not divide model.num_layers=4 as its uneven stages ask; leave 2 stages a multiple of 2 layers",
+    ),
+    ([f"{TP}=2"], 3, f"3 ranks are not divisible by {TP}=2; use a multiple of 2 ranks"),
+    ([f"{TP}=2", f"{PP}=2"], 6, f"6 ranks are not divisible by {TP}=2 x {PP}=2; use a multiple of 4 ranks"),
+    (
+        ["model.global_batch_size=7"],
+        None,
+        "model.global_batch_size=7 is not divisible by model.micro_batch_size=2; use 6 or 8",
+    ),
+    (
+        ["model.global_batch_size=6"],
+        2,
+        "model.global_batch_size=6 is not divisible by model.micro_batch_size=2 x 2 data-parallel ranks; use 4 or 8",
+    ),
+    (
+        [f"{TP}=2", "model.sequence_parallel=True", "model.encoder_seq_length=63"],
+        2,
+        f"model.sequence_parallel=True needs {TP}=2 to divide model.encoder_seq_length=63; use a multiple of 2",
+    ),
+    (["+model.context_parallel_size=2"], 2, f"model.context_parallel_size=2 {LATER}; use 1"),
+    (["+model.expert_model_parallel_size=2"], 2, f"model.expert_model_parallel_size=2 {LATER}; use 1"),
+    (
+        ["model.virtual_pipeline_model_parallel_size=2"],
+        1,
+        "model.virtual_pipeline_model_parallel_size=2: NeMo 2.4 itself refuses interleaved pipelines for YAML models; "
+        "use null",
+    ),
+    (
+        ["+model.fsdp=True"],
+        1,
+        "model.fsdp=True is not supported; use False: ranks beyond TP x PP are data parallel",
+    ),
+    (
+        ["model.optim.name=distributed_fused_adam"],
+        1,
+        f"model.optim.name=distributed_fused_adam {LATER}; use fused_adam or adamw",
+    ),
+    (
+        ["model.optim.name=mcore_distributed_optim"],
+        1,
+        f"model.optim.name=mcore_distributed_optim {LATER}; use fused_adam or adamw",
+    ),
+    (
+        ["model.mcore_gpt=False"],
+        1,
+        "model.mcore_gpt=False: NeMo's legacy GPT does not run on this backend; "
+        "use model.mcore_gpt=True, and convert a legacy checkpoint to megatron-core first",
+    ),
+    (
+        ["~model.mcore_gpt"],
+        1,
+        "model.mcore_gpt is not set: NeMo's legacy GPT does not run on this backend; "
+        "use model.mcore_gpt=True, and convert a legacy checkpoint to megatron-core first",
+    ),
+    (
+        ["trainer.precision=bf16-true"],
+        1,
+        "trainer.precision=bf16-true is no precision of NeMo's Megatron models; use trainer.precision=bf16 or 32",
+    ),
+    (["model.fp8=True"], 1, "model.fp8=True is not supported: there is no fp8 training here; use False"),
+    (
+        ["trainer.accelerator=hpu"],
+        1,
+        "trainer.accelerator=hpu is not known here; use neuron, gpu, cuda, auto, tpu or cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "ranks", "line"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_a_wrong_config_is_one_line(errors, overrides, ranks, line):
+    assert errors(*overrides, world_size=ranks) == [f"tiny_gpt.yaml: {line}"]
+
+
+@pytest.mark.parametrize("precision", ["16", "'16'", "16-mixed", "fp16"])
+def test_training_in_fp16_is_an_error_that_names_bf16(errors, precision):
+    value = precision.strip("'")
+    assert errors(f"trainer.precision={precision}") == [
+        f"tiny_gpt.yaml: trainer.precision={value} trains in fp16, which this backend does not do; "
+        "use trainer.precision=bf16"
+    ]
+
+
+@pytest.mark.parametrize(("asked", "used"), [("16", "bf16"), ("16-mixed", "bf16-mixed")])
+def test_inference_in_fp16_warns_and_becomes_bf16(gpt, asked, used):
+    cfg = gpt(f"trainer.precision={asked}", "+model.precision=${trainer.precision}")
+    report = sanitise(cfg, training=False)
+    assert report.errors == []
+    assert report.warnings == [f"trainer.precision={asked}: this backend computes in {used} instead of fp16"]
+    assert cfg.trainer.precision == cfg.model.precision == used
+
+
+RIGHT = [  # overrides, ranks
+    ([], None),
+    ([], 1),
+    ([f"{TP}=2"], 2),
+    ([f"{TP}=2", "model.sequence_parallel=True"], 2),
+    ([f"{TP}=2", f"{PP}=2"], 4),
+    ([f"{TP}=2", f"{PP}=2"], 8),
+    ([f"{TP}=2", "model.num_query_groups=2"], 2),
+    ([f"{PP}=2", "model.num_layers=5", "+model.num_layers_in_first_pipeline_stage=2"], 2),
+    ([f"{PP}=2", "model.num_layers=5", "+model.account_for_embedding_in_pipeline_split=True"], 2),
+    (["+model.context_parallel_size=1", "model.virtual_pipeline_model_parallel_size=1"], 2),
+    (["trainer.precision=32"], 1),
+    (["trainer.precision=bf16-mixed"], 1),
+    (["model.optim.name=adamw"], 1),
+    *([[f"trainer.accelerator={name}"], 1] for name in ("neuron", "gpu", "cuda", "auto", "tpu")),
+]
+
+
+@pytest.mark.parametrize(("overrides", "ranks"), RIGHT, ids=[" ".join(case[0]) or "as it is" for case in RIGHT])
+def test_a_right_config_has_no_findings(gpt, overrides, ranks):
+    report = check(gpt(*overrides), world_size=ranks)
+    assert [str(error) for error in report.errors] == []
+    assert report.warnings == []
+    assert report.ignored == []
+
+
+def test_a_validation_run_of_a_training_config_does_not_train(gpt):
+    report = check(gpt("+model.skip_train=True", "trainer.precision=16", "model.optim.name=distributed_fused_adam"))
+    assert report.errors == []
+
+
+def test_cpu_is_left_alone(gpt):
+    report = check(gpt("trainer.accelerator=cpu", f"{TP}=3", "trainer.precision=16", "+model.no_such_key=1"))
+    assert (report.errors, report.warnings, report.changes, report.ignored, report.unknown) == ([], [], [], [], [])
+
+
+def test_o2_with_precision_32_is_turned_off(gpt):
+    cfg = gpt("trainer.precision=32")
+    (change,) = [change for change in sanitise(cfg).changes if change.key == "model.megatron_amp_O2"]
+    assert (change.old, change.new) == (True, False)
+    assert cfg.model.megatron_amp_O2 is False
+
+
+def test_o2_stays_with_bf16(gpt):
+    cfg = gpt()
+    sanitise(cfg)
+    assert cfg.model.megatron_amp_O2 is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        ([], True),  # absent means True to NeMo
+        (["+model.async_grad_allreduce=True"], True),
+        (["+model.async_grad_allreduce=False"], False),
+        (["model.megatron_amp_O2=False"], False),
+        (["trainer.precision=32"], False),
+    ],
+)
+def test_overlapped_gradients_are_turned_off_where_nemo_would_use_them(gpt, overrides, changed):
+    cfg = gpt(*overrides)
+    keys = [change.key for change in sanitise(cfg).changes]
+    assert ("model.async_grad_allreduce" in keys) is changed
+    assert cfg.model.get("async_grad_allreduce", "absent") in ((False,) if changed else (False, "absent"))

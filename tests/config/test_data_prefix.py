@@ -1,0 +1,85 @@
+"""model.data.data_prefix in its three forms: missing, mistaken, and as NeMo wants it."""
+
+from __future__ import annotations
+
+import pytest
+from nxdt_nemo.config import check, sanitise
+from omegaconf import OmegaConf
+
+KEY = "model.data.data_prefix"
+HOW = f"give the path of a .bin/.idx pair without its ending: {KEY}=[/data/corpus_text_document]"
+
+
+@pytest.mark.parametrize("override", [f"{KEY}=???", f"{KEY}=null", f"{KEY}=[]", f"~{KEY}"])
+def test_missing(errors, override):
+    assert errors(override) == [f"tiny_gpt.yaml: {KEY} is not set; {HOW}, or model.data.data_impl=mock"]
+
+
+def test_mock_data_needs_none(gpt):
+    cfg = gpt("model.data.data_impl=mock", f"{KEY}=???")
+    assert sanitise(cfg).errors == []
+    assert cfg.model.data.data_prefix is None  # NeMo reads the key all the same
+
+
+@pytest.mark.parametrize("form", ["[{}]", "[0.7,{},0.3,{}]", "[{0},{0}]", "[30,{},'70',{}]"])
+def test_lists_are_right(errors, corpus, form):
+    assert errors(f"{KEY}={form.format(corpus, corpus)}") == []
+
+
+@pytest.mark.parametrize("text", ["{}", "0.5 {} 0.5 {}"])
+def test_text_becomes_the_list_that_nemo_needs(gpt, corpus, text):
+    written = text.format(corpus, corpus)
+    cfg = gpt(f"{KEY}='{written}'")
+    assert sanitise(cfg).errors == []
+    assert OmegaConf.to_container(cfg.model.data.data_prefix) == written.split()
+
+
+def test_splits(gpt, corpus):
+    cfg = gpt(f"{KEY}={{train:[1.0,{corpus}],validation:{corpus},test:[{corpus}]}}")
+    assert sanitise(cfg).errors == []
+    assert OmegaConf.to_container(cfg.model.data.data_prefix) == {
+        "train": [1.0, corpus],
+        "validation": [corpus],
+        "test": [corpus],
+    }
+
+
+def test_a_split_is_missing(errors, corpus):
+    assert errors(f"{KEY}={{train:[{corpus}]}}") == [
+        f"tiny_gpt.yaml: {KEY} has no validation and no test; name train, validation and test"
+    ]
+
+
+@pytest.mark.parametrize("blend", ["0.5,/a,/b", "/a,0.5", "0.5,0.5"])
+def test_weights_and_paths_alternate(errors, blend):
+    assert errors(f"{KEY}=[{blend}]") == [
+        f"tiny_gpt.yaml: {KEY}=[{blend}] does not alternate weights and paths; write {KEY}=[0.7,/a,0.3,/b]"
+    ]
+
+
+def test_files_that_do_not_exist(errors, tmp_path):
+    assert errors(f"{KEY}=[{tmp_path}/other]") == [f"tiny_gpt.yaml: {KEY}: {tmp_path}/other.bin does not exist; {HOW}"]
+
+
+def test_half_a_pair(errors, corpus, tmp_path):
+    (tmp_path / "corpus_text_document.idx").unlink()
+    assert errors(f"{KEY}=[{corpus}]")[0].startswith(f"tiny_gpt.yaml: {KEY}: {corpus}.idx does not exist")
+
+
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [("corpus_text_document.bin", "leave the ending off: {}"), ("corpus", "did you mean {}?")],
+)
+def test_a_near_miss_is_told(errors, corpus, tmp_path, written, fix):
+    (line,) = errors(f"{KEY}=[{tmp_path}/{written}]")
+    assert line.endswith(f"; {fix.format(corpus)}")
+
+
+def test_remote_data_and_other_formats_are_not_looked_at(errors):
+    assert errors(f"{KEY}=['s3://bucket/corpus']") == []
+    assert errors(f"{KEY}=[/nowhere]", "model.data.data_impl=text_mmap") == []
+
+
+def test_finetuning_data_has_no_prefix(gpt, corpus):
+    cfg = gpt("~model.data", "+model.data.train_ds.file_names=[a.jsonl]")
+    assert check(cfg).errors == []

@@ -1,0 +1,46 @@
+"""For all tests: nothing is downloaded, one thread a process, and a test that leaves a mark on the process fails."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import nxdt_nemo
+
+pytest_plugins = ["nxdt_nemo.testing.pytest_plugin"]
+
+# Inherited by every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+
+
+def _marks() -> dict[str, object]:
+    """What a test must leave as it found it."""
+    marks: dict[str, object] = {
+        f"environment variable {name}": value
+        for name, value in os.environ.items()
+        if name.startswith("NXDT_") or name in _RANKS
+    }
+    marks["the working folder"] = os.getcwd()
+    marks["the backend's activation"] = nxdt_nemo.is_active()
+    marks["__import__"] = id(builtins.__import__)
+    marks["sys.excepthook"] = id(sys.excepthook)
+    distributed = sys.modules.get("torch.distributed")
+    marks["torch.distributed's default group"] = bool(distributed and distributed.is_initialized())
+    return marks
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_mark() -> Iterator[None]:
+    before = _marks()
+    yield
+    after = _marks()
+    left = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if left:
+        pytest.fail(f"the test changed, and did not put back: {', '.join(left)}")

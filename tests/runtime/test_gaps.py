@@ -1,0 +1,82 @@
+"""What gloo lacks, made real: a pre-multiplied sum, coalescing, the list form of all_to_all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nxdt_nemo.runtime import gaps
+from nxdt_nemo.runtime.cpu import CpuLane
+
+pytestmark = pytest.mark.ranks
+
+
+def reduced(lane: CpuLane, async_op: bool) -> list[float]:
+    """The tensors as they are when the call returns, with nobody waiting for the handle."""
+    mine = float(dist.get_rank() + 1)
+    found = []
+    for op in (None, dist.ReduceOp.SUM, dist.ReduceOp.MAX, lane.premul_sum(0.5)):
+        x = torch.full((1 << 20,), mine)
+        work = lane.all_reduce(x, op=op, async_op=async_op)
+        assert (work is not None) == async_op
+        found.append(float(x[-1]))
+        if work is not None:
+            assert work.wait()
+    return found
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_all_reduce_is_done_when_it_returns(ranks, async_op):
+    assert ranks(2, reduced, async_op) == [[3.0, 3.0, 2.0, 1.5]] * 2
+
+
+def torch_says(lane: CpuLane) -> str:
+    try:
+        with dist.distributed_c10d._coalescing_manager(device=torch.device("cpu")):
+            dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        dist.distributed_c10d._world.pg_coalesce_state.clear()
+        return str(error)
+    return ""
+
+
+def coalesced(lane: CpuLane, async_ops: bool) -> list[list[float]]:
+    mine, world = float(dist.get_rank()), dist.get_world_size()
+    sums = [torch.full((size,), mine) for size in (1, 3)]
+    with lane.coalescing(None, device=lane.device(), async_ops=async_ops) as handle:
+        for x in sums:
+            dist.all_reduce(x, async_op=async_ops)
+    if async_ops:
+        handle.wait()
+    whole, part = torch.empty(world), torch.empty(1)
+    with lane.coalescing(async_ops=async_ops) as handle:
+        dist.all_gather_into_tensor(whole, torch.tensor([mine]), async_op=async_ops)
+    if async_ops:
+        handle.wait()
+    with lane.coalescing(async_ops=async_ops) as handle:
+        dist.reduce_scatter_tensor(part, torch.arange(float(world)) + mine, async_op=async_ops)
+    if async_ops:
+        handle.wait()
+    return [x.tolist() for x in (*sums, whole, part)]
+
+
+@pytest.mark.parametrize("async_ops", [False, True])
+def test_coalescing(ranks, async_ops):
+    assert "startCoalescing" in ranks(2, torch_says)[0], "gloo has it now: gaps.coalescing can go"
+    right = [[1.0], [1.0] * 3, [0.0, 1.0]]
+    assert ranks(2, coalesced, async_ops) == [[*right, [1.0]], [*right, [3.0]]]
+
+
+def exchanged(lane: CpuLane, async_op: bool) -> list[list[list[float]]]:
+    me, world = dist.get_rank(), dist.get_world_size()
+    given = [torch.full((peer + 1, 2), 10.0 * me + peer) for peer in range(world)]
+    taken = [torch.empty(me + 1, 2) for _ in range(world)]
+    gaps.all_to_all(taken, given, async_op=async_op)
+    return [x.tolist() for x in taken]
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_all_to_all_list(ranks, async_op):
+    for me, taken in enumerate(ranks(3, exchanged, async_op)):
+        assert taken == [[[10.0 * source + me] * 2] * (me + 1) for source in range(3)]

@@ -1,0 +1,137 @@
+"""Choosing a lane: what auto takes, what an explicit wish is told, once a process, once on rank 0."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nxdt_nemo import console
+from nxdt_nemo.errors import LaneError
+from nxdt_nemo.runtime import machine, neuron, xla
+from nxdt_nemo.runtime import select as select_module
+from nxdt_nemo.runtime.cpu import CpuLane
+from nxdt_nemo.runtime.lane import Verdict
+from nxdt_nemo.runtime.select import VARIABLE, current, forget, select
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(console, "_said", set())
+    monkeypatch.setattr(select_module, "_current", None)
+    yield
+
+
+def has(monkeypatch: pytest.MonkeyPatch, devices: int = 0, **versions: str) -> None:
+    """This machine has these packages and as many Neuron devices."""
+    for module in (xla, neuron):
+        monkeypatch.setattr(module, "installed", lambda name, *_: versions.get(name))
+        monkeypatch.setattr(module, "neuron_devices", lambda: devices)
+
+
+AUTO = [  # devices, packages, the reason that is printed
+    (0, {"torch": "2.9.0", "torch_xla": "2.9.0"}, "neuron: needs torch>=2.10, found 2.9.0; xla: no Neuron device"),
+    (0, {"torch": "2.9.0+cu128"}, "neuron: needs torch>=2.10, found 2.9.0; xla: torch_xla is not installed"),
+    (2, {"torch": "2.10.0"}, "neuron: torch_neuronx is not installed; xla: torch_xla is not installed"),
+    (0, {"torch": "2.11.0", "torch_neuronx": "1"}, "neuron: no Neuron device; xla: torch_xla is not installed"),
+    (
+        2,
+        {"torch": "2.10.0", "torch_neuronx": "1", "torch_xla": "2.10"},
+        "neuron: not in this release yet; xla: not in this release yet",
+    ),
+]
+
+
+@pytest.mark.parametrize(("devices", "packages", "reason"), AUTO)
+def test_auto_takes_cpu_and_says_why(monkeypatch, devices, packages, reason):
+    has(monkeypatch, devices, **packages)
+    lane, said = select()
+    assert (lane.name, said) == ("cpu", reason)
+
+
+def test_auto_takes_the_best_that_is_usable(monkeypatch):
+    monkeypatch.setattr(xla.XlaLane, "probe", classmethod(lambda cls, *, asked=False: Verdict(True, "there")))
+    has(monkeypatch, 0, torch="2.9.0")
+    assert select() == (pytest.approx, "") or select()[0].name == "xla"
+    assert select()[1] == "neuron: needs torch>=2.10, found 2.9.0"
+
+
+ASKED = [  # lane, packages, what the one line says
+    ("xla", {}, ["torch_xla is not installed: pip install 'nxdt-nemo[xla]'"]),
+    ("xla", {"torch_xla": "2.9.0"}, ["xla lane: not in this release yet"]),
+    ("neuron", {"torch": "2.9.0"}, ["needs torch>=2.10, found 2.9.0", "torch_neuronx is not installed: "]),
+    ("neuron", {"torch": "2.10.0", "torch_neuronx": "1"}, ["no Neuron device", "neuron lane: not in this release yet"]),
+    ("tpu", {}, ["'tpu' is not a lane", "use auto, cpu, xla or neuron"]),
+    ("CPU", {}, ["'CPU' is not a lane"]),
+]
+
+
+@pytest.mark.parametrize(("name", "packages", "parts"), ASKED)
+def test_a_wish_that_cannot_be_met_is_one_line(monkeypatch, name, packages, parts):
+    has(monkeypatch, **packages)
+    monkeypatch.setenv(VARIABLE, name)
+    with pytest.raises(LaneError) as error:
+        select()
+    assert error.value.place == f"{VARIABLE}={name}"
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+    with pytest.raises(LaneError):
+        current()
+
+
+def test_an_argument_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "neuron")
+    lane, reason = select("cpu")
+    assert isinstance(lane, CpuLane)
+    assert reason == "asked for by runtime=cpu"
+    with pytest.raises(LaneError) as error:
+        select("tpu")
+    assert error.value.place == "runtime=tpu"
+
+
+def test_once_a_process_and_announced_once(monkeypatch, capsys):
+    has(monkeypatch, torch="2.9.0", torch_xla="2.9.0")
+    first = current()
+    monkeypatch.setenv(VARIABLE, "tpu")
+    assert current() is first
+    line = "nxdt_nemo: lane cpu (neuron: needs torch>=2.10, found 2.9.0; xla: no Neuron device)\n"
+    assert capsys.readouterr().err == line
+    forget()
+    with pytest.raises(LaneError):
+        current()
+
+
+def test_other_ranks_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(VARIABLE, "cpu")
+    assert current().name == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+def test_selecting_imports_no_torch():
+    program = "import sys; from nxdt_nemo.runtime import current; print(current().name, 'torch' in sys.modules)"
+    env = {"PYTHONPATH": str(ROOT), VARIABLE: "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "cpu False\n"
+
+
+def test_the_machine_is_read_from_its_path(tmp_path, monkeypatch):
+    (tmp_path / "some_package").mkdir()
+    (tmp_path / "some_package" / "__init__.py").write_text("raise RuntimeError('was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert machine.installed("some_package") == "0"
+    info = tmp_path / "some_package-3.4.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 3.4\n")
+    assert machine.installed("some_package") == "3.4"
+    assert machine.installed("no_such_package") is None
+    assert machine.neuron_devices() >= 0

@@ -1,0 +1,275 @@
+"""`make demo`: from plain text to a trained, resumed and talking Llama, on this machine, in a few minutes.
+
+    python tools/demo.py [--steps N] [--folder DIR] [--results DIR]
+
+Corpus, SentencePiece model and .bin/.idx go to FOLDER/data and are reused; FOLDER/run is started afresh.
+Training runs tests/nemo/gpt_pretraining.py, a script that says nothing about Trainium, through `nxdt-nemo
+run`: two ranks by Lightning's own launcher, tensor parallel, stopped after two thirds of the steps and
+resumed from its checkpoint. Needs no network. The pieces are in tools/demo_lib/.
+Proof: tests/tools/test_demo.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo_lib.corpus import LICENCE, write_corpus
+from demo_lib.curves import Curve, event_files, read_scalars, save_picture, terminal_plot
+from demo_lib.report import Rows, loss_rows, markdown, speed, table
+from demo_lib.runs import ChildError, run_child
+from demo_lib.tokens import VOCAB_SIZE
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "demo_llama.yaml"
+TRAIN_SCRIPT = ROOT / "tests" / "nemo" / "gpt_pretraining.py"
+GENERATE_SCRIPT = ROOT / "tools" / "demo_generate.py"
+PROMPTS = ("Return the number of", "The function raises an exception if", "This module provides")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where things go and how far training runs.
+
+    steps     of the whole training
+    stop      step at which the first run ends; a multiple of `validate`
+    validate  steps between two validations, and between two checkpoints
+    """
+
+    folder: Path
+    steps: int
+    stop: int
+    validate: int
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def prefix(self) -> Path:
+        return self.data / "corpus_text_document"
+
+
+def make_plan(folder: Path, steps: int) -> Plan:
+    """Validate (and save) six times, stop for the resume after four of them."""
+    validate = max(steps // 6, 1)
+    return Plan(folder.resolve(), validate * 6, validate * 4, validate)
+
+
+class Stages:
+    """One line of progress a stage, added as it begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def begin(self, name: str, total: int | None = None) -> None:
+        self._task = self._progress.add_task(name, total=total, note="")
+
+    def update(self, done: int, note: str) -> None:
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, note=note)
+
+    def end(self, note: str) -> None:
+        assert self._task is not None
+        total = self._progress.tasks[self._task].total or 1
+        self._progress.update(self._task, total=total, completed=total, note=note)
+        self._progress.stop_task(self._task)
+
+
+def prepare_data(plan: Plan, stages: Stages) -> dict[str, int]:
+    """Corpus, tokenizer and index, unless this Python's are already there; returns the counts."""
+    plan.data.mkdir(parents=True, exist_ok=True)
+    corpus, finished = plan.data / "corpus.jsonl", plan.data / f"python-{platform.python_version()}.json"
+    if finished.exists():
+        counts: dict[str, int] = json.loads(finished.read_text())
+        stages.begin("corpus, tokenizer, index", 1)
+        stages.end(f"reused: {counts['documents']} documents, {counts['tokens']} tokens")
+        return counts
+    stages.begin("corpus: Python's own documentation")
+    text = write_corpus(corpus)
+    stages.end(f"{text['documents']} documents, {int(text['bytes']) / 1e6:.2f} MB")
+    stages.begin("tokenizer and .bin/.idx")
+    tool = ROOT / "tools" / "demo_lib" / "tokens.py"
+    run_child("tokenizing", [sys.executable, tool, corpus, plan.data], plan.data / "tokens.log")
+    counts = json.loads((plan.data / "tokens.json").read_text()) | {"bytes": int(text["bytes"])}
+    stages.end(f"{VOCAB_SIZE} pieces, {counts['tokens']} tokens")
+    finished.write_text(json.dumps(counts))  # last: an interrupted preparation is not taken for a whole one
+    return counts
+
+
+def quoted(value: object) -> str:
+    """`value` as Hydra's command line takes it literally, blanks, commas and equals signs included."""
+    return "'" + str(value).replace("'", "\\'") + "'"
+
+
+def nemo_command(script: Path, plan: Plan, *overrides: str) -> list[str | Path]:
+    """`nxdt-nemo run script` with the demo's configuration and paths."""
+    return [
+        *(sys.executable, "-m", "nxdt_nemo", "run", script),
+        *(f"--config-path={CONFIG.parent}", f"--config-name={CONFIG.stem}"),
+        f"exp_manager.explicit_log_dir={quoted(plan.run / 'train')}",
+        f"model.tokenizer.model={quoted(plan.data / 'tokenizer.model')}",
+        f"model.data.data_prefix=[{quoted(plan.prefix)}]",
+        f"model.data.index_mapping_dir={quoted(plan.run / 'index')}",
+        *overrides,
+    ]
+
+
+def train(plan: Plan, stages: Stages, *, start: int, until: int) -> Path:
+    """Train from step `start` (0: afresh, else resumed by NeMo itself) to `until`; returns the log file."""
+    name = f"resume to step {until}" if start else f"train to step {until}"
+    log = plan.run / f"train-{start}-{until}.log"
+    before = set(event_files(plan.run))
+    stages.begin(name, until - start)
+
+    def new_scalars() -> dict[str, Curve]:
+        return read_scalars(path for path in event_files(plan.run) if path not in before)
+
+    def tick() -> None:
+        losses = new_scalars().get("reduced_train_loss", [])
+        if losses:
+            stages.update(len(losses), f"loss {losses[-1][1]:.3f}")
+        else:
+            stages.update(0, "importing NeMo, starting ranks")
+
+    overrides = [
+        *(f"trainer.max_steps={until}", f"trainer.val_check_interval={plan.validate}"),
+        *(f"model.optim.sched.max_steps={plan.steps}", f"model.optim.sched.warmup_steps={min(10, plan.validate)}"),
+    ]
+    seconds = run_child(name, nemo_command(TRAIN_SCRIPT, plan, *overrides), log, tick=tick)
+    losses = new_scalars().get("reduced_train_loss", [])
+    if len(losses) != until - start:
+        raise ChildError(name, log, f"{len(losses)} steps were logged instead of {until - start}")
+    stages.end(f"loss {losses[-1][1]:.3f}, {seconds:.0f} s")
+    return log
+
+
+def last_checkpoint(plan: Plan) -> Path:
+    """The newest `-last` checkpoint of the training."""
+    found = sorted((plan.run / "train" / "checkpoints").glob("*-last"), key=_step)
+    if not found:
+        raise FileNotFoundError(f"no '-last' checkpoint under {plan.run / 'train' / 'checkpoints'}")
+    return found[-1]
+
+
+def _step(checkpoint: Path) -> int:
+    match = re.search(r"step=(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def generate(plan: Plan, stages: Stages) -> list[dict[str, str]]:
+    """Continue the prompts on one rank, from the checkpoint that two ranks wrote."""
+    log, checkpoint = plan.run / "generate.log", last_checkpoint(plan)
+    stages.begin("generate on one rank")
+    overrides = [
+        *("trainer.devices=1", "model.tensor_model_parallel_size=1"),
+        *(f"+checkpoint_dir={quoted(checkpoint.parent)}", f"+checkpoint_name={quoted(checkpoint.name)}"),
+        f"+prompts={json.dumps(PROMPTS)}",
+    ]
+    seconds = run_child("generating", nemo_command(GENERATE_SCRIPT, plan, *overrides), log)
+    lines = log.read_text(errors="replace").splitlines()
+    samples = [json.loads(line.removeprefix("sample: ")) for line in lines if line.startswith("sample: ")]
+    if len(samples) != len(PROMPTS):
+        raise ChildError("generating", log, f"{len(samples)} samples instead of {len(PROMPTS)}")
+    stages.end(f"{len(samples)} prompts, {seconds:.0f} s")
+    return samples
+
+
+def lane(log: Path) -> str:
+    """The lane as the backend announced it at start-up, with its reason."""
+    match = re.search(r"\blane \w+.*", log.read_text(errors="replace"))
+    return match[0].strip() if match else "not announced"
+
+
+def summary(plan: Plan, counts: dict[str, int], scalars: dict[str, Curve], log: Path, seconds: float) -> Rows:
+    """The rows of the closing table."""
+    cfg = OmegaConf.load(CONFIG)
+    batch, length = cfg.model.global_batch_size, cfg.model.data.seq_length
+    length = cfg.model.encoder_seq_length if not isinstance(length, int) else length
+    model = cfg.model
+    return [
+        *loss_rows(scalars["reduced_train_loss"], scalars["val_loss"]),
+        ("tokens/s", f"{speed(scalars['train_step_timing'], batch * length):.0f} (median step, {batch} x {length})"),
+        ("ranks", f"{cfg.trainer.devices}, by Lightning's launcher"),
+        ("layout", f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size} DP=1"),
+        ("lane", lane(log)),
+        ("resumed", f"after step {plan.stop} of {plan.steps}, by NeMo from its own checkpoint"),
+        ("corpus", f"{LICENCE}: {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']} tokens"),
+        ("checkpoint", shown(last_checkpoint(plan))),
+        ("TensorBoard log", shown(plan.run / "train")),
+        ("total time", f"{seconds:.0f} s"),
+    ]
+
+
+def shown(path: Path) -> str:
+    """`path` as seen from here, where it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def demo(plan: Plan, console: Console, results: Path | None) -> None:
+    """All steps, then the table and the curve."""
+    began = time.monotonic()
+    shutil.rmtree(plan.run, ignore_errors=True)
+    plan.run.mkdir(parents=True)
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(24))
+    notes = (TimeElapsedColumn(), TextColumn("[dim]{task.fields[note]}"))
+    with Progress(*columns, *notes, console=console) as progress:
+        stages = Stages(progress)
+        counts = prepare_data(plan, stages)
+        log = train(plan, stages, start=0, until=plan.stop)
+        train(plan, stages, start=plan.stop, until=plan.steps)
+        samples = generate(plan, stages)
+    scalars = read_scalars(event_files(plan.run))
+    curves = {"train loss": scalars["reduced_train_loss"], "validation loss": scalars["val_loss"]}
+    rows = summary(plan, counts, scalars, log, time.monotonic() - began)
+    save_picture(curves, plan.run / "loss.png", title="Llama, 2 ranks, tensor parallel", mark=plan.stop)
+    for line in terminal_plot(curves, width=min(console.width, 80), mark=plan.stop):
+        console.print(line, highlight=False)
+    for sample in samples:
+        rest = sample["text"].removeprefix(sample["prompt"])
+        console.print(f"[bold]{escape(sample['prompt'])}[/]{escape(rest)}", highlight=False)
+    console.print(table([*rows, ("picture", shown(plan.run / "loss.png"))]))
+    if results:
+        results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.run / "loss.png", results / "demo_loss.png")
+        page = markdown(rows, samples, command="make demo", picture="demo_loss.png")
+        (results / "demo.md").write_text(page, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train, resume and try a small Llama on this machine.")
+    parser.add_argument("--steps", type=int, default=120, help="training steps, rounded down to a multiple of 6")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
+    parser.add_argument("--results", type=Path, help="also write demo.md and demo_loss.png to this folder")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        demo(make_plan(options.folder, options.steps), console, options.results)
+    except ChildError as failure:
+        for line in failure.tail:
+            console.print(escape(line), highlight=False)
+        console.print(f"[red]demo: {escape(str(failure))}[/]", highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

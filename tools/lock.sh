@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Writes requirements.lock from pyproject.toml: exact versions, no host names. Review the difference:
+# torch, NeMo, megatron-core and Lightning move together or not at all (CONTRIBUTING.md).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+uv=$(command -v uv || echo .venv/bin/uv)
+"$uv" pip compile pyproject.toml --quiet --all-extras --no-emit-index-url --python-version 3.11 -o requirements.lock
+if grep -nE '://|index-url|find-links' requirements.lock; then
+  echo "lock.sh: requirements.lock names a host" >&2
+  exit 1
+fi
