@@ -4,8 +4,8 @@
 
 Corpus, SentencePiece model and .bin/.idx go to FOLDER/data and are reused; FOLDER/run is started afresh.
 Training runs tests/nemo/gpt_pretraining.py, a script that says nothing about Trainium, through `nxdt-nemo
-run`: two ranks by Lightning's own launcher, tensor parallel, stopped after two thirds of the steps and
-resumed from its checkpoint. Needs no network. The pieces are in tools/demo_lib/.
+run`: two ranks by Lightning's own launcher, tensor parallel. After two thirds of the steps it is killed, and
+a second run resumes from its last checkpoint. Needs no network. The pieces are in tools/demo_lib/.
 Proof: tests/tools/test_demo.py.
 """
 
@@ -29,7 +29,8 @@ from demo_lib.tokens import VOCAB_SIZE
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo_llama.yaml"
@@ -43,7 +44,7 @@ class Plan:
     """Where things go and how far training runs.
 
     steps     of the whole training
-    stop      step at which the first run ends; a multiple of `validate`
+    stop      step from whose checkpoint the second run resumes; a multiple of `validate`
     validate  steps between two validations, and between two checkpoints
     """
 
@@ -51,6 +52,11 @@ class Plan:
     steps: int
     stop: int
     validate: int
+
+    @property
+    def kill(self) -> int:
+        """The step behind which the first run is killed; some work is lost, as in real life."""
+        return self.stop + max(self.validate // 2, 1)
 
     @property
     def data(self) -> Path:
@@ -66,7 +72,7 @@ class Plan:
 
 
 def make_plan(folder: Path, steps: int) -> Plan:
-    """Validate (and save) six times, stop for the resume after four of them."""
+    """Validate (and save) six times, kill and resume after four of them."""
     validate = max(steps // 6, 1)
     return Plan(folder.resolve(), validate * 6, validate * 4, validate)
 
@@ -131,33 +137,56 @@ def nemo_command(script: Path, plan: Plan, *overrides: str) -> list[str | Path]:
     ]
 
 
-def train(plan: Plan, stages: Stages, *, start: int, until: int) -> Path:
-    """Train from step `start` (0: afresh, else resumed by NeMo itself) to `until`; returns the log file."""
-    name = f"resume to step {until}" if start else f"train to step {until}"
-    log = plan.run / f"train-{start}-{until}.log"
-    before = set(event_files(plan.run))
-    stages.begin(name, until - start)
+@dataclass(frozen=True)
+class Run:
+    """One training process: its output file and what it logged."""
 
-    def new_scalars() -> dict[str, Curve]:
-        return read_scalars(path for path in event_files(plan.run) if path not in before)
+    log: Path
+    scalars: dict[str, Curve]
 
-    def tick() -> None:
-        losses = new_scalars().get("reduced_train_loss", [])
-        if losses:
-            stages.update(len(losses), f"loss {losses[-1][1]:.3f}")
-        else:
-            stages.update(0, "importing NeMo, starting ranks")
+    @property
+    def losses(self) -> Curve:
+        return self.scalars.get("reduced_train_loss", [])
+
+
+def train(plan: Plan, stages: Stages, *, after: int) -> Run:
+    """Train to the end from step `after`: NeMo resumes by itself from the newest checkpoint of the folder.
+
+    From step 0 training is killed about half-way between the checkpoint of `plan.stop` and the next one.
+    """
+    name = f"resume at {after}, train to {plan.steps}" if after else f"train on two ranks, kill at {plan.kill}"
+    log, before = plan.run / f"train-from-{after}.log", set(event_files(plan.run))
+    stages.begin(name, plan.steps - after)
+
+    def logged() -> Run:
+        return Run(log, read_scalars(path for path in event_files(plan.run) if path not in before))
+
+    def tick() -> bool:
+        losses = logged().losses
+        stages.update(len(losses), f"loss {losses[-1][1]:.3f}" if losses else "importing NeMo")
+        return not after and bool(losses) and losses[-1][0] >= plan.kill and _step(last_checkpoint(plan)) == plan.stop
 
     overrides = [
-        *(f"trainer.max_steps={until}", f"trainer.val_check_interval={plan.validate}"),
-        *(f"model.optim.sched.max_steps={plan.steps}", f"model.optim.sched.warmup_steps={min(10, plan.validate)}"),
+        *(f"trainer.max_steps={plan.steps}", f"trainer.val_check_interval={plan.validate}"),
+        f"model.optim.sched.warmup_steps={min(10, plan.validate)}",
     ]
     seconds = run_child(name, nemo_command(TRAIN_SCRIPT, plan, *overrides), log, tick=tick)
-    losses = new_scalars().get("reduced_train_loss", [])
-    if len(losses) != until - start:
-        raise ChildError(name, log, f"{len(losses)} steps were logged instead of {until - start}")
-    stages.end(f"loss {losses[-1][1]:.3f}, {seconds:.0f} s")
-    return log
+    run = logged()
+    steps = [step for step, _ in run.losses]
+    if steps != list(range(after + 1, (steps[-1] if steps else 0) + 1)) or (after and steps[-1] != plan.steps):
+        raise ChildError(name, log, f"steps {steps[:1]} to {steps[-1:]} were logged instead of {after + 1} onwards")
+    if not after and steps[-1] == plan.steps:
+        raise ChildError(name, log, f"training ended before it could be killed; more than {plan.steps} steps would do")
+    stages.end(f"{'' if after else 'killed at '}step {steps[-1]}, loss {run.losses[-1][1]:.3f}, {seconds:.0f} s")
+    return run
+
+
+def repeated(first: Run, second: Run) -> str:
+    """How the steps that both runs made compare: those between the checkpoint and the kill."""
+    once, again = dict(first.losses), dict(second.losses)
+    both = sorted(once.keys() & again.keys())
+    worst = max(abs(once[step] - again[step]) for step in both)
+    return f"killed at step {both[-1]}, resumed at {both[0]}; largest difference of a repeated loss: {worst:.1e}"
 
 
 def last_checkpoint(plan: Plan) -> Path:
@@ -197,19 +226,20 @@ def lane(log: Path) -> str:
     return match[0].strip() if match else "not announced"
 
 
-def summary(plan: Plan, counts: dict[str, int], scalars: dict[str, Curve], log: Path, seconds: float) -> Rows:
+def summary(plan: Plan, counts: dict[str, int], first: Run, second: Run, seconds: float) -> Rows:
     """The rows of the closing table."""
-    cfg = OmegaConf.load(CONFIG)
-    batch, length = cfg.model.global_batch_size, cfg.model.data.seq_length
-    length = cfg.model.encoder_seq_length if not isinstance(length, int) else length
-    model = cfg.model
+    scalars, cfg = read_scalars(event_files(plan.run)), OmegaConf.load(CONFIG)
+    model, batch, length = cfg.model, cfg.model.global_batch_size, cfg.model.encoder_seq_length
     return [
         *loss_rows(scalars["reduced_train_loss"], scalars["val_loss"]),
-        ("tokens/s", f"{speed(scalars['train_step_timing'], batch * length):.0f} (median step, {batch} x {length})"),
+        (
+            "tokens/s",
+            f"{speed(scalars['train_step_timing in s'], batch * length):.0f} (median step, {batch} x {length})",
+        ),
         ("ranks", f"{cfg.trainer.devices}, by Lightning's launcher"),
         ("layout", f"TP={model.tensor_model_parallel_size} PP={model.pipeline_model_parallel_size} DP=1"),
-        ("lane", lane(log)),
-        ("resumed", f"after step {plan.stop} of {plan.steps}, by NeMo from its own checkpoint"),
+        ("lane", lane(first.log)),
+        ("resume", repeated(first, second)),
         ("corpus", f"{LICENCE}: {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']} tokens"),
         ("checkpoint", shown(last_checkpoint(plan))),
         ("TensorBoard log", shown(plan.run / "train")),
@@ -222,22 +252,31 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def _columns() -> list[ProgressColumn]:
+    whole = Column(no_wrap=True, min_width=36)
+    return [
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(10),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    ]
+
+
 def demo(plan: Plan, console: Console, results: Path | None) -> None:
     """All steps, then the table and the curve."""
     began = time.monotonic()
     shutil.rmtree(plan.run, ignore_errors=True)
     plan.run.mkdir(parents=True)
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(24))
-    notes = (TimeElapsedColumn(), TextColumn("[dim]{task.fields[note]}"))
-    with Progress(*columns, *notes, console=console) as progress:
+    with Progress(*_columns(), console=console) as progress:
         stages = Stages(progress)
         counts = prepare_data(plan, stages)
-        log = train(plan, stages, start=0, until=plan.stop)
-        train(plan, stages, start=plan.stop, until=plan.steps)
+        first = train(plan, stages, after=0)
+        second = train(plan, stages, after=plan.stop)
         samples = generate(plan, stages)
     scalars = read_scalars(event_files(plan.run))
     curves = {"train loss": scalars["reduced_train_loss"], "validation loss": scalars["val_loss"]}
-    rows = summary(plan, counts, scalars, log, time.monotonic() - began)
+    rows = summary(plan, counts, first, second, time.monotonic() - began)
     save_picture(curves, plan.run / "loss.png", title="Llama, 2 ranks, tensor parallel", mark=plan.stop)
     for line in terminal_plot(curves, width=min(console.width, 80), mark=plan.stop):
         console.print(line, highlight=False)
@@ -263,8 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         demo(make_plan(options.folder, options.steps), console, options.results)
     except ChildError as failure:
         for line in failure.tail:
-            console.print(escape(line), highlight=False)
-        console.print(f"[red]demo: {escape(str(failure))}[/]", highlight=False)
+            console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(f"[red]demo: {escape(str(failure))}[/]", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -34,7 +34,9 @@ SAMPLING = {
 def main(cfg: DictConfig) -> None:
     trainer = MegatronTrainerBuilder(cfg).create_trainer()
     checkpoint = Path(cfg.checkpoint_dir) / cfg.checkpoint_name
-    model = MegatronGPTModel.load_from_checkpoint(str(checkpoint), cfg=cfg.model, trainer=trainer)
+    # The model's configuration comes with the checkpoint; keywords replace single keys of it.
+    layout = {key: cfg.model[key] for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size")}
+    model = MegatronGPTModel.load_from_checkpoint(str(checkpoint), trainer=trainer, **layout)
     model.freeze()
     seed_everything(cfg.model.seed)  # every rank must draw the same tokens
     output = model.generate(list(cfg.prompts), LENGTHS, SAMPLING)

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=$(command -v uv || echo .venv/bin/uv)
 "$uv" pip compile pyproject.toml --quiet --all-extras --no-emit-index-url --python-version 3.11 -o requirements.lock
-if grep -nE '://|index-url|find-links' requirements.lock; then
+if grep -v '^#' requirements.lock | grep -E '://|index-url|find-links'; then
   echo "lock.sh: requirements.lock names a host" >&2
   exit 1
 fi

@@ -27,6 +27,9 @@ __all__ = ["Job", "install_hook", "leave", "run_job"]
 
 # A launcher ends all ranks as soon as one has ended: the others let rank 0 say its line first.
 _RANK_ZERO_SPEAKS = 1.0
+# Functions of patching/view.py and finder.py that stand between an import statement and the module.
+_IMPORTING = ("__import__", "answer", "exec_module")
+_PATCHING = os.path.join(os.path.dirname(os.path.dirname(__file__)), "patching")
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def leave(error: UserError) -> NoReturn:
 
 
 def install_hook() -> None:
-    """Put a step before sys.excepthook: a UserError leaves in one line, other tracebacks begin in the script.
+    """Put a step before sys.excepthook: a UserError leaves in one line, other tracebacks show no frame of ours.
 
     Python takes the exit code from a SystemExit that an exception hook raises.
     """
@@ -183,8 +186,11 @@ def install_hook() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, UserError):
             leave(error)
-        trace = _of_script(trace)
-        before(kind, error.with_traceback(trace), trace)
+        shown: BaseException | None = error.with_traceback(_of_script(trace))
+        while shown is not None:
+            shown.__traceback__ = _without_import_hook(shown.__traceback__)
+            shown = shown.__cause__ or shown.__context__
+        before(kind, error, error.__traceback__)
 
     sys.excepthook = hook
 
@@ -197,6 +203,16 @@ def _of_script(trace: TracebackType | None) -> TracebackType | None:
             return step.tb_next
         step = step.tb_next
     return trace
+
+
+def _without_import_hook(trace: TracebackType | None) -> TracebackType | None:
+    """Drops what our import hook adds below each import statement, as python drops importlib's own frames."""
+    if trace is None:
+        return None
+    trace.tb_next = _without_import_hook(trace.tb_next)
+    code = trace.tb_frame.f_code
+    ours = code.co_name in _IMPORTING and os.path.dirname(code.co_filename) == _PATCHING
+    return trace.tb_next if ours else trace
 
 
 def run_job(original: Any, /, *args: Any, **named: Any) -> Any:

@@ -75,7 +75,7 @@ def tensor_parallel(view: View) -> Errors:
             f"{TP}={tp} does not divide model.num_query_groups={groups}, and KV heads are not replicated yet",
             f"use {fits}",
         )
-    if ffn and ffn % tp:
+    elif ffn and ffn % tp:
         yield view.error(f"{TP}={tp} does not divide model.ffn_hidden_size={ffn}", f"use a multiple of {tp}")
 
 

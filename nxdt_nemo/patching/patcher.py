@@ -87,7 +87,6 @@ class Patcher:
         self._records, self._lane_name, self._scope = list(records), lane_name, scope
         self._sites: list[_Site] = []
         self._stubs: dict[str, StubModule] = {}
-        self._busy: set[str] = set()
         self._failure: PatchError | None = None
         self._depth = 0
 
@@ -105,16 +104,13 @@ class Patcher:
         """Check all records of this module, then install them; nothing is installed if one check fails."""
         if self._failure is not None:
             raise self._failure
-        if module.__name__ in self._busy or isinstance(module, StubModule):
+        if isinstance(module, StubModule):
             return
-        self._busy.add(module.__name__)  # a replacement's imports may lead here again
         try:
             self._install(self._plan(module))
         except PatchError as error:
             self._failure = error
             raise
-        finally:
-            self._busy.discard(module.__name__)
 
     def stub_for(self, fullname: str) -> ModuleType | None:
         """The stub that stands for this module, if a stub record names it or a package above it."""
@@ -135,7 +131,7 @@ class Patcher:
     def undo(self) -> None:
         """Put upstream's own objects back, wherever they were taken away. Classes derived from ours stay."""
         sites, self._sites, self._failure = self._sites, [], None
-        for site in reversed(sites):
+        for site in sites:  # in this order: of a module that was reloaded, the last original stays
             _put(site.owner, site.name, site.original)
             for module, name in site.bindings:
                 if vars(module).get(name) is site.installed:
@@ -147,10 +143,12 @@ class Patcher:
 
     def __enter__(self) -> Patcher:
         self._depth += 1
-        for name in self.modules():
-            module = sys.modules.get(name)
-            if isinstance(module, ModuleType):
-                self.apply_to(module)
+        try:
+            for name in sorted(self.modules() & set(sys.modules)):
+                self.apply_to(sys.modules[name])
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -158,9 +156,8 @@ class Patcher:
         if self._depth == 0:
             self.undo()
 
-    # Planning: everything that can fail happens here.
-
     def _plan(self, module: ModuleType) -> list[_Site]:
+        """What to install in this module. All that can fail fails here, save an attribute that cannot be set."""
         groups: dict[str, list[Record]] = {}
         for record in self._records:
             if _owns(module, record) and self._in_lane(record):
@@ -185,7 +182,7 @@ class Patcher:
         for record in records:
             check_versions(record, _installed_version)
         if owner is None:
-            raise PatchError(f"{records[0].place}: {module.__name__} has no class {'.'.join(attribute[:-1])}")
+            raise PatchError(f"{records[0].place}: {module.__name__} has no class or module {'.'.join(attribute[:-1])}")
         _check_presence(records[0], module, owner, original)
         for record in records:
             if record.fingerprint:
@@ -194,8 +191,6 @@ class Patcher:
 
     def _in_lane(self, record: Record) -> bool:
         return self._lane_name() in record.lanes
-
-    # Installing and rebinding.
 
     def _install(self, sites: list[_Site]) -> None:
         done: list[_Site] = []
@@ -225,13 +220,13 @@ class Patcher:
 
     def _return_late_bindings(self, sites: list[_Site]) -> None:
         """Give upstream's object to those who took ours from a patched module."""
-        by_id: dict[int, list[_Site]] = {}
+        by_id: dict[int, dict[tuple[int, str], _Site]] = {}
         for site in sites:
             known = isinstance(site.owner, ModuleType) and site.original is not _ABSENT
             if known and not isinstance(site.installed, _PLAIN):
-                by_id.setdefault(id(site.installed), []).append(site)
+                by_id.setdefault(id(site.installed), {})[id(site.owner), site.name] = site
         for module, name, value in self._globals(set(by_id)):
-            candidates = by_id[id(value)]
+            candidates = list(by_id[id(value)].values())
             if len(candidates) > 1:  # one object stands in for several of upstream's: the name decides
                 candidates = [site for site in candidates if site.name == name]
             if len(candidates) == 1:
@@ -243,11 +238,13 @@ class Patcher:
         """The globals in scope that hold one of these objects."""
         if not ids:
             return
-        for key, module in list(sys.modules.items()):
-            if key.partition(".")[0] in self._scope and isinstance(module, ModuleType):
-                for name, value in list(vars(module).items()):
-                    if id(value) in ids:
-                        yield module, name, value
+        for key in list(sys.modules):  # keys only: thousands of new pairs would set the garbage collector off
+            module = sys.modules.get(key)
+            if key.partition(".")[0] not in self._scope or not isinstance(module, ModuleType):
+                continue
+            if not ids.isdisjoint(map(id, vars(module).values())):  # nearly always ends here, and quickly
+                held = [(name, value) for name, value in list(vars(module).items()) if id(value) in ids]
+                yield from ((module, name, value) for name, value in held)
 
 
 def load_object(reference: str) -> Any:
@@ -361,7 +358,7 @@ def _fit(record: Record, original: Any, replacement: Any) -> Any:
         if isinstance(replacement, property):
             return replacement
         return property(replacement, original.fset, original.fdel, original.__doc__)
-    is_descriptor = hasattr(type(original), "__get__") and not inspect.isroutine(original)  # cached_property and so on
+    is_descriptor = hasattr(type(original), "__get__") and not callable(original)  # a cached_property and its like
     if is_descriptor and type(replacement) is not type(original):
         raise PatchError(f"{record.place}: {record.target} is a {type(original).__name__}; replace it by one")
     return replacement

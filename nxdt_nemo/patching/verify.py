@@ -91,9 +91,6 @@ def find(target: str, against: Path | None = None) -> Place:
     return place
 
 
-# Static.
-
-
 def static(record: Record, *, against: Path | None = None) -> Finding:
     """Everything that can be checked without importing upstream or the replacement."""
     try:
@@ -146,11 +143,11 @@ def _file(place: Place) -> Path:
     return place.file
 
 
-# Live: this side starts the process, _inspect() runs in it.
-
-
 def live(records: Sequence[Record], *, activate: str = ACTIVATE) -> dict[str, Finding]:
-    """What stands at each target after `activate` (a line of Python) and the import of its module, by record id."""
+    """What stands at each target after `activate` (a line of Python) and the import of its module, by record id.
+
+    Starts a process in which _inspect() looks at each target.
+    """
     findings = {r.id: Finding(None, f"not on lane {_LANE}") for r in records if _LANE not in r.lanes}
     asked = [record for record in records if record.id not in findings]
     if not asked:
@@ -299,7 +296,8 @@ def incompatibility(upstream: Sequence[_Parameter], ours: Sequence[_Parameter]) 
     for index, (name, kind, default) in enumerate(upstream):
         if kind.startswith("VAR"):
             if kind not in kinds:
-                return f"upstream takes *{name}, ours does not"
+                stars = "*" if kind == "VAR_POSITIONAL" else "**"
+                return f"upstream takes {stars}{name}, ours does not"
             continue
         by_name = name in keywords
         if kind != "POSITIONAL_ONLY" and not by_name and "VAR_KEYWORD" not in kinds:

@@ -26,7 +26,7 @@ class Group:
 
     name   what it is for ("tp", "dp")
     mesh   all groups of the world that were made with it, as global ranks
-    ranks  the members of this one, as global ranks, in group order
+    ranks  the members of this one, as global ranks, ascending
     rank   this process's place in `ranks`
     size   len(ranks)
     pg     torch's handle, for upstream's own torch.distributed calls
@@ -43,7 +43,7 @@ class Group:
 
 
 def checked_mesh(mesh: Sequence[Sequence[int]], world: int, name: str) -> Mesh:
-    """`mesh` as tuples. Raises ValueError unless each rank below `world` is in exactly one group."""
+    """`mesh` as tuples. Raises ValueError unless each rank below `world` is in one group, ascending."""
     groups = tuple(tuple(int(rank) for rank in ranks) for ranks in mesh)
     listed = [rank for ranks in groups for rank in ranks]
     if not all(groups):
@@ -57,4 +57,7 @@ def checked_mesh(mesh: Sequence[Sequence[int]], world: int, name: str) -> Mesh:
     missing = sorted(set(range(world)) - set(listed))
     if missing:
         raise ValueError(f"mesh of group {name}: ranks {missing} are in no group; give each a group of its own")
+    turned = [list(ranks) for ranks in groups if list(ranks) != sorted(ranks)]
+    if turned:
+        raise ValueError(f"mesh of group {name}: ranks {turned[0]} are not ascending, and torch sorts a group's ranks")
     return groups

@@ -138,7 +138,7 @@ class Lane(ABC):
 
     @abstractmethod
     def groups(self, mesh: Sequence[Sequence[int]], name: str) -> Group:
-        """Make every group of `mesh` (each rank of the world in exactly one) and return this rank's.
+        """Make every group of `mesh` (each rank of the world in exactly one, ascending) and return this rank's.
 
         All ranks call it with the same mesh, in the same order. Raises ValueError naming what is wrong with it.
         """

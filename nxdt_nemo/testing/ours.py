@@ -1,8 +1,8 @@
 """Our side of a parity table: the same tiny models through the active backend, in any layout.
 
-Room testing/. Runs in ranks whose pool was started with init="nxdt_nemo:activate". The layers are the backend's; parallel
-state, schedules, gradient buffers and optimizer are megatron-core's under their own names, as the backend has changed
-them. Proof: tests/megatron/test_parity.py.
+Room testing/. Runs in ranks whose pool was started with init="nxdt_nemo:activate". The layers are the backend's;
+parallel state, schedules, gradient buffers and optimizer are megatron-core's under their own names, as the backend
+has changed them. Proof: tests/megatron/test_parity.py.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, faul
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
             group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
-        _, norm, _ = optimizer.step()
-        report.grad_norms.append(float(norm))
+        report.grad_norms.append(_step(optimizer, recipe.clip))
     report.weights = [(name, piece(name, p, p, gated, tp_rank)) for name, p in global_names(model, weights)]
     return report
 
@@ -136,10 +135,20 @@ def _wrap(model: Any, recipe: Recipe) -> tuple[Any, Any]:
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         adam_eps=recipe.eps,
-        clip_grad=recipe.clip,
+        clip_grad=0.0,  # see _step
         bf16=recipe.dtype == "bfloat16",
     )
     return chunk, get_megatron_optimizer(adam, [chunk])
+
+
+def _step(optimizer: Any, clip: float) -> float:
+    """MegatronOptimizer.step with the scaling written out: upstream's compares a CUDA type's name. Returns the norm."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    for parameter in optimizer.get_parameters():
+        parameter.grad.mul_(min(1.0, clip / (norm + 1e-6)))
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 def _forward_backward(chunk: Any, recipe: Recipe, batches: list[Batch]) -> list[float]:

@@ -10,7 +10,6 @@ so the parent needs no torch. Proof: tests/testing/test_pool.py.
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import signal
@@ -50,7 +49,7 @@ class _Rank:
     """One rank's process, our end of its pipe, and what it prints or dumps."""
 
     process: subprocess.Popen[bytes]
-    pipe: Connection
+    pipe: Connection[bytes, bytes]
     log: Path
     stack: Path
 
@@ -66,21 +65,24 @@ class _Answer:
 
 
 def function_name(function: str | Callable[..., Any]) -> str:
-    """`module:name` of a module-level function; a string passes through."""
+    """`module:name@file` of a function at the top of its module; a string (`module:name` will do) passes through.
+
+    The file is for modules that no rank could import by name, as pytest's importlib mode makes them.
+    """
     if isinstance(function, str):
         return function
-    name = function.__qualname__
-    found: Any = sys.modules.get(function.__module__) or importlib.import_module(function.__module__)
-    if "<" in name or getattr(found, name.split(".")[0], None) is None:
+    module, name = sys.modules[function.__module__], function.__qualname__
+    if getattr(module, name, None) is not function:
         raise ValueError(f"{function.__module__}.{name} is not at the top of its module, so no rank can import it")
-    return f"{function.__module__}:{name}"
+    return f"{function.__module__}:{name}@{getattr(module, '__file__', '')}"
 
 
 @dataclass
 class RankPool:
     """`world` gloo ranks on this machine.
 
-    init      "module:function", called with no argument in each rank before anything else (and before torch)
+    init      "module:function" or what function_name gives: called without arguments in each rank before anything
+              else, torch included
     env       added to the ranks' environment
     group     initialise torch.distributed (gloo) in each rank; False leaves that to the functions
     timeout   seconds a run may take, starting included
@@ -125,8 +127,8 @@ class RankPool:
             self.close()
         if failed:
             # The first to fail is the cause; the others' errors are often only "connection closed by peer".
-            rank, answer = next((pair for pair in answers.items() if not pair[1].ok), failed[0])
-            raise RankError(rank, answer.kind, answer.text)
+            number, cause = next(pair for pair in answers.items() if not pair[1].ok)
+            raise RankError(number, cause.kind, cause.text)
         return [answers[rank].value for rank in range(self.world)]
 
     def close(self) -> None:
@@ -184,7 +186,7 @@ class RankPool:
 
     def _collect(self, deadline: float) -> dict[int, _Answer]:
         """Each rank's answer, in the order they came; after a failure the rest get GRACE_S."""
-        waiting = {rank.pipe: number for number, rank in enumerate(self._ranks)}
+        waiting: dict[Any, int] = {rank.pipe: number for number, rank in enumerate(self._ranks)}
         answers: dict[int, _Answer] = {}
         while waiting:
             left = deadline - time.monotonic()
@@ -195,7 +197,7 @@ class RankPool:
                     answers[min(waiting.values())] = hung
                 return answers
             for pipe in ready:
-                number = waiting.pop(pipe)  # type: ignore[arg-type]
+                number = waiting.pop(pipe)
                 answers[number] = self._receive(number)
                 if not answers[number].ok:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
@@ -231,5 +233,6 @@ def _free_port() -> int:
 
 
 def _tail(log: Path, lines: int = 20) -> str:
-    text = log.read_text(errors="replace").splitlines()[-lines:] if log.exists() else []
-    return "".join(f"| {line}\n" for line in text)
+    """The end of what a rank printed, without gloo's line for each new group."""
+    text = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "".join(f"| {line}\n" for line in [line for line in text if not line.startswith("[Gloo]")][-lines:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
+import importlib.util
 import os
 import pickle
 import signal
@@ -52,11 +53,27 @@ def _prepare(store: str, init: str) -> None:
 
 
 def _call(name: str, args: tuple[Any, ...]) -> Any:
-    module, _, path = name.partition(":")
-    target: Any = importlib.import_module(module)
-    for part in path.split("."):
-        target = getattr(target, part)
-    return target(*args)
+    """`module:function` or `module:function@file`, see pool.function_name."""
+    place, _, file = name.partition("@")
+    module, _, function = place.partition(":")
+    return getattr(_module(module, file), function)(*args)
+
+
+def _module(name: str, file: str) -> Any:
+    """By name, unless that is missing or another file's (a stray package called `tests`, say): then by file."""
+    try:
+        module = importlib.import_module(name)
+        if not file or getattr(module, "__file__", None) == file:
+            return module
+    except ModuleNotFoundError as error:
+        if not file or not f"{name}.".startswith(f"{error.name}."):
+            raise
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _guarded(function: Any, *args: Any) -> tuple[Any, ...]:

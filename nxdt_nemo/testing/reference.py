@@ -9,9 +9,10 @@ Run it with RankPool(1, env=STOCK_ENV): `pool.run("nxdt_nemo.testing.reference:t
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nxdt_nemo.testing.recipe import Batch, Recipe, micro_batches, transformer_fields
 
@@ -57,16 +58,23 @@ def train(
     weights: dict[str, torch.Tensor],
     batches: list[list[Batch]] | None = None,
     lrs: list[float] | None = None,
+    decay: Literal["matrices", "all but biases"] = "matrices",
 ) -> Trained:
-    """Train from these weights; batches[step] and lrs[step] replace the recipe's own."""
+    """Train from these weights; batches[step] and lrs[step] replace the recipe's own.
+
+    decay  what weight decay applies to: megatron-core spares vectors, NeMo 2.4 only biases (and Apex's own norms,
+           which no TransformerEngine layer is)
+    """
     import torch
 
     model = _stock_model(recipe)
     model.load_state_dict(weights, strict=False)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, foreach=False)
+    groups: dict[bool, list[Any]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.dim() > 1 if decay == "matrices" else not name.endswith("bias")].append(parameter)
+    decayed = {"params": groups[True], "weight_decay": recipe.weight_decay}
+    spared = {"params": groups[False], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, spared], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, foreach=False)
     trained = Trained()
     for step in range(recipe.steps):
         parts = batches[step] if batches is not None else micro_batches(recipe, step)
@@ -100,7 +108,7 @@ def _clip(grads: list[torch.Tensor], limit: float) -> float:
     torch.nn.utils.clip_grad_norm_ adds float32 squares one after the other on CPU: measured, 5e-6 too far from the
     true norm at 65 thousand elements and 6e-4 at 10 million, which is no yardstick for 1e-6.
     """
-    norm = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
     for grad in grads:
         grad.mul_(min(1.0, limit / (norm + 1e-6)))
     return norm

@@ -13,8 +13,9 @@ ENDINGS = {
     "exception": "def f():\n    1 / 0\n\nf()",
     "chained": "try:\n    {}['a']\nexcept KeyError as error:\n    raise ValueError('b') from error",
     "syntax": "print('never')\nx = = 1",
-    "not utf-8": "# -*- coding: nonsense -*-\n",
+    "its own encoding": "# -*- coding: latin-1 -*-\nprint(len('\u00e9'))",
     "import": "import a_module_that_is_not_there",
+    "import below": "import broken",
     "atexit": "import atexit; atexit.register(print, 'bye'); raise RuntimeError('late')",
     "own hook": "import sys; sys.excepthook = lambda *e: print('hooked', e[0].__name__); 1 / 0",
     "thread": "import threading; t = threading.Thread(target=lambda: 1 / 0, name='t'); t.start(); t.join()",
@@ -26,6 +27,9 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_as_under_python(start, ours, tmp_path, ending) -> None:
     (tmp_path / "script.py").write_text(ENDINGS[ending])
+    (tmp_path / "broken.py").write_text(
+        "try:\n    import not_there\nexcept ImportError as e:\n    raise OSError() from e"
+    )
     plain, run = start("script.py"), ours("run", "script.py")
     assert (run.returncode, run.stdout, run.stderr) == (plain.returncode, plain.stdout, plain.stderr)
 
@@ -68,11 +72,11 @@ def test_under_torchrun_the_line_appears_once(start, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, line",
+    ("arguments", "line"),
     [
         (["trian.py"], "trian.py: no such script; did you mean train.py?"),
         (["train"], "train: no such script; did you mean train.py?"),
-        (["conf/trian.py"], "conf/trian.py: no such script; did you mean conf/train_gpt.py?"),
+        (["conf/train_gtp.py"], "conf/train_gtp.py: no such script; did you mean conf/train_gpt.py?"),
         (["other.py"], "other.py: no such script"),
         (["nowhere/train.py"], "nowhere/train.py: no such script; there is no folder nowhere"),
         (["conf"], "conf: is a folder, not a script"),

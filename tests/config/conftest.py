@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from nxdt_nemo.config import Report, check, compose_for
 from omegaconf import DictConfig
+
+from nxdt_nemo.config import Report, check, compose_for
 
 SCRIPT = Path(__file__).parent / "data" / "train.py"
 
@@ -18,22 +21,28 @@ def script() -> Path:
     return SCRIPT
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The prefix of a .bin/.idx pair that exists."""
+    folder = tmp_path_factory.mktemp("corpus")
     for ending in (".bin", ".idx"):
-        (tmp_path / f"corpus_text_document{ending}").write_bytes(b"x")
-    return str(tmp_path / "corpus_text_document")
+        (folder / f"corpus_text_document{ending}").write_bytes(b"x")
+    return str(folder / "corpus_text_document")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gpt(corpus: str) -> Callable[..., DictConfig]:
     """gpt(*overrides) is tiny_gpt.yaml with its data in place and these hydra overrides."""
 
+    @cache
+    def composed(overrides: tuple[str, ...]) -> DictConfig | None:
+        data = [] if "data_prefix=" in "".join(overrides) else [f"model.data.data_prefix=[{corpus}]"]
+        return compose_for(SCRIPT, [*data, *overrides])
+
     def compose(*overrides: str) -> DictConfig:
-        cfg = compose_for(SCRIPT, [f"model.data.data_prefix=[{corpus}]", *overrides])
+        cfg = composed(overrides)
         assert cfg is not None
-        return cfg
+        return copy.deepcopy(cfg)
 
     return compose
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from nxdt_nemo.config import check, sanitise
 
 TP = "model.tensor_model_parallel_size"

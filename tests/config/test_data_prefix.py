@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from nxdt_nemo.config import check, sanitise
 from omegaconf import OmegaConf
+
+from nxdt_nemo.config import check, sanitise
 
 KEY = "model.data.data_prefix"
 HOW = f"give the path of a .bin/.idx pair without its ending: {KEY}=[/data/corpus_text_document]"
@@ -61,17 +64,17 @@ def test_files_that_do_not_exist(errors, tmp_path):
     assert errors(f"{KEY}=[{tmp_path}/other]") == [f"tiny_gpt.yaml: {KEY}: {tmp_path}/other.bin does not exist; {HOW}"]
 
 
-def test_half_a_pair(errors, corpus, tmp_path):
-    (tmp_path / "corpus_text_document.idx").unlink()
-    assert errors(f"{KEY}=[{corpus}]")[0].startswith(f"tiny_gpt.yaml: {KEY}: {corpus}.idx does not exist")
+def test_half_a_pair(errors, tmp_path):
+    (tmp_path / "half.bin").touch()
+    assert errors(f"{KEY}=[{tmp_path}/half]") == [f"tiny_gpt.yaml: {KEY}: {tmp_path}/half.idx does not exist; {HOW}"]
 
 
 @pytest.mark.parametrize(
     ("written", "fix"),
     [("corpus_text_document.bin", "leave the ending off: {}"), ("corpus", "did you mean {}?")],
 )
-def test_a_near_miss_is_told(errors, corpus, tmp_path, written, fix):
-    (line,) = errors(f"{KEY}=[{tmp_path}/{written}]")
+def test_a_near_miss_is_told(errors, corpus, written, fix):
+    (line,) = errors(f"{KEY}=[{Path(corpus).parent}/{written}]")
     assert line.endswith(f"; {fix.format(corpus)}")
 
 

@@ -74,7 +74,7 @@ def test_verify_exits_1_on_drift_and_only_then(folder: Path, upstream: Upstream)
 
 
 def test_verify_against_another_release(folder: Path, tmp_path: Path) -> None:
-    assert "no package fakeup in" in call("verify", "--json", "--against", tmp_path, "--folder", folder).stdout
+    assert "fakeup-dist is not installed" in call("verify", "--json", "--against", tmp_path, "--folder", folder).stdout
     missing = call("verify", "--against", tmp_path / "gone", "--folder", folder)
     assert isinstance(missing.exception, UserError)
 

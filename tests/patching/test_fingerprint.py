@@ -82,6 +82,7 @@ def change(folder: Path, old: str, new: str) -> Source:
         ("run", "LIMIT = 3", "LIMIT = 4"),
         ("Outer", '    """Text on size."""\n', ""),
         ("Outer.Inner.step", "size: int = 4", "size: int = 5"),
+        ("Outer", "Outer.size = 5", "Outer.size = 6"),
         ("HAVE", 'return "fast"', 'return "faster"'),
     ],
 )
@@ -183,5 +184,5 @@ def test_the_source_is_the_file_really_imported(
 
 
 def test_a_compiled_module_has_no_source() -> None:
-    with pytest.raises(PatchError, match="sys was imported from .*, which is not Python source"):
+    with pytest.raises(PatchError, match=r"sys was imported from .*, which is not Python source"):
         source_of(sys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ GOOD = {
 }
 
 
-def toml(name: str = "one", **changes: object) -> str:
+def toml(name: str = "one", **changes: Any) -> str:
     """A record's TOML: GOOD with changes; None leaves a key out."""
     lines = [f"[{name}]"]
     for key, value in (GOOD | changes).items():
@@ -97,7 +98,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("change", "message"), MISTAKES, ids=[message[14:50] for _, message in MISTAKES])
-def test_a_mistake_names_file_record_and_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_a_mistake_names_file_record_and_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(PatchError) as raised:
         read(tmp_path, toml(**change))
     assert str(raised.value) == message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pickle
 import sys
@@ -130,10 +131,14 @@ WRAPPED = [
     ("run", lambda m: m.run(1, b=2), ("around", ("upstream", 1, 2))),
     ("Worker.step", lambda m: m.Worker().step(2, fast=True), ("around", ("upstream", 2, True))),
     ("Worker.make", lambda m: m.Worker.make(3), ("around", ("upstream", "Worker", 3))),
-    ("Worker.make", lambda m: type("Sub", (m.Worker,), {}).make(3), ("around", ("upstream", "Sub", 3))),
+    ("Worker.make", lambda m: subclass(m.Worker).make(3), ("around", ("upstream", "Sub", 3))),
     ("Worker.tool", lambda m: m.Worker().tool(4), ("around", ("upstream", 4))),
     ("Worker.width", lambda m: m.Worker().width, ("around", 7)),
 ]
+
+
+def subclass(base: type) -> Any:
+    return type("Sub", (base,), {})
 
 
 def raw(module: ModuleType, path: str) -> Any:
@@ -276,7 +281,7 @@ def test_a_target_that_is_gone_fails(upstream: Upstream, patcher: MakePatcher, m
     for target, message in (
         ("fakeup.module.gone", "fakeup.module.gone is gone; upstream moved or renamed it"),
         ("fakeup.module.Worker.gone", "fakeup.module.Worker.gone is gone; upstream moved or renamed it"),
-        ("fakeup.module.Gone.step", "fakeup.module has no class Gone"),
+        ("fakeup.module.Gone.step", "fakeup.module has no class or module Gone"),
     ):
         one = patcher(upstream.record(target, "ours:run", fingerprint="sha256:" + "0" * 64))
         with pytest.raises(PatchError) as raised:
@@ -288,7 +293,7 @@ def test_a_module_that_is_gone_fails_at_its_package(upstream: Upstream, patcher:
     upstream.write("fakeup.other", "")
     one = patcher(upstream.record("fakeup.module.run", "ours:run", fingerprint="sha256:" + "0" * 64))
     assert one.modules() == {"fakeup", "fakeup.module"}
-    with pytest.raises(PatchError, match=r"fakeup has no class module"):
+    with pytest.raises(PatchError, match=r"fakeup has no class or module module"):
         one.apply_to(upstream.load("fakeup"))
 
 
@@ -353,14 +358,21 @@ def test_applying_again_changes_nothing(upstream: Upstream, patcher: MakePatcher
 
 
 def test_a_reloaded_module_is_patched_again(upstream: Upstream, patcher: MakePatcher, module: ModuleType) -> None:
-    import importlib
-
-    one = patcher(upstream.record("fakeup.module.Worker.step", "ours:step"))
+    one = patcher(
+        upstream.record("fakeup.module.run", "ours:run", name="function"),
+        upstream.record("fakeup.module.Worker.step", "ours:step", name="method"),
+    )
     one.apply_to(module)
     importlib.reload(module)
+    reloaded = module.run
     assert module.Worker().step(1) == ("upstream", 1, False)
     one.apply_to(module)
+    assert module.run(1) == ("ours", 1, 1)
     assert module.Worker().step(1) == ("ours", "Worker", 1, False)
+    upstream.write("fakeup.late", "from fakeup.module import run as taken")
+    late = upstream.load("fakeup.late")
+    one.undo()
+    assert module.run is late.taken is reloaded
 
 
 def test_undo_is_idempotent_and_applying_may_follow(
@@ -384,8 +396,21 @@ def test_with_blocks_nest(upstream: Upstream, patcher: MakePatcher, module: Modu
         assert module.run is not before
     assert module.run is before
     with pytest.raises(ZeroDivisionError), one:
-        1 / 0
+        raise ZeroDivisionError
     assert module.run is before
+
+
+def test_a_with_block_that_cannot_begin_leaves_nothing(
+    upstream: Upstream, patcher: MakePatcher, module: ModuleType
+) -> None:
+    upstream.write("fakeup.another", "def go(): return 1")
+    before, another = upstream.load("fakeup.another").go, upstream.load("fakeup.another")
+    one = patcher(upstream.record("fakeup.another.go", "ours:tool", name="first"), *drifted(upstream))
+    with pytest.raises(PatchError, match=r"\[bad\]"), one:
+        pytest.fail("it began")
+    assert another.go is before
+    with patcher(upstream.record("fakeup.another.go", "ours:tool")):
+        assert another.go is not before
 
 
 def test_two_patchers_on_one_target_unwind_in_turn(

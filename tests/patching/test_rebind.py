@@ -52,7 +52,7 @@ def test_plain_values_are_nobodys(upstream: Upstream, patcher: MakePatcher, modu
     one = patcher(upstream.record("fakeup.module.FLAG", "ours:FLAG"))
     one.apply_to(module)
     assert (module.FLAG, early.FLAG, early.flagged, early.OTHER) == (True, False, False, False)
-    early.OTHER = True
+    vars(early)["OTHER"] = True
     one.undo()
     assert (module.FLAG, early.OTHER) == (False, True)
 
@@ -63,7 +63,7 @@ def test_other_libraries_are_never_touched(upstream: Upstream, patcher: MakePatc
     one = patcher(upstream.record("fakeup.module.run", "ours:run"))
     one.apply_to(module)
     assert elsewhere.run is elsewhere.taken is before
-    elsewhere.mine = sys.modules["ours"].run
+    vars(elsewhere)["mine"] = sys.modules["ours"].run
     one.undo()
     assert elsewhere.mine is sys.modules["ours"].run
 
@@ -99,7 +99,7 @@ def test_what_a_module_set_itself_since_is_left(upstream: Upstream, patcher: Mak
     early = upstream.load("fakeup.early")
     one = patcher(upstream.record("fakeup.module.run", "ours:run"))
     one.apply_to(module)
-    own = early.taken = object()
+    own = vars(early)["taken"] = object()
     one.undo()
     assert early.taken is own
 

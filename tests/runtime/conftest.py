@@ -54,7 +54,7 @@ class Ranks:
 
     def close(self) -> None:
         for process in self.processes:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
             process.stdin.close()
         for process in self.processes:
             try:

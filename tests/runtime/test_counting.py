@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from nxdt_nemo.runtime import collectives as c
 from nxdt_nemo.runtime import gloo
 from nxdt_nemo.runtime.counting import COUNTED, Count, count_collectives
 from nxdt_nemo.runtime.cpu import CpuLane
+
+Run = Callable[..., list[Any]]
 
 
 def step(lane: CpuLane) -> None:
@@ -39,7 +42,7 @@ def counted(lane: CpuLane) -> list[Any]:
 
 
 @pytest.mark.ranks
-def test_calls_and_bytes(ranks):
+def test_calls_and_bytes(ranks: Run) -> None:
     right = {
         ("all_reduce_", "tp"): (2, 256),  # forward of reduce, backward of copy
         ("all_gather", "tp"): (1, 256),  # 2 ranks' 128
@@ -57,15 +60,19 @@ def test_calls_and_bytes(ranks):
         assert restored
 
 
-def test_an_error_inside_restores_the_table():
+def test_an_error_inside_restores_the_table() -> None:
     ops = gloo.table()
-    with pytest.raises(ZeroDivisionError):
+
+    def fails() -> None:
         with count_collectives(ops):
             assert ops.all_gather is not gloo.table().all_gather
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert ops == gloo.table()
 
 
-def test_every_collective_is_counted_but_the_view():
+def test_every_collective_is_counted_but_the_view() -> None:
     assert set(gloo.table().__slots__) - set(COUNTED) == {"shard"}
     assert Count() == Count(0, 0)

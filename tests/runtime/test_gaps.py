@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from nxdt_nemo.runtime import gaps
 from nxdt_nemo.runtime.cpu import CpuLane
 
+Run = Callable[..., list[Any]]
 pytestmark = pytest.mark.ranks
 
 
@@ -27,7 +31,7 @@ def reduced(lane: CpuLane, async_op: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("async_op", [False, True])
-def test_all_reduce_is_done_when_it_returns(ranks, async_op):
+def test_all_reduce_is_done_when_it_returns(ranks: Run, async_op: bool) -> None:
     assert ranks(2, reduced, async_op) == [[3.0, 3.0, 2.0, 1.5]] * 2
 
 
@@ -62,7 +66,7 @@ def coalesced(lane: CpuLane, async_ops: bool) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("async_ops", [False, True])
-def test_coalescing(ranks, async_ops):
+def test_coalescing(ranks: Run, async_ops: bool) -> None:
     assert "startCoalescing" in ranks(2, torch_says)[0], "gloo has it now: gaps.coalescing can go"
     right = [[1.0], [1.0] * 3, [0.0, 1.0]]
     assert ranks(2, coalesced, async_ops) == [[*right, [1.0]], [*right, [3.0]]]
@@ -77,6 +81,6 @@ def exchanged(lane: CpuLane, async_op: bool) -> list[list[list[float]]]:
 
 
 @pytest.mark.parametrize("async_op", [False, True])
-def test_all_to_all_list(ranks, async_op):
+def test_all_to_all_list(ranks: Run, async_op: bool) -> None:
     for me, taken in enumerate(ranks(3, exchanged, async_op)):
         assert taken == [[[10.0 * source + me] * 2] * (me + 1) for source in range(3)]

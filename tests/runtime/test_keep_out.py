@@ -8,7 +8,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch) -> str:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An installed package of its own, so that the test's process keeps its torch_xla."""
     (tmp_path / "kept_out" / "inner").mkdir(parents=True)
     (tmp_path / "kept_out" / "__init__.py").write_text("")
@@ -37,9 +39,9 @@ def package(tmp_path, monkeypatch) -> str:
 def is_there(name: str) -> list[bool]:
     """What each way of asking answers."""
 
-    def tells(ask: object, *args: str) -> bool:
+    def tells(ask: Callable[..., Any], *args: str) -> bool:
         try:
-            return ask(*args) is not None  # type: ignore[operator]
+            return ask(*args) is not None
         except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
             return False
 
@@ -54,7 +56,7 @@ def is_there(name: str) -> list[bool]:
     ]
 
 
-def test_looks_uninstalled_until_undone(package):
+def test_looks_uninstalled_until_undone(package: str) -> None:
     before = list(sys.meta_path)
     undo = keep_out(package)
     assert not any(is_there(package))
@@ -68,7 +70,7 @@ def test_looks_uninstalled_until_undone(package):
     assert package in sys.modules, "a second undo does nothing"
 
 
-def test_nested(package):
+def test_nested(package: str) -> None:
     outer, inner = keep_out(package), keep_out(package)
     outer()
     assert not any(is_there(package))
@@ -76,7 +78,7 @@ def test_nested(package):
     assert all(is_there(package))
 
 
-def test_refuses_when_loaded(package):
+def test_refuses_when_loaded(package: str) -> None:
     before = list(sys.meta_path)
     importlib.import_module(package)
     with pytest.raises(LaneError) as error:
@@ -95,12 +97,10 @@ if KEEP:
 import accelerate, transformers
 from transformers.utils import is_torch_xla_available, is_torch_neuroncore_available
 from lightning.fabric.accelerators.xla import XLAAccelerator
-import lightning.pytorch as pl
 print(sys.modules.get("torch_xla") is not None, any(name.startswith("torch_xla.") for name in sys.modules),
       accelerate.utils.is_torch_xla_available(), is_torch_xla_available(), is_torch_neuroncore_available(),
       importlib.util.find_spec("torch_xla") is not None, "PJRT_DEVICE" in os.environ, XLAAccelerator.is_available())
 if KEEP:
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     print(type(accelerate.Accelerator(cpu=True).device).__name__)
 """
 
@@ -114,14 +114,14 @@ def hugging_face(keep: bool) -> list[str]:
     return done.stdout.split()
 
 
-def test_accelerate_transformers_and_lightning_do_without_it():
+def test_accelerate_transformers_and_lightning_do_without_it() -> None:
     for name in ("accelerate", "transformers", "lightning"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     assert hugging_face(True) == ["False"] * 8 + ["device"]
 
 
 @pytest.mark.slow
-def test_without_keep_out_accelerate_loads_it():
+def test_without_keep_out_accelerate_loads_it() -> None:
     """The control of the test above: it can fail."""
     pytest.importorskip("torch_xla", reason="torch_xla is not installed")
     found = hugging_face(False)

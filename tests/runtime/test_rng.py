@@ -32,7 +32,7 @@ def stream(seed: int, *sizes: int) -> list[torch.Tensor]:
     return [torch.rand(size, generator=generator) for size in sizes]
 
 
-def test_forks_continue_their_stream_and_not_the_default(streams):
+def test_forks_continue_their_stream_and_not_the_default(streams: RngStreams) -> None:
     first, second = stream(11, 3, 3)
     outside = stream(0, 2, 2)
     assert torch.equal(torch.rand(2), outside[0])
@@ -43,7 +43,7 @@ def test_forks_continue_their_stream_and_not_the_default(streams):
         assert torch.equal(torch.rand(3), second)
 
 
-def test_nested_forks(streams):
+def test_nested_forks(streams: RngStreams) -> None:
     a, b = stream(11, 2, 2, 2), stream(22, 2, 2)
     with streams.fork("a"):
         assert torch.equal(torch.rand(2), a[0])
@@ -56,17 +56,20 @@ def test_nested_forks(streams):
     assert torch.equal(torch.rand(2), stream(0, 2)[0])
 
 
-def test_an_exception_restores(streams):
-    with pytest.raises(ZeroDivisionError):
+def test_an_exception_restores(streams: RngStreams) -> None:
+    def fails() -> None:
         with streams.fork("a"):
             torch.rand(2)
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert torch.equal(torch.rand(2), stream(0, 2)[0])
     with streams.fork("a"):
         assert torch.equal(torch.rand(2), stream(11, 2, 2)[1])
 
 
-def test_states_resume(streams):
+def test_states_resume(streams: RngStreams) -> None:
     with streams.fork("a"):
         torch.rand(5)
     saved = {name: state.clone() for name, state in streams.get_states().items()}
@@ -81,12 +84,12 @@ def test_states_resume(streams):
     assert set(later.get_states()) == {"a", "b"}
 
 
-def test_add_leaves_the_default_stream(streams):
+def test_add_leaves_the_default_stream(streams: RngStreams) -> None:
     streams.add("c", 33)
     assert torch.equal(torch.rand(2), stream(0, 2)[0])
 
 
-def test_names_and_seeds_are_unique(streams):
+def test_names_and_seeds_are_unique(streams: RngStreams) -> None:
     with pytest.raises(ValueError, match="'a' exists"):
         streams.add("a", 44)
     with pytest.raises(ValueError, match="seed 11 of random stream 'd'"):
@@ -97,7 +100,7 @@ def test_names_and_seeds_are_unique(streams):
     streams.add("d", 11)
 
 
-def test_draws_what_megatron_draws(monkeypatch):
+def test_draws_what_megatron_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upstream's tracker on the same generator, with the two CUDA calls that it makes sent to it."""
     random = pytest.importorskip("megatron.core.tensor_parallel.random", reason="megatron-core is not installed")
     monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "nxdt_nemo"
-FORBIDDEN_MODULES = ("torch.cuda", "torch_xla", "torch_neuronx")
+FORBIDDEN_NAME = re.compile(r"(torch\.cuda|torch_xla|torch_neuronx|xm)(\.\w+)*")
 # A string that is a dotted name or a backend's name, not a sentence: strings escape other linters.
 FORBIDDEN_STRING = re.compile(r"(torch\.cuda|torch_xla|torch_neuronx)(\.\w+)*|(cpu:)?gloo|nccl|xla:gloo")
 ALLOWED = {  # file: (what it may use, why)
     "testing/rank.py": ("gloo", "a rank of the pool runs without any lane, so that stock code can be tested in it"),
+    "testing/pytest_plugin.py": ("gloo", "the name of the fixture"),
+    "testing/reference.py": (r"torch\.cuda(\.random)?(\..*)?", "stock megatron-core as the reference, no lane in it"),
 }
 
 
@@ -29,7 +31,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def docstrings(tree: ast.AST) -> set[int]:
-    """Ids of the strings that stand alone as a statement."""
+    """Ids of the values that stand alone as a statement."""
     return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
 
 
@@ -67,14 +69,10 @@ def findings(source: str) -> list[tuple[int, str]]:
     found = set()
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
-        for name in named(node):
-            if name == "xm" or name.startswith(("xm.", *(f"{module}." for module in FORBIDDEN_MODULES))):
-                found.add((line, name))
-            elif name in FORBIDDEN_MODULES:
-                found.add((line, name))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
-            if FORBIDDEN_STRING.fullmatch(node.value):
-                found.add((line, node.value))
+        found |= {(line, name) for name in named(node) if FORBIDDEN_NAME.fullmatch(name)}
+        text = str(node.value) if isinstance(node, ast.Constant) and id(node) not in prose else ""
+        if FORBIDDEN_STRING.fullmatch(text):
+            found.add((line, text))
         if asks_for_lane(node):
             found.add((line, "asks for the lane"))
     return sorted(found)
@@ -86,15 +84,16 @@ def files() -> list[str]:
 
 
 @pytest.mark.parametrize("file", files())
-def test_no_device_outside_runtime(file):
+def test_no_device_outside_runtime(file: str) -> None:
     allowed, _ = ALLOWED.get(file, ("", ""))
     found = findings((PACKAGE / file).read_text())
-    assert [finding for finding in found if finding[1] != allowed] == []
+    assert [finding for finding in found if not re.fullmatch(allowed, finding[1])] == []
 
 
 @pytest.mark.parametrize("file", ALLOWED)
-def test_an_exception_is_still_needed(file):
-    assert ALLOWED[file][0] in [what for _, what in findings((PACKAGE / file).read_text())]
+def test_an_exception_is_still_needed(file: str) -> None:
+    found = findings((PACKAGE / file).read_text())
+    assert any(re.fullmatch(ALLOWED[file][0], what) for _, what in found)
 
 
 CAUGHT = [
@@ -128,15 +127,15 @@ FREE = [
 
 
 @pytest.mark.parametrize("source", CAUGHT)
-def test_the_lint_catches(source):
+def test_the_lint_catches(source: str) -> None:
     assert findings(source)
 
 
 @pytest.mark.parametrize("source", FREE)
-def test_the_lint_lets_pass(source):
+def test_the_lint_lets_pass(source: str) -> None:
     assert findings(source) == []
 
 
-def test_the_lint_sees_the_package():
+def test_the_lint_sees_the_package() -> None:
     assert len(files()) > 10
     assert any(findings(path.read_text()) for path in (PACKAGE / "runtime").glob("*.py"))

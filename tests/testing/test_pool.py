@@ -10,6 +10,8 @@ import pytest
 
 from nxdt_nemo.testing.pool import RankError, RankPool, function_name
 
+pytestmark = pytest.mark.ranks
+
 
 def rank_of() -> tuple[int, int]:
     return int(os.environ["RANK"]), os.getpid()
@@ -139,7 +141,7 @@ def test_a_result_that_cannot_be_pickled_is_an_error(gloo):
 
 
 def test_init_runs_first_and_env_reaches_the_rank():
-    with RankPool(1, init=function_name(mark), env={"EXTRA": "!", "PYTHONPATH": os.pathsep.join(sys.path)}) as pool:
+    with RankPool(1, init=function_name(mark), env={"EXTRA": "!"}) as pool:
         assert pool.run(marked) == ["yes!"]
 
 

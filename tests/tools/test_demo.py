@@ -116,23 +116,26 @@ def test_index_holds_every_document_and_ends_it_with_eos(prepared: Path, texts: 
 # --- curves -------------------------------------------------------------------------------------------
 
 
-def _write_events(folder: Path, tag: str, points: dict[int, float], wall_time: float) -> None:
+def _write_events(folder: Path, losses: dict[int, tuple[int, float]], wall_time: float) -> None:
+    """An event file as NeMo's logger writes it. losses: x -> (global_step, loss)."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     writer = EventFileWriter(str(folder), filename_suffix=f".{wall_time:.0f}")
-    for step, value in points.items():
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        writer.add_event(Event(step=step, wall_time=wall_time, summary=summary))
+    for x, (global_step, loss) in losses.items():
+        for tag, value in (("loss", loss), ("global_step", global_step)):
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.add_event(Event(step=x, wall_time=wall_time, summary=summary))
     writer.close()
 
 
 def test_scalars_of_a_resumed_run_continue_the_first(tmp_path: Path) -> None:
-    _write_events(tmp_path / "z", "loss", {0: 4.0, 1: 3.0, 2: 9.0}, wall_time=100)
-    _write_events(tmp_path / "a", "loss", {2: 2.0, 3: 1.0}, wall_time=200)  # read first, but written later
+    _write_events(tmp_path / "z", {0: (0, 4.0), 1: (1, 3.0), 2: (2, 9.0)}, wall_time=100)
+    # Read first, but written later; and resumed after two steps, x falls one behind.
+    _write_events(tmp_path / "a", {1: (2, 2.0), 2: (3, 1.0)}, wall_time=200)
     assert len(event_files(tmp_path)) == 2
-    assert read_scalars(event_files(tmp_path)) == {"loss": [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]}
+    assert read_scalars(event_files(tmp_path))["loss"] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
 
 
 def _plain(lines: list[str]) -> list[str]:
@@ -233,6 +236,12 @@ def test_a_child_over_its_limit_is_ended_with_its_own_children(tmp_path: Path) -
     pytest.fail("the grandchild outlived run_child")
 
 
+def test_a_child_is_killed_as_soon_as_the_caller_has_seen_enough(tmp_path: Path) -> None:
+    code = "import time; print('ready', flush=True); time.sleep(600)"
+    seen = lambda: "ready" in (tmp_path / "log").read_text()  # noqa: E731
+    assert run_child("training", [sys.executable, "-c", code], tmp_path / "log", tick=seen, every=0.1) < 60
+
+
 def test_children_cannot_reach_a_model_hub() -> None:
     assert child_environment()["HF_HUB_OFFLINE"] == "1"
     assert child_environment()["OMP_NUM_THREADS"] == "1"
@@ -258,6 +267,14 @@ def test_odd_paths_reach_nemo_as_they_are(tmp_path: Path) -> None:
     assert values["model.data.data_prefix"] == [str(folder / "data" / "corpus_text_document")]
 
 
+def test_repeated_steps_are_compared(tmp_path: Path) -> None:
+    first = demo.Run(tmp_path, {"reduced_train_loss": [(1, 5.0), (2, 4.0), (3, 3.0)]})
+    second = demo.Run(tmp_path, {"reduced_train_loss": [(2, 4.0), (3, 3.5), (4, 2.0)]})
+    assert demo.repeated(first, second) == (
+        "killed at step 3, resumed at 2; largest difference of a repeated loss: 5.0e-01"
+    )
+
+
 def test_the_newest_last_checkpoint_is_found_by_its_step(tmp_path: Path) -> None:
     plan = demo.make_plan(tmp_path, 120)
     for name in ("m-step=80-last", "m-step=120-last", "m-step=121-last.incomplete", "m-step=9-last"):
@@ -274,7 +291,7 @@ def test_a_failed_training_ends_the_demo_with_its_log(
     assert demo.main(["--folder", str(tmp_path)]) == 1
     output = capsys.readouterr().out
     assert "RuntimeError: no such [lane]" in output
-    assert "train-0-80.log" in output.replace("\n", "")
+    assert "train-from-0.log" in output.replace("\n", "")
 
 
 @pytest.mark.slow
@@ -291,5 +308,6 @@ def test_demo_trains_resumes_and_talks(tmp_path: Path) -> None:
     assert len(validation) == 6
     assert validation[-1] < validation[0] - 0.3
     page = (tmp_path / "results" / "demo.md").read_text()
+    assert "largest difference of a repeated loss: 0.0e+00" in page
     assert all(prompt in page for prompt in demo.PROMPTS)
     assert (tmp_path / "results" / "demo_loss.png").stat().st_size < 60_000

@@ -13,6 +13,7 @@ __all__ = ["Curve", "event_files", "read_scalars", "save_picture", "terminal_plo
 
 Curve = list[tuple[int, float]]  # (step, value), steps rising
 
+_STEP = "global_step"
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # [row][column] of a braille cell
 
@@ -25,8 +26,9 @@ def event_files(folder: Path) -> list[Path]:
 def read_scalars(files: Iterable[Path]) -> dict[str, Curve]:
     """Every scalar of these event files: tag -> curve. Of a step logged twice, the later one counts.
 
-    Steps count from 1: a loss at step 1 is that of the first batch. (Lightning numbers the steps from 0
-    for what it logs after a batch; `global_step` would be one more tag to join.)
+    Steps count from 1: a loss at step 1 is that of the first batch. A file's own x axis is Lightning's count
+    of batches, which falls one behind on every resume from a checkpoint that was saved at a validation;
+    NeMo's `global_step`, logged beside each loss, does not. Points without one (hp_metric) are left out.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -34,12 +36,15 @@ def read_scalars(files: Iterable[Path]) -> dict[str, Curve]:
     for path in files:
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: keep all
         events.Reload()
-        for tag in events.Tags()["scalars"]:
+        tags = events.Tags()["scalars"]
+        steps = {event.step: round(event.value) + 1 for event in events.Scalars(_STEP)} if _STEP in tags else {}
+        for tag in tags:
             points = seen.setdefault(tag, {})
             for event in events.Scalars(tag):
-                if event.step not in points or points[event.step][0] <= event.wall_time:
-                    points[event.step] = (event.wall_time, event.value)
-    return {tag: [(step + 1, points[step][1]) for step in sorted(points)] for tag, points in seen.items()}
+                step = steps.get(event.step)
+                if step is not None and (step not in points or points[step][0] <= event.wall_time):
+                    points[step] = (event.wall_time, event.value)
+    return {tag: [(step, points[step][1]) for step in sorted(points)] for tag, points in seen.items()}
 
 
 def _dense(curve: Curve, columns: int, first: int, last: int) -> list[float | None]:

@@ -46,12 +46,13 @@ def run_child(
     command: Sequence[str | Path],
     log: Path,
     *,
-    tick: Callable[[], None] = lambda: None,
-    every: float = 1.0,
+    tick: Callable[[], bool] = lambda: False,
+    every: float = 0.5,
     limit: float = 900.0,
 ) -> float:
     """Run `command`, output appended to `log`, calling `tick` every `every` seconds; returns its seconds.
 
+    tick   returns True to have the child killed (SIGKILL, as a lost machine would) and run_child return
     Raises ChildError if it exits with another status than 0 or takes longer than `limit` seconds.
     Whatever ends this function, Ctrl-C too, also ends the child and its own children.
     """
@@ -69,7 +70,8 @@ def run_child(
         while True:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=every)
-            tick()
+            if tick():
+                return time.monotonic() - start
             if child.returncode is not None:
                 break
             if time.monotonic() - start > limit:

@@ -39,7 +39,7 @@ def _raise_flag_if_not_finite(noop_flag: torch.Tensor, tensors: Tensors) -> None
 
 def _scale_into(sources: Tensors, destinations: Tensors, scale: Any) -> None:
     """destination = source * scale, computed in float32; in place where both are the same tensors."""
-    if all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(sources, destinations, strict=True)):
+    if all(a is b for a, b in zip(sources, destinations, strict=True)):
         torch._foreach_mul_(list(destinations), scale)
     elif isinstance(scale, (int, float)) and scale == 1.0:
         torch._foreach_copy_(list(destinations), list(sources))

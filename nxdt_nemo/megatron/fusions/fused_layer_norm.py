@@ -23,7 +23,7 @@ class Norm(nn.Module):
       x        [S, B, H]; [S/t, B, H] with sequence parallelism; float32 or bfloat16
       weight   [H]  params_dtype; stored minus one if layernorm_zero_centered_gamma
       bias     [H]  LayerNorm only
-      returns  as x
+      returns  as x; the autocast dtype under autocast
     With sequence parallelism each rank sees S/t rows, so the parameters are marked `sequence_parallel` and
     their gradients are summed over the tensor-parallel ranks by whoever finalizes gradients.
     Raises ValueError for a normalization other than LayerNorm and RMSNorm.
@@ -63,5 +63,10 @@ class Norm(nn.Module):
         """See the class."""
         weight = self.weight + 1 if self.zero_centered_gamma else self.weight
         if self.normalization == "LayerNorm":
-            return F.layer_norm(x, self.hidden_size, weight, self.bias, self.eps)
-        return F.rms_norm(x, self.hidden_size, weight, self.eps)
+            y = F.layer_norm(x, self.hidden_size, weight, self.bias, self.eps)
+        else:
+            y = F.rms_norm(x, self.hidden_size, weight, self.eps)
+        # Autocast computes norms in float32 and leaves them so; Apex's kernel gave back the autocast dtype,
+        # and the sequence-parallel collectives of the next linear layer want one dtype.
+        kind = x.device.type
+        return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y

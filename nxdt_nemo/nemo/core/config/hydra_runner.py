@@ -6,15 +6,15 @@ Room nemo/. Wraps nemo.core.config.hydra_runner.hydra_runner. Proof: tests/nemo/
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nxdt_nemo import console
 
 __all__ = ["hydra_runner", "prepare"]
-
-NEURON_ACCELERATORS = ("neuron", "gpu", "cuda", "auto", "tpu")
 
 
 def hydra_runner(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def hydra_runner(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Cal
     def decorator(task: Callable[[Any], Any]) -> Any:
         @functools.wraps(task)
         def prepared(cfg: Any) -> Any:
-            prepare(cfg)
+            prepare(cfg, Path(inspect.getfile(inspect.unwrap(task))))
             return task(cfg)
 
         return decorate(prepared)
@@ -35,22 +35,22 @@ def hydra_runner(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Cal
     return decorator
 
 
-def prepare(cfg: Any) -> None:
+def prepare(cfg: Any, script: Path | None = None) -> None:
     """Check a whole NeMo configuration and apply what this backend changes in it; report once, on rank 0.
 
-    Nothing happens for a configuration that asks for another accelerator. Raises ConfigError, the first
-    of the mistakes found.
+    script  where the task is written: the keys that it reads itself are known keys
+    Nothing happens for a configuration that asks for another accelerator. Raises ConfigError, the last of
+    the mistakes found; the others are printed.
     """
-    from nxdt_nemo.config import sanitise, world_size
+    from nxdt_nemo.config import names_in, sanitise, world_size
 
-    accelerator = (cfg.get("trainer") or {}).get("accelerator", "auto")
-    if accelerator not in NEURON_ACCELERATORS or cfg.get("model") is None:
+    if cfg.get("trainer") is None or cfg.get("model") is None:
         return
-    report = sanitise(cfg, world_size=world_size(cfg, os.environ))
-    for error in report.errors[1:]:
+    also = names_in(script) if script is not None else frozenset()
+    report = sanitise(cfg, world_size=world_size(cfg, os.environ), also=also)
+    *first, last = report.errors or [None]
+    for error in first:
         console.notice(str(error))
-    if report.errors:
-        raise report.errors[0]
-    text = report.render()
-    if text:
-        console.once(text, key="config-report")
+    if last is not None:
+        raise last
+    report.show()

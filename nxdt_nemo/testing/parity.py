@@ -1,0 +1,165 @@
+"""Rows of a parity table: run the reference and our side, and say how far apart they are.
+
+Room testing/. The parent needs torch only to hold tensors. Used by tests/megatron/test_parity.py and tools/parity.py.
+Proof: tests/testing/test_parity_rows.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nxdt_nemo.testing import ours
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Fault
+from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.recipe import Layout, Recipe
+from nxdt_nemo.testing.reference import STOCK_ENV, Trained
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Errors", "Parity", "Row", "errors", "relative"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The worst of each kind; every number is relative.
+
+    loss, norm  of any step: |a - b| / |b|
+    grad        of any parameter's step-1 gradient: max |a - b| / max |b|, and whose it is
+    copies      between two ranks' copies of one gradient
+    """
+
+    loss: float
+    norm: float
+    grad: float
+    copies: float
+    where: str
+
+    @property
+    def worst(self) -> float:
+        """The one that the tolerance is held against."""
+        return max(self.loss, self.norm, self.grad, self.copies)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what was compared with what, and whether it should agree."""
+
+    family: str
+    left: str
+    right: str
+    tolerance: float
+    errors: Errors
+    must_fail: bool = False
+
+    @property
+    def within(self) -> bool:
+        """True when every error is within the tolerance."""
+        return self.errors.worst <= self.tolerance
+
+    @property
+    def good(self) -> bool:
+        """True when the row is as it must be: a negative control has to be outside."""
+        return self.within != self.must_fail
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.must_fail:
+            return "green, and must not be" if self.within else "red, as it must"
+        return "green" if self.within else "RED"
+
+
+def relative(left: list[float], right: list[float]) -> float:
+    """The worst |a - b| / |b|; infinite when the lengths differ or a number is not finite."""
+    if len(left) != len(right) or not left or not all(math.isfinite(x) for x in [*left, *right]):
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
+
+
+def errors(left: Trained, right: Trained, copies: float = 0.0) -> Errors:
+    """Left against right. A gradient that one side lacks is an infinite error."""
+    found = _gradient_errors(left.grads, right.grads)
+    where = max(found, key=lambda name: found[name])
+    return Errors(
+        relative(left.losses, right.losses), relative(left.grad_norms, right.grad_norms), found[where], copies, where
+    )
+
+
+def _gradient_errors(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    found = dict.fromkeys(left.keys() ^ right.keys(), math.inf)
+    for name in left.keys() & right.keys():
+        a, b = left[name].double(), right[name].double()
+        error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.shape == b.shape else math.inf
+        found[name] = error if math.isfinite(error) else math.inf
+    return found
+
+
+@dataclass
+class Parity:
+    """Runs each side once for each recipe and layout, on pools that are kept. Close it, or use `with`."""
+
+    timeout: float = 300.0
+    _pools: dict[tuple[str, int], RankPool] = field(default_factory=dict, repr=False)
+    _weights: dict[Recipe, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _stock: dict[Recipe, Trained] = field(default_factory=dict, repr=False)
+    _ours: dict[tuple[Recipe, Layout, Fault], tuple[Trained, float]] = field(default_factory=dict, repr=False)
+
+    def __enter__(self) -> Parity:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all ranks."""
+        while self._pools:
+            self._pools.popitem()[1].close()
+
+    def weights(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """The undivided model's initial weights."""
+        if recipe not in self._weights:
+            [self._weights[recipe]] = self._stock_pool().run("nxdt_nemo.testing.reference:initial_weights", recipe)
+        return self._weights[recipe]
+
+    def stock(self, recipe: Recipe) -> Trained:
+        """Upstream on one rank."""
+        if recipe not in self._stock:
+            function, weights = "nxdt_nemo.testing.reference:train", self.weights(recipe)
+            [self._stock[recipe]] = self._stock_pool().run(function, recipe, weights)
+        return self._stock[recipe]
+
+    def ours(self, recipe: Recipe, layout: Layout, fault: Fault = "") -> tuple[Trained, float]:
+        """The backend in a layout, and how far copies of gradients differ between its ranks."""
+        key = (recipe, layout, fault)
+        if key not in self._ours:
+            pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
+            parts = pool.run("nxdt_nemo.testing.ours:train", recipe, self.weights(recipe), layout, fault)
+            self._ours[key] = ours.assemble(parts, layout)
+        return self._ours[key]
+
+    def against_stock(self, recipe: Recipe, tolerance: float) -> Row:
+        """Ours on one rank, against upstream."""
+        mine, copies = self.ours(recipe, Layout())
+        return Row(
+            recipe.family, "ours, one rank", "megatron-core", tolerance, errors(mine, self.stock(recipe), copies)
+        )
+
+    def against_one_rank(self, recipe: Recipe, layout: Layout, tolerance: float, fault: Fault = "") -> Row:
+        """Ours in a layout, against ours on one rank; with a fault the row must fail."""
+        mine, copies = self.ours(recipe, layout, fault)
+        one, _ = self.ours(recipe, Layout())
+        left = f"{layout}, {fault}" if fault else str(layout)
+        return Row(recipe.family, left, "ours, one rank", tolerance, errors(mine, one, copies), bool(fault))
+
+    def _stock_pool(self) -> RankPool:
+        return self._pool("stock", 1, None, STOCK_ENV)
+
+    def _pool(self, side: str, world: int, init: str | None, env: Mapping[str, str]) -> RankPool:
+        key = (side, world)
+        if key not in self._pools:
+            self._pools[key] = RankPool(world, env=env, init=init, timeout=self.timeout)
+        return self._pools[key]

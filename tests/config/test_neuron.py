@@ -1,0 +1,68 @@
+"""The section `neuron:`."""
+
+from __future__ import annotations
+
+import pydantic
+import pytest
+from omegaconf import OmegaConf
+
+from nxdt_nemo.config import neuron_section
+from nxdt_nemo.errors import ConfigError
+
+
+def section(**keys):
+    return neuron_section(OmegaConf.create({"neuron": keys, "trainer": {}}), place="a.yaml")
+
+
+@pytest.mark.parametrize("cfg", [{}, {"neuron": None}, {"neuron": {}}, {"neuron": {"runtime": None}}])
+def test_defaults(cfg):
+    found = neuron_section(OmegaConf.create(cfg))
+    assert (found.runtime, found.instance, found.strict_keys, found.devices()) == (None, None, False, ())
+
+
+def test_values():
+    found = section(runtime="xla", instance="trn2.48xlarge", strict_keys=True)
+    assert (found.runtime, found.instance, found.strict_keys) == ("xla", "trn2.48xlarge", True)
+    assert found.devices() == (64, 128)
+
+
+def test_interpolations_are_resolved():
+    cfg = OmegaConf.create({"kind": "trn1.2xlarge", "neuron": {"instance": "${kind}"}})
+    assert neuron_section(cfg).devices() == (2,)
+
+
+def test_it_is_frozen():
+    with pytest.raises(pydantic.ValidationError):
+        section().runtime = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"runtme": "cpu"}, "unknown key neuron.runtme; did you mean runtime?"),
+        (
+            {"zzz": 1},
+            "unknown key neuron.zzz; write its keys: neuron.runtime, neuron.instance or neuron.strict_keys",
+        ),
+        ({"runtime": "gpu"}, "neuron.runtime=gpu is not a lane; use auto, cpu, xla or neuron"),
+        ({"strict_keys": "maybe"}, "neuron.strict_keys=maybe is wrong (input should be a valid boolean)"),
+        (
+            {"instance": "trn1.32xlarg"},
+            "neuron.instance=trn1.32xlarg is not a known instance; did you mean trn1.32xlarge?",
+        ),
+        (
+            {"instance": "p5"},
+            "neuron.instance=p5 is not a known instance; "
+            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge or trn2.48xlarge",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(keys, line):
+    with pytest.raises(ConfigError) as caught:
+        section(**keys)
+    assert str(caught.value) == f"a.yaml: {line}"
+
+
+def test_a_word_is_not_a_section():
+    with pytest.raises(ConfigError, match="neuron=cpu is not a section"):
+        neuron_section(OmegaConf.create({"neuron": "cpu"}))

@@ -1,0 +1,107 @@
+"""The parity tables: stock megatron-core against us, our layouts against one rank, and mistakes that must show.
+
+    python tools/parity.py                                  # everything; writes docs/results/parity.md
+    python tools/parity.py --model gpt --layouts tp2sp,pp2  # some of it; prints only
+
+A row compares the loss and the grad norm of every step and each parameter's gradient of step 1; its error is the worst
+of them. Exit code 1 when a row is not as it must be. Uses nxdt_nemo.testing and the cpu lane only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nxdt_nemo.testing.parity import Parity, Row
+from nxdt_nemo.testing.recipe import FAMILIES, Family, Recipe, layout
+
+UPSTREAM = 1e-6
+ONE_RANK = {"gpt": 1e-6, "llama": 1e-5}
+LAYOUTS = "tp2,tp2sp,pp2,tp2pp2,tp2sppp2,dp2"
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "parity.md"
+COLUMNS = ("model", "run", "against", "loss", "grad norm", "gradient", "of parameter", "copies", "tolerance", "verdict")
+
+
+def rows(parity: Parity, family: Family, layouts: list[str], steps: int) -> Iterator[Row]:
+    """Upstream first, then the layouts, then the negative controls."""
+    recipe, tolerance = Recipe.of(family, steps=steps), ONE_RANK[family]
+    yield parity.against_stock(recipe, UPSTREAM)
+    for name in layouts:
+        yield parity.against_one_rank(recipe, layout(name), tolerance)
+    yield parity.against_one_rank(recipe, layout("tp2sp"), tolerance, "norm gradients not reduced")
+    yield parity.against_one_rank(recipe, layout("tp2"), tolerance, "one gradient x 1.01")
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, in the order of COLUMNS."""
+    found = row.errors
+    numbers = [f"{number:.1e}" for number in (found.loss, found.norm, found.grad)]
+    ends = [f"{found.copies:.1e}", f"{row.tolerance:.0e}", row.verdict]
+    return [row.family, row.left, row.right, *numbers, found.where, *ends]
+
+
+def markdown(found: list[Row], command: str, steps: int) -> str:
+    """The file in docs/results."""
+    packages = ("torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    lines = [" | ".join(cells(row)) for row in found]
+    return f"""# Parity
+
+`{command}`, {datetime.now(UTC):%Y-%m-%d}, cpu lane, one thread a rank, {platform.machine()}.
+Python {platform.python_version()}, {versions}.
+
+{steps} steps in float32 of a 4-layer model, hidden size 64, 4 micro-batches of 2 x 32 tokens a step, learning rate
+2e-3 with 2 warm-up steps and cosine decay, dropout 0, clipping at 1.0, the same weights and batches on both sides.
+Every error is relative: the worst step's loss and grad norm, and max |difference| / largest element over each
+parameter's gradient of step 1 (before clipping, put together from all ranks); "copies" is the largest difference
+between two ranks' copies of a gradient. A row is green when all four are within the tolerance.
+
+| {" | ".join(COLUMNS)} |
+|{"---|" * len(COLUMNS)}
+{chr(10).join(f"| {line} |" for line in lines)}
+
+"megatron-core" is the stock package on one rank, with three functions of torch.cuda stubbed, trained by torch's own
+autograd loop and AdamW; its grad norm is summed in float64. Rows with a mistake are negative controls: the error was
+put in on purpose, and a table that stayed green would prove nothing.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=FAMILIES, action="append", help="default: both")
+    parser.add_argument("--layouts", default=LAYOUTS, help=f"default: {LAYOUTS}")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name} for a partial run too")
+    args = parser.parse_args()
+    names = args.layouts.split(",")
+    for name in names:
+        try:
+            layout(name)
+        except ValueError as error:
+            parser.error(str(error))
+    console, found = Console(), []
+    with Parity() as parity, console.status("starting ranks") as status:
+        for family in args.model or FAMILIES:
+            for row in rows(parity, family, names, args.steps):
+                found.append(row)
+                status.update(f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}")
+    table = Table(*COLUMNS, title=f"parity, {args.steps} steps, relative errors")
+    for row in found:
+        table.add_row(*cells(row), style="" if row.good else "bold red")
+    console.print(table)
+    if len(sys.argv) == 1 or args.write:
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(markdown(found, " ".join(["python tools/parity.py", *sys.argv[1:]]), args.steps))
+    return 0 if all(row.good for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
