@@ -22,6 +22,7 @@ from nxdt_nemo.patching.patcher import Patcher
 from nxdt_nemo.patching.records import load
 from nxdt_nemo.patching.view import Views, load_object
 from nxdt_nemo.runtime import select
+from nxdt_nemo.runtime.select import forget
 
 __all__ = ["activate", "builtins_for_main", "deactivate", "is_active", "views"]
 
@@ -93,7 +94,11 @@ def activate(runtime: str | None = None) -> None:
             undo.append(load_object(registrations[module.__name__])(module, seen))
 
     wanted = targets | registrations.keys()
-    finder = UpstreamFinder(seen, wanted.__contains__, after, patcher.stub_for)
+
+    def is_wanted(name: str) -> bool:
+        return name in wanted or patcher.stub_for(name) is not None
+
+    finder = UpstreamFinder(seen, is_wanted, after, patcher.stub_for)
     if runtime is not None:
         undo.append(_set_environment(RUNTIME, runtime))
     undo.append(_set_environment(VARIABLE, "1"))
@@ -114,6 +119,7 @@ def deactivate() -> None:
     state, _active = _active, None
     state.patcher.undo()
     state.views.disable()
+    forget()
     for step in reversed(state.undo):
         step()
 

@@ -186,7 +186,8 @@ def repeated(first: Run, second: Run) -> str:
     once, again = dict(first.losses), dict(second.losses)
     both = sorted(once.keys() & again.keys())
     worst = max(abs(once[step] - again[step]) for step in both)
-    return f"killed at step {both[-1]}, resumed at {both[0]}; largest difference of a repeated loss: {worst:.1e}"
+    verdict = "equal to the bit" if worst == 0 else f"NOT equal, by up to {worst:.1e}"
+    return f"killed at step {both[-1]}, resumed at {both[0]}; repeated losses {verdict}"
 
 
 def last_checkpoint(plan: Plan) -> Path:
@@ -223,7 +224,7 @@ def generate(plan: Plan, stages: Stages) -> list[dict[str, str]]:
 def lane(log: Path) -> str:
     """The lane as the backend announced it at start-up, with its reason."""
     match = re.search(r"\blane \w+.*", log.read_text(errors="replace"))
-    return match[0].strip() if match else "not announced"
+    return match[0].removeprefix("lane ").strip() if match else "not announced"
 
 
 def summary(plan: Plan, counts: dict[str, int], first: Run, second: Run, seconds: float) -> Rows:

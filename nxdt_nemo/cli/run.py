@@ -60,14 +60,16 @@ class Job:
         if not sys.flags.safe_path:
             sys.path[0] = os.getcwd() if self.module else os.path.dirname(os.path.realpath(self.target))
         os.environ["NXDT_NEMO"] = "1"  # for the children that the script, Lightning or a spawn worker starts
-        _activate(main)
+        code = None
         if self.module:
+            _activate(main)  # finding the module imports the packages above it
             code = _prepare_module(main, self.target)
             sys.argv[0] = str(main.__file__)
+            _precheck(Path(str(main.__file__)), self.arguments)
         else:
-            code = None
             _prepare_script(main, self.target)
-        _precheck(Path(str(main.__file__)), self.arguments)
+            _precheck(Path(str(main.__file__)), self.arguments)
+            _activate(main)
         _execute(main, code)
 
 
@@ -96,11 +98,19 @@ def _activate(main: ModuleType) -> None:
 
 
 def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
-    """What can be checked before ranks and models exist: all findings, then exit code 2."""
+    """What can be checked before ranks and models exist: all findings, then exit code 2.
+
+    The lane that the configuration names is handed on in the environment, to children too.
+    """
     from nxdt_nemo.config import precheck
+    from nxdt_nemo.runtime.select import VARIABLE
 
     report = precheck(script, list(arguments), os.environ)
-    if report is None or not report.errors:
+    if report is None:
+        return
+    if report.neuron is not None and report.neuron.runtime is not None:
+        os.environ[VARIABLE] = report.neuron.runtime
+    if not report.errors:
         return
     *first, last = report.errors
     for error in first:

@@ -23,6 +23,18 @@ __all__ = ["NeuronAccelerator", "register"]
 class NeuronAccelerator(Accelerator):
     """The devices of the runtime's lane, as Lightning asks for them."""
 
+    def setup(self, trainer: Any) -> None:
+        """Bind the precision plugin's autocast to the runtime's device, whatever strategy runs.
+
+        MegatronTrainerBuilder and Lightning write "cuda" into it, and torch turns such an autocast off.
+        Raises ConfigError for training in fp16.
+        """
+        plugin = trainer.precision_plugin
+        if str(getattr(plugin, "precision", "")).startswith("16") and trainer.training:
+            raise ConfigError("fp16 does not train on this backend", place="trainer.precision", fix="use bf16-mixed")
+        if getattr(plugin, "device", None) == "cuda":
+            plugin.device = current().device().type
+
     def setup_device(self, device: torch.device) -> None:
         """Nothing: a lane's device is set up when its ranks come up."""
 

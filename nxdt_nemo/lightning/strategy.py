@@ -12,8 +12,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.plugins.precision import Precision
-
 from nxdt_nemo.lightning.launcher import EarlyScriptLauncher
 from nxdt_nemo.lightning.rng import RngSnapshot
 from nxdt_nemo.runtime import current
@@ -51,18 +49,6 @@ class NeuronStrategyMixin:
 
     def _get_process_group_backend(self) -> str:
         return current().backend
-
-    @property
-    def precision_plugin(self) -> Precision:
-        """The precision plugin, its autocast bound to the runtime's device."""
-        return super().precision_plugin  # type: ignore[misc, no-any-return]
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        # MegatronTrainerBuilder writes device="cuda" into it; torch would turn such an autocast off.
-        if getattr(plugin, "device", None) == "cuda":
-            plugin.device = current().device().type  # type: ignore[union-attr]
-        self._precision_plugin = plugin
 
     # --- random states -------------------------------------------------------------------------------
 

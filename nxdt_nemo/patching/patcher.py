@@ -30,7 +30,8 @@ from nxdt_nemo.patching.stubs import StubModule, stub_symbol
 __all__ = ["SCOPE", "Applied", "Patcher", "load_object"]
 
 # Only these may hold upstream's objects under our control; other libraries' globals are never written.
-SCOPE = frozenset({"megatron", "nemo", "lightning", "pytorch_lightning", "__main__", "__mp_main__"})
+# Where an upstream that has records may hold a by-value binding of a target; other libraries are never touched.
+SCOPE = frozenset({"hydra", "lightning", "megatron", "nemo", "pytorch_lightning", "__main__", "__mp_main__"})
 
 _ABSENT: Any = object()
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))  # identity says nothing

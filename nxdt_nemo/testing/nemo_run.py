@@ -88,8 +88,8 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
         def on_train_batch_start(self, *_: Any) -> None:
             report.batches.append([])
 
-        def read(self, _: Any, args: Any, named: dict[str, Any]) -> None:
-            if named.get("input_ids") is not None and named.get("labels") is not None:
+        def read(self, gpt: Any, args: Any, named: dict[str, Any]) -> None:
+            if gpt.training and named.get("input_ids") is not None and named.get("labels") is not None:
                 report.batches[-1].append(Batch(named["input_ids"].numpy().copy(), named["labels"].numpy().copy()))
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -137,7 +137,7 @@ def settings(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Any]:
             "max_epochs": -1,
             "max_steps": recipe.steps,
             "log_every_n_steps": 1,
-            "val_check_interval": 10 * recipe.steps,
+            "val_check_interval": recipe.steps,
             "limit_val_batches": 1,
             "limit_test_batches": 1,
             "num_sanity_val_steps": 0,

@@ -48,3 +48,21 @@ def test_the_function_keeps_the_input_dtype() -> None:
         assert FusedLayerNormAffineFunction.apply(x, weight, bias, (16,), 1e-5).dtype == torch.bfloat16
         wide = FusedLayerNormAffineFunction.apply(x.float(), weight, bias, (16,), 1e-5)
     assert wide.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_the_arithmetic_runs_without_autocast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cpu autocast leaves these ops alone, elsewhere it would widen them: look at the switch, not the result."""
+    seen = []
+    real = getattr(torch.nn.functional, name)
+
+    def spy(*args: object) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        result: torch.Tensor = real(*args)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, name, spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (FusedLayerNorm if name == "layer_norm" else FusedRMSNorm)(8)(torch.randn(2, 8))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]

@@ -270,9 +270,8 @@ def test_odd_paths_reach_nemo_as_they_are(tmp_path: Path) -> None:
 def test_repeated_steps_are_compared(tmp_path: Path) -> None:
     first = demo.Run(tmp_path, {"reduced_train_loss": [(1, 5.0), (2, 4.0), (3, 3.0)]})
     second = demo.Run(tmp_path, {"reduced_train_loss": [(2, 4.0), (3, 3.5), (4, 2.0)]})
-    assert demo.repeated(first, second) == (
-        "killed at step 3, resumed at 2; largest difference of a repeated loss: 5.0e-01"
-    )
+    assert demo.repeated(first, second) == "killed at step 3, resumed at 2; repeated losses NOT equal, by up to 5.0e-01"
+    assert demo.repeated(first, first) == "killed at step 3, resumed at 1; repeated losses equal to the bit"
 
 
 def test_the_newest_last_checkpoint_is_found_by_its_step(tmp_path: Path) -> None:
@@ -308,6 +307,6 @@ def test_demo_trains_resumes_and_talks(tmp_path: Path) -> None:
     assert len(validation) == 6
     assert validation[-1] < validation[0] - 0.3
     page = (tmp_path / "results" / "demo.md").read_text()
-    assert "largest difference of a repeated loss: 0.0e+00" in page
+    assert "repeated losses equal to the bit" in page
     assert all(prompt in page for prompt in demo.PROMPTS)
     assert (tmp_path / "results" / "demo_loss.png").stat().st_size < 60_000

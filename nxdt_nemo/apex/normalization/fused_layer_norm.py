@@ -42,7 +42,7 @@ def _as_size(shape: int | Shape) -> torch.Size:
 
 def layer_norm(x: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm in x's dtype; float32 arithmetic where the weights have another dtype. Autocast has no say."""
-    if True:
+    with without_autocast(x):
         if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
             return functional.layer_norm(x, shape, weight, bias, eps)
         w, b = (None if t is None else t.float() for t in (weight, bias))
@@ -51,7 +51,7 @@ def layer_norm(x: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | No
 
 def rms_norm(x: Tensor, shape: Shape, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight in x's dtype; float32 arithmetic as in layer_norm."""
-    if True:
+    with without_autocast(x):
         if weight is None or weight.dtype == x.dtype:
             return functional.rms_norm(x, list(shape), weight, eps)
         return functional.rms_norm(x.float(), list(shape), weight.float(), eps).to(x.dtype)
