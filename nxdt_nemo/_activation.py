@@ -38,6 +38,8 @@ class _Active:
 
 
 _active: _Active | None = None
+# One for the process: modules that were imported under it keep its `__import__` when the backend is taken out.
+_views: Views | None = None
 
 
 def is_active() -> bool:
@@ -53,9 +55,12 @@ def views() -> Views:
 
 
 def _refuse_if_late() -> None:
+    """Upstream modules that saw the real torch cannot be helped; those of an earlier activation can."""
     for name in ("nemo", "megatron.core"):
         module = sys.modules.get(name)
-        if module is not None and getattr(module, "__file__", None):
+        if module is None or not getattr(module, "__file__", None):
+            continue
+        if _views is None or not _views.serves(module):
             raise UserError(
                 f"{name} was imported before the backend was activated",
                 place="nxdt_nemo.activate()",
@@ -71,7 +76,7 @@ def _lane_name() -> str:
 
 def activate(runtime: str | None = None) -> None:
     """See nxdt_nemo.activate."""
-    global _active
+    global _active, _views
     if _active is not None:
         return
     _refuse_if_late()
@@ -81,7 +86,7 @@ def activate(runtime: str | None = None) -> None:
     records = folder("patches")
     with (records / "views.toml").open("rb") as file:
         table = tomllib.load(file)
-    seen = Views(table)
+    seen = _views = _views or Views(table)
     patcher = Patcher(load(records), _lane_name)
     registrations = {entry["module"]: entry["call"] for entry in table["on_import"]}
     targets = patcher.modules()
@@ -99,16 +104,20 @@ def activate(runtime: str | None = None) -> None:
         return name in wanted or patcher.stub_for(name) is not None
 
     finder = UpstreamFinder(seen, is_wanted, after, patcher.stub_for)
-    if runtime is not None:
-        undo.append(_set_environment(RUNTIME, runtime))
-    undo.append(_set_environment(VARIABLE, "1"))
-    undo.append(lane.enter_process())
-    sys.meta_path.insert(0, finder)
-    undo.append(lambda: sys.meta_path.remove(finder))
-    undo.append(_view_for_main(seen))
     _active = _Active(finder, patcher, seen, undo)
-    for name in sorted(wanted & set(sys.modules)):
-        after(sys.modules[name])
+    try:
+        seen.enable()
+        if runtime is not None:
+            undo.append(_set_environment(RUNTIME, runtime))
+        undo.append(_set_environment(VARIABLE, "1"))
+        undo.append(lane.enter_process())
+        undo.append(_put_first(finder))
+        undo.append(_view_for_main(seen))
+        for name in sorted(wanted & set(sys.modules)):
+            after(sys.modules[name])
+    except BaseException:  # a lane or a patch that fails leaves nothing behind
+        deactivate()
+        raise
 
 
 def deactivate() -> None:
@@ -119,14 +128,24 @@ def deactivate() -> None:
     state, _active = _active, None
     state.patcher.undo()
     state.views.disable()
-    forget()
     for step in reversed(state.undo):
         step()
+    forget()
 
 
 def builtins_for_main() -> dict[str, Any]:
     """What `__main__` gets as `__builtins__` before a script is executed in it."""
     return views().builtins_for("main")
+
+
+def _put_first(finder: UpstreamFinder) -> Callable[[], None]:
+    sys.meta_path.insert(0, finder)
+
+    def restore() -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+    return restore
 
 
 def _set_environment(name: str, value: str) -> Callable[[], None]:
@@ -162,11 +181,12 @@ def _view_for_main(seen: Views) -> Callable[[], None]:
         asked_by = globals.get("__name__") if globals else None
         return (viewed if asked_by in seen.scopes["main"] else real)(name, globals, *rest, **named)
 
-    builtins.__import__ = __import__  # type: ignore[assignment]
+    builtins.__import__ = __import__
 
     def restore() -> None:
         main.__dict__["__builtins__"] = before
-        builtins.__import__ = real
+        if builtins.__import__ is __import__:  # else somebody's hook stands on ours, which lets all pass now
+            builtins.__import__ = real
 
     return restore
 

@@ -1,14 +1,15 @@
 """Imported by the one-line .pth file when NXDT_NEMO is set: arms the backend before the script starts.
 
 A mistake of the user's must not end every Python process of the environment with a traceback: it is said
-in one line, at activation and later in the script.
+in one line, at activation and later in the script. Nor may it pass: Python prints what a .pth file raises and
+goes on, without the backend. Proof: tests/test_activation.py.
 """
 
 import os
 import sys
 
 from nxdt_nemo import console
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import NxdtError
 
 if os.environ.get("NXDT_NEMO", "") not in ("", "0"):
     try:
@@ -17,7 +18,7 @@ if os.environ.get("NXDT_NEMO", "") not in ("", "0"):
 
         activate()
         install_hook()
-    except UserError as error:
+    except NxdtError as error:
         if console.is_rank_zero():
-            print(f"nxdt-nemo: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
+            print(f"nxdt-nemo: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(getattr(error, "exit_code", 1))

@@ -1,11 +1,11 @@
 """The errors a user may meet; shared by all rooms, imports nothing of ours.
 
-    NxdtError
-    +-- UserError          the user can fix it: one line, exit code 2, no traceback
-    |   +-- ConfigError    a key or value in a YAML file or an override
-    |   +-- LaneError      a runtime lane that cannot be used on this machine
-    +-- PatchError         an upstream target moved, or two records claim it: fails closed
-    +-- NotOnNeuron        upstream code asked for something that this backend does not have
+NxdtError
++-- UserError          the user can fix it: one line, exit code 2, no traceback
+|   +-- ConfigError    a key or value in a YAML file or an override
+|   +-- LaneError      a runtime lane that cannot be used on this machine
++-- PatchError         an upstream target moved, or two records claim it: fails closed
++-- NotOnNeuron        upstream code asked for something that this backend does not have
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The parity tables: stock megatron-core against us, our layouts against one rank, and mistakes that must show.
 
-    python tools/parity.py                                  # everything; writes docs/results/parity.md
+    python tools/parity.py                                  # everything, 10 minutes; writes docs/results/parity.md
     python tools/parity.py --model gpt --layouts tp2sp,pp2  # some of it; prints only
+    python tools/parity.py --level megatron                 # without NeMo, 2 minutes; prints only
 
 A row compares the loss and the grad norm of every step and each parameter's gradient of step 1; its error is the worst
 of them. Exit code 1 when a row is not as it must be. Uses nxdt_nemo.testing and the cpu lane only.
@@ -15,12 +16,13 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from nxdt_nemo.testing.parity import Parity, Row
+from nxdt_nemo.testing.parity import Errors, Parity, Row
 from nxdt_nemo.testing.recipe import FAMILIES, Family, Recipe, layout
 
 UPSTREAM = 1e-6
@@ -30,7 +32,7 @@ RESULT = Path(__file__).parents[1] / "docs" / "results" / "parity.md"
 COLUMNS = ("model", "run", "against", "loss", "grad norm", "gradient", "of parameter", "copies", "tolerance", "verdict")
 
 
-def rows(parity: Parity, family: Family, layouts: list[str], steps: int) -> Iterator[Row]:
+def megatron_rows(parity: Parity, family: Family, layouts: list[str], steps: int) -> Iterator[Row]:
     """Upstream first, then the layouts, then the negative controls."""
     recipe, tolerance = Recipe.of(family, steps=steps), ONE_RANK[family]
     yield parity.against_stock(recipe, UPSTREAM)
@@ -40,11 +42,34 @@ def rows(parity: Parity, family: Family, layouts: list[str], steps: int) -> Iter
     yield parity.against_one_rank(recipe, layout("tp2"), tolerance, "one gradient x 1.01")
 
 
+def nemo_rows(parity: Parity, family: Family, layouts: list[str], steps: int) -> Iterator[Row]:
+    """The same through all of NeMo, and in bf16 (megatron_amp_O2) against the dtype's own error."""
+    recipe, tolerance = Recipe.of(family, steps=steps), ONE_RANK[family]
+    yield parity.nemo_against_stock(recipe, UPSTREAM)
+    for name in layouts:
+        yield parity.nemo_against_one_rank(recipe, layout(name), tolerance)
+    half = Recipe.of(family, steps=steps, dtype="bfloat16")
+    limits = parity.order_noise(half).times(2)
+    for name in layouts:
+        yield parity.nemo_against_one_rank(half, layout(name), limits)
+    yield parity.nemo_against_one_rank(half, layout("dp2"), limits, model__grad_div_ar_fusion=True)
+
+
+LEVELS = {"megatron": megatron_rows, "nemo": nemo_rows}
+
+
+def limit(tolerance: float | Errors) -> str:
+    """A tolerance as text: one number, or one a kind."""
+    if isinstance(tolerance, Errors):
+        return " ".join(f"{number:.1e}" for number in tolerance.kinds[:3])
+    return f"{tolerance:.0e}"
+
+
 def cells(row: Row) -> list[str]:
     """A row as text, in the order of COLUMNS."""
     found = row.errors
     numbers = [f"{number:.1e}" for number in (found.loss, found.norm, found.grad)]
-    ends = [f"{found.copies:.1e}", f"{row.tolerance:.0e}", row.verdict]
+    ends = [f"{found.copies:.1e}", limit(row.tolerance), row.verdict]
     return [row.family, row.left, row.right, *numbers, found.where, *ends]
 
 
@@ -68,8 +93,13 @@ between two ranks' copies of a gradient. A row is green when all four are within
 |{"---|" * len(COLUMNS)}
 {chr(10).join(f"| {line} |" for line in lines)}
 
+bf16 rows have a limit for each kind (loss, grad norm, gradient): twice what changes on one rank when each product
+with a weight is added up as two halves, each rounded to bf16, which is as valid an order as the usual one.
+
 "megatron-core" is the stock package on one rank, with three functions of torch.cuda stubbed, trained by torch's own
-autograd loop and AdamW; its grad norm is summed in float64. Rows with a mistake are negative controls: the error was
+autograd loop and AdamW; its grad norm is summed in float64. "NeMo" is MegatronGPTModel under trainer.fit with data from
+.bin/.idx and fused_adam; its batches and learning rates were recorded and replayed on the stock side. Rows with a
+mistake are negative controls: the error was
 put in on purpose, and a table that stayed green would prove nothing.
 """
 
@@ -78,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=FAMILIES, action="append", help="default: both")
     parser.add_argument("--layouts", default=LAYOUTS, help=f"default: {LAYOUTS}")
+    parser.add_argument("--level", choices=LEVELS, action="append", help="default: both")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name} for a partial run too")
     args = parser.parse_args()
@@ -89,14 +120,16 @@ def main() -> int:
             parser.error(str(error))
     console, found = Console(), []
     with Parity() as parity, console.status("starting ranks") as status:
-        for family in args.model or FAMILIES:
-            for row in rows(parity, family, names, args.steps):
+        for level, family in product(args.level or LEVELS, args.model or FAMILIES):
+            for row in LEVELS[level](parity, family, names, args.steps):
                 found.append(row)
                 status.update(f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}")
-    table = Table(*COLUMNS, title=f"parity, {args.steps} steps, relative errors")
+    table = Table(title=f"parity, {args.steps} steps, relative errors")
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=name not in ("run", "against", "of parameter"))
     for row in found:
         table.add_row(*cells(row), style="" if row.good else "bold red")
-    console.print(table)
+    Console(width=max(console.width, 150)).print(table)
     if len(sys.argv) == 1 or args.write:
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(markdown(found, " ".join(["python tools/parity.py", *sys.argv[1:]]), args.steps))

@@ -53,16 +53,18 @@ class NeuronAccelerator(Accelerator):
         Raises ConfigError naming trainer.devices.
         """
         if isinstance(devices, list | tuple):
-            return [int(index) for index in devices]
+            if not devices or len(set(devices)) < len(devices) or not all(type(i) is int and i >= 0 for i in devices):
+                raise ConfigError(f"{devices!r} names no devices", place="trainer.devices", fix="give indices, as in [0,1]")
+            return list(devices)
         text = str(devices).strip()
         if text in ("-1", "auto"):
             return current().device_count()
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not parts or not all(part.isdigit() for part in parts):
             raise ConfigError(f"{devices!r} names no devices", place="trainer.devices", fix="give a number, as in 2")
-        if len(parts) > 1 or text.endswith(","):
-            return [int(part) for part in parts]
-        return int(parts[0])
+        if "," in text:
+            return NeuronAccelerator.parse_devices([int(part) for part in parts])
+        return int(text)
 
     @staticmethod
     def get_parallel_devices(devices: int | list[int]) -> list[torch.device]:

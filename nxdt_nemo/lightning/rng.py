@@ -1,7 +1,7 @@
 """Where a rank's random streams stand, taken after a step and saved with a checkpoint.
 
 Room lightning/. NeMo 2.4 saves no random state at all, so a resumed run draws other dropout masks. One
-small file a rank, `rng/rank_00000.safetensors`, in the checkpoint's folder: tensors for the torch states,
+small file a rank, `rng/rank_00000.safetensors`, in the checkpoint's folder: tensors for the device's and Megatron's,
 JSON in its metadata for Python's and numpy's. Proof: tests/lightning/test_rng.py, tests/nemo/test_resume.py.
 """
 
@@ -27,11 +27,11 @@ FOLDER = "rng"
 
 @dataclass(frozen=True)
 class RngSnapshot:
-    """Python's, numpy's, torch's (uint8 [n]) and Megatron's tracked (uint8 [n] by name) random states."""
+    """Python's, numpy's, the lane device's (uint8 [n]) and Megatron's tracked (uint8 [n] by name) random states."""
 
     python: tuple[Any, ...]
     numpy: Any
-    torch: torch.Tensor
+    device: torch.Tensor
     tracker: dict[str, torch.Tensor]
 
     @classmethod
@@ -43,7 +43,7 @@ class RngSnapshot:
         """Make them so again."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
-        current().set_rng_state(self.torch)
+        current().set_rng_state(self.device)
         set_tracker_states(self.tracker)
 
     def save(self, folder: Path, rank: int, world: int) -> None:
@@ -56,7 +56,7 @@ class RngSnapshot:
             "python": json.dumps(self.python),
             "numpy": json.dumps([name, keys.tolist(), *rest]),
         }
-        tensors = {"torch": self.torch} | {f"tracker.{key}": state for key, state in self.tracker.items()}
+        tensors = {"device": self.device} | {f"tracker.{key}": state for key, state in self.tracker.items()}
         path = _file(folder, rank)
         path.parent.mkdir(exist_ok=True)
         save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata)
@@ -78,9 +78,9 @@ class RngSnapshot:
             return None
         version, state, gauss = json.loads(metadata["python"])
         name, keys, *rest = json.loads(metadata["numpy"])
-        tracker = {key.removeprefix("tracker."): t for key, t in tensors.items() if key != "torch"}
+        tracker = {key.removeprefix("tracker."): t for key, t in tensors.items() if key != "device"}
         numpy_state = (name, np.asarray(keys, dtype=np.uint32), *rest)
-        return cls((version, tuple(state), gauss), numpy_state, tensors["torch"], tracker)
+        return cls((version, tuple(state), gauss), numpy_state, tensors["device"], tracker)
 
 
 def _file(folder: Path, rank: int) -> Path:

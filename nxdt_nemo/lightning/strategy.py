@@ -6,6 +6,8 @@ that it enters as a Strategy instance, Lightning's own seam. Proof: tests/nemo/t
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import weakref
@@ -17,6 +19,12 @@ from nxdt_nemo.lightning.rng import RngSnapshot
 from nxdt_nemo.runtime import current
 
 __all__ = ["NeuronStrategyMixin", "newest_strategy"]
+
+# Beside a folder: not a checkpoint. NeMo's callback uses the same sign; without it, it would rank a folder that was
+# cut short among the best ones, delete a complete one in exchange, and never clear it away.
+UNFINISHED = "-unfinished"
+REPLACED = ".replaced"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 _newest: weakref.ref[NeuronStrategyMixin] | None = None
 
@@ -53,21 +61,34 @@ class NeuronStrategyMixin:
     # --- random states -------------------------------------------------------------------------------
 
     _rng: RngSnapshot | None = None
+    _at_step_start = False
+
+    def on_train_start(self) -> None:
+        """Let loggers go on counting where the optimizer stands.
+
+        A checkpoint that was saved in a validation holds Lightning's logging step from before it, one short,
+        so that a resumed curve would be drawn one step to the left.
+        """
+        super().on_train_start()  # type: ignore[misc]
+        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's optimizer step; then note where this rank's random streams stand."""
         result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        self._rng = RngSnapshot.take()
+        self._rng, self._at_step_start = RngSnapshot.take(), True
         current().step_boundary()
         return result
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Go on where the last step ended: validation and saving between two steps leave no trace.
 
-        So a step draws the same numbers whether or not the run was stopped before it.
+        So a step draws the same numbers whether or not the run was stopped before it. The further batches of
+        a step that accumulates gradients draw on from its first one.
         """
-        if self._rng is not None:
+        if self._rng is not None and self._at_step_start:
             self._rng.restore()
+        self._at_step_start = False
         super().on_train_batch_start(*args, **kwargs)  # type: ignore[misc]
 
     # --- checkpoints ---------------------------------------------------------------------------------
@@ -77,38 +98,72 @@ class NeuronStrategyMixin:
 
         folder   where the finished checkpoint stands, on a file system that all ranks share
         write    called on each rank with the temporary folder
-        A kill before the rename leaves only the temporary folder, which resuming does not look at.
+        A kill before the rename leaves only the temporary folder, which resuming does not look at, and the
+        mark beside it.
         """
         partial = folder.with_name(folder.name + ".incomplete")
+        mark = partial.with_name(partial.name + UNFINISHED)
         if self.is_global_zero:  # type: ignore[attr-defined]
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _recover(folder.parent)
+            mark.touch()
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir()
         self.barrier("checkpoint folder")  # type: ignore[attr-defined]
         write(partial)
         (self._rng or RngSnapshot.take()).save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
         self.barrier("checkpoint written")  # type: ignore[attr-defined]
         if self.is_global_zero:  # type: ignore[attr-defined]
             _commit(partial, folder)
+            mark.unlink()
         self.barrier("checkpoint committed")  # type: ignore[attr-defined]
 
     def restore_rng(self, folder: Path) -> None:
         """Take this rank's random states from a checkpoint that was saved with as many ranks."""
         self._rng = RngSnapshot.load(folder, self.global_rank, self.world_size)  # type: ignore[attr-defined]
+        self._at_step_start = True
 
 
 def _commit(partial: Path, folder: Path) -> None:
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            _sync(path)
-    if folder.exists():
-        replaced = folder.with_name(folder.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(folder, replaced)
+    """Make `partial` stand as `folder`. At every moment the old or the new one is there, complete."""
+    for path in (*sorted(partial.rglob("*")), partial):
+        _sync(path)
+    if not folder.exists():
         os.replace(partial, folder)
-        shutil.rmtree(replaced)
+    elif _exchange(partial, folder):
+        _sync(folder.parent)
+        shutil.rmtree(partial)
     else:
+        replaced = folder.with_name(folder.name + REPLACED)
+        os.replace(folder, replaced)  # a kill from here to the next line: see _recover
         os.replace(partial, folder)
+        _sync(folder.parent)
+        shutil.rmtree(replaced)
     _sync(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the file system cannot (NFS, some of Lustre)."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:
+        return False
+    if swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+    return False
+
+
+def _recover(folder: Path) -> None:
+    """Give checkpoints their names back that a kill in a replacement left without."""
+    for replaced in folder.glob(f"*{REPLACED}"):
+        named = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if named.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, named)
 
 
 def _sync(path: Path) -> None:
@@ -117,5 +172,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-

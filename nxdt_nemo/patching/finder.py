@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from nxdt_nemo.patching.view import Views
@@ -18,18 +18,34 @@ from nxdt_nemo.patching.view import Views
 __all__ = ["UpstreamFinder"]
 
 
-class _Loader(importlib.abc.Loader):
-    """The real loader, with a step before and one after execution; steps aside once it is done."""
+class _Loader(importlib.abc.InspectLoader):
+    """The real loader, with a step before and one after execution; steps aside once it is done.
+
+    An InspectLoader, so that `python -m` and its like find the code of a module in scope through it.
+    """
 
     def __init__(self, real: Any, finder: UpstreamFinder) -> None:
         self._real, self._finder = real, finder
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_real", "_finder"):  # a copy that was not initialized
+            raise AttributeError(name)
         return getattr(self._real, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._real.create_module(spec)
         return created
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        code: CodeType | None = self._real.get_code(fullname)
+        return code
+
+    def get_source(self, fullname: str) -> str | None:
+        source: str | None = self._real.get_source(fullname)
+        return source
+
+    def is_package(self, fullname: str) -> bool:
+        return bool(self._real.is_package(fullname))
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import importlib.machinery
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, Protocol
 
 from nxdt_nemo import console
 from nxdt_nemo.errors import PatchError
 
 __all__ = ["Absent", "ModuleView", "Overlay", "Redirect", "StandIn", "Views", "load_object"]
-
-# Attributes that may be copied into a view once: they do not change while a program runs.
-_STABLE = (type, FunctionType, BuiltinFunctionType, ModuleType)
 
 
 def load_object(path: str) -> Any:
@@ -36,35 +34,42 @@ class ModuleView(ModuleType):
     def __init__(self, real: ModuleType, overlay: Mapping[str, Any]) -> None:
         super().__init__(real.__name__, real.__doc__)
         state = self.__dict__
-        state.update(_real=real, _names=frozenset(overlay), **overlay)
+        state.update(_real=real, _overlay=dict(overlay), **overlay)
         for name in ("__file__", "__path__", "__spec__", "__loader__", "__package__"):
             if hasattr(real, name):
                 state[name] = getattr(real, name)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__dict__["_real"], name)
-        if isinstance(value, _STABLE) and not name.startswith("__"):
-            self.__dict__[name] = value
-        return value
+        # Not kept here: other libraries replace torch's functions while a program runs.
+        return getattr(self.__dict__["_real"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._names:
-            self.__dict__.pop(name, None)
         setattr(self.__dict__["_real"], name, value)
 
     def __delattr__(self, name: str) -> None:
-        self.__dict__.pop(name, None)
         delattr(self.__dict__["_real"], name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*dir(self.__dict__["_real"]), *self._names})
+        return sorted({*dir(self.__dict__["_real"]), *self.__dict__["_overlay"]})
+
+    def __reduce__(self) -> Any:
+        # Pickled by value, a function of the user's script takes its globals along, `torch` among them.
+        return importlib.import_module, (self.__name__,)
 
     def disable(self) -> None:
         """From now on every name is the real module's: modules that hold this view see upstream again."""
-        for name in self._names:
-            value = self.__dict__.pop(name, None)
+        for name, value in self.__dict__["_overlay"].items():
+            self.__dict__.pop(name, None)
             if isinstance(value, ModuleView):
                 value.disable()
+
+    def enable(self) -> None:
+        """Take a disable() back."""
+        overlay = self.__dict__["_overlay"]
+        self.__dict__.update(overlay)
+        for value in overlay.values():
+            if isinstance(value, ModuleView):
+                value.enable()
 
 
 ImportFunction = Callable[..., Any]
@@ -78,6 +83,9 @@ class Redirect(Protocol):
 
     def disable(self) -> None:
         """The views that were handed out show upstream again."""
+
+    def enable(self) -> None:
+        """Take a disable() back."""
 
 
 class Overlay:
@@ -106,20 +114,35 @@ class Overlay:
         if self._view is not None:
             self._view.disable()
 
+    def enable(self) -> None:
+        if self._view is not None:
+            self._view.enable()
 
-class StandIn:
+
+class _NothingHeld:
+    """A redirect that hands out nothing with a real counterpart."""
+
+    def disable(self) -> None:
+        """Nothing to take back."""
+
+    def enable(self) -> None:
+        """Nothing to give again."""
+
+
+def _say_if_shadowed(name: str, product: str, instead: str) -> None:
+    """One notice for each product, whichever of its modules is asked for first."""
+    if importlib.machinery.PathFinder.find_spec(name) is not None:
+        console.once(f"the installed {name} is not used by NeMo and Megatron here ({instead})", key=f"shadow {product}")
+
+
+class StandIn(_NothingHeld):
     """`import apex` yields our package; a real one beside us is shadowed with one notice."""
 
-    def __init__(self, name: str, package: str) -> None:
-        self._name, self._package = name, package
-
-    def _say_if_shadowed(self) -> None:
-        spec = importlib.machinery.PathFinder.find_spec(self._name)
-        if spec is not None:
-            console.once(f"the installed {self._name} is not used by NeMo and Megatron here ({self._package} is)")
+    def __init__(self, name: str, package: str, product: str) -> None:
+        self._name, self._package, self._product = name, package, product
 
     def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
-        self._say_if_shadowed()
+        _say_if_shadowed(self._name, self._product, f"{self._package} is")
         ours = self._package + name[len(self._name) :]
         try:
             found = original(ours, None, None, fromlist, 0)
@@ -129,23 +152,16 @@ class StandIn:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name) from error
         return found if fromlist else sys.modules[self._package]
 
-    def disable(self) -> None:
-        """Nothing was handed out that has a real counterpart."""
 
-
-class Absent:
+class Absent(_NothingHeld):
     """`import transformer_engine` fails as if it were not installed, with one notice where it is."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, product: str) -> None:
+        self._name, self._product = name, product
 
     def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
-        if importlib.machinery.PathFinder.find_spec(self._name) is not None:
-            console.once(f"the installed {self._name} needs CUDA and is not used here")
+        _say_if_shadowed(self._name, self._product, "it needs CUDA")
         raise ModuleNotFoundError(f"No module named {name!r} (it needs CUDA)", name=name)
-
-    def disable(self) -> None:
-        """Nothing was handed out."""
 
 
 class Views:
@@ -157,6 +173,7 @@ class Views:
         self._redirects: dict[str, dict[str, Redirect]] = {scope: {} for scope in self.scopes}
         self.active = True
         self._import = builtins.__import__
+        self._imports: dict[str, ImportFunction] = {scope: self._import_for(scope) for scope in self.scopes}
         for entry in table["redirect"]:
             for scope in self.scopes:
                 self._redirects[scope][entry["name"]] = self._redirect(entry, scope)
@@ -164,12 +181,13 @@ class Views:
     @staticmethod
     def _redirect(entry: Mapping[str, Any], scope: str) -> Redirect:
         kind, name = entry["kind"], entry["name"]
+        product = entry.get("part_of", name)
         if kind == "overlay":
             return Overlay(entry["replacement"], scope)
         if kind == "stand-in":
-            return StandIn(name, entry["replacement"])
+            return StandIn(name, entry["replacement"], product)
         if kind == "absent":
-            return Absent(name)
+            return Absent(name, product)
         raise PatchError(f"patches/views.toml: redirect {name!r} has unknown kind {kind!r}")
 
     def scope_of(self, module: str) -> str | None:
@@ -179,6 +197,14 @@ class Views:
 
     def import_for(self, scope: str) -> ImportFunction:
         """An `__import__` that answers with this scope's views while the backend is active."""
+        return self._imports[scope]
+
+    def serves(self, module: ModuleType) -> bool:
+        """Whether the module was executed with `__builtins__` that we gave it."""
+        found = vars(module).get("__builtins__")
+        return isinstance(found, dict) and found.get("__import__") in self._imports.values()
+
+    def _import_for(self, scope: str) -> ImportFunction:
         redirects, real = self._redirects[scope], self._import
 
         def __import__(  # noqa: A001, N807 - its name shows in tracebacks and is what it stands in for
@@ -206,3 +232,10 @@ class Views:
         for redirects in self._redirects.values():
             for redirect in redirects.values():
                 redirect.disable()
+
+    def enable(self) -> None:
+        """Take a disable() back: modules that were imported under these views are in it again."""
+        self.active = True
+        for redirects in self._redirects.values():
+            for redirect in redirects.values():
+                redirect.enable()

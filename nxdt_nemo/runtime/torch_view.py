@@ -20,7 +20,7 @@ from nxdt_nemo.errors import NotOnNeuron
 from nxdt_nemo.patching.view import ModuleView, Views
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["hook_methods", "to_lane", "view"]
+__all__ = ["hook_cuda", "hook_methods", "to_lane", "view"]
 
 # torch functions with a device argument that upstream calls with "cuda".
 FACTORIES = (
@@ -32,6 +32,7 @@ TENSOR_TYPES = (
     "BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor HalfTensor IntTensor LongTensor "
     "ShortTensor"
 ).split()
+NVTX = ("range_push", "range_pop", "range_start", "range_end", "mark")
 
 
 def to_lane(device: Any) -> Any:
@@ -245,7 +246,7 @@ def _random() -> dict[str, Callable[..., Any]]:
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "get_rng_state_all": lambda: [current().rng_state()],
-        "set_rng_state_all": lambda states: current().set_rng_state(list(states)[0]),
+        "set_rng_state_all": lambda states: current().set_rng_state(next(iter(states))),
         "manual_seed": manual_seed,
         "manual_seed_all": manual_seed,
         "initial_seed": initial_seed,
@@ -262,7 +263,11 @@ def _cuda_table() -> dict[str, Any]:
         "amp": amp,
         "random": ModuleView(torch.cuda.random, random),
         "nvtx": SimpleNamespace(
-            range=_range, range_push=_nothing, range_pop=_nothing, range_start=_nothing, range_end=_nothing,
+            range=_range,
+            range_push=_nothing,
+            range_pop=_nothing,
+            range_start=_nothing,
+            range_end=_nothing,
             mark=_nothing,
         ),
         "default_generators": _Generators(),
@@ -294,8 +299,17 @@ def _cuda_table() -> dict[str, Any]:
         ),
         "_lazy_call": _call,
     }
-    for name in ("_lazy_init", "init", "set_device", "set_stream", "empty_cache", "ipc_collect",
-                 "reset_peak_memory_stats", "reset_max_memory_allocated", "set_per_process_memory_fraction"):
+    for name in (
+        "_lazy_init",
+        "init",
+        "set_device",
+        "set_stream",
+        "empty_cache",
+        "ipc_collect",
+        "reset_peak_memory_stats",
+        "reset_max_memory_allocated",
+        "set_per_process_memory_fraction",
+    ):
         table[name] = _nothing
     for name in TENSOR_TYPES:
         table[name] = getattr(torch, name)
@@ -319,6 +333,10 @@ class _CudaView(ModuleView):
     def disable(self) -> None:
         super().disable()
         self.__dict__["_on"] = False
+
+    def enable(self) -> None:
+        super().enable()
+        self.__dict__["_on"] = True
 
 
 def _eager(*args: Any, **_: Any) -> Any:
@@ -370,7 +388,7 @@ def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
     Tensor.to and Tensor.type stay torch's own: they are on everyone's hot path.
     """
     owners = (module.Tensor, module.nn.Module)
-    undo = [_hook_cuda(owner, views) for owner in owners]
+    undo = [hook_cuda(owner, views) for owner in owners]
 
     def restore() -> None:
         for step in undo:
@@ -379,7 +397,8 @@ def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
     return restore
 
 
-def _hook_cuda(owner: type, views: Views) -> Callable[[], None]:
+def hook_cuda(owner: type, views: Views) -> Callable[[], None]:
+    """Let `owner.cuda` look at its caller; returns what takes it back."""
     own = "cuda" in vars(owner)
     original = owner.cuda  # type: ignore[attr-defined]
 

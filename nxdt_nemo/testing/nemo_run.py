@@ -2,7 +2,7 @@
 
 Room testing/. Upstream's calls only, in ranks whose pool was started with init="nxdt_nemo:activate" and group=False
 (NeMo and the backend bring the ranks up). One run a process: NeMo keeps its sizes in module variables. Proof:
-tests/nemo/test_nemo_parity.py.
+tests/testing/test_nemo_run.py.
 
     with RankPool(2, init=ACTIVE, env=ACTIVE_ENV, group=False) as pool:
         parts = pool.run("nxdt_nemo.testing.nemo_run:train", recipe, weights, layout, folder, {})
@@ -10,6 +10,7 @@ tests/nemo/test_nemo_parity.py.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,16 +50,25 @@ def write_text(recipe: Recipe, folder: Path) -> str:
 
 
 def train(
-    recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, folder: Path, changes: dict[str, Any]
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    layout: Layout,
+    folder: Path,
+    changes: dict[str, Any],
+    split_sums: bool = False,
 ) -> NemoPart:
-    """One rank's part of a run of NeMo; changes are dotted keys over settings()."""
+    """One rank's part of a run of NeMo.
+
+    changes     dotted keys over settings()
+    split_sums  add matrix products up in another order, see _split_sums
+    """
     from megatron.core import parallel_state
     from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
     from omegaconf import OmegaConf
 
-    class Model(MegatronGPTModel):  # type: ignore[misc]
+    class Model(MegatronGPTModel):
         def _build_tokenizer(self) -> None:
             self.tokenizer = NullTokenizer(recipe.vocab - 1)
 
@@ -71,8 +81,27 @@ def train(
     load(_gpt(model), weights, recipe.family == "llama", layout.tp, tp_rank)
     report = NemoPart(tp_rank)
     trainer.callbacks.append(_recorder(report, recipe, weights))
-    trainer.fit(model)
+    with _split_sums() if split_sums else nullcontext():
+        trainer.fit(model)
     return report
+
+
+def _split_sums() -> AbstractContextManager[Any]:
+    """Each product with a weight as two half sums, each rounded, then added: as two tensor-parallel ranks do.
+
+    As valid an order as the usual one, so what it changes is the error that bf16 has anyway.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class SplitSums(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (torch.matmul, torch.Tensor.matmul) and args[1].dim() == 2 and args[1].shape[0] % 2 == 0:
+                left, right = args[0].chunk(2, -1), args[1].chunk(2, 0)
+                return torch.add(function(left[0], right[0]), function(left[1], right[1]))
+            return function(*args, **(kwargs or {}))
+
+    return SplitSums()
 
 
 def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]) -> Any:
@@ -81,7 +110,7 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
 
     gated = recipe.family == "llama"
 
-    class Recorder(Callback):  # type: ignore[misc]
+    class Recorder(Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
             _gpt(module).register_forward_pre_hook(self.read, with_kwargs=True)
 
@@ -94,6 +123,8 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
             if not report.grads:
+                if hasattr(module._optimizer, "get_parameters_with_grad"):
+                    module._optimizer.get_parameters_with_grad()  # waits for a reduction that is under way
                 named = global_names(_gpt(module), weights)
                 report.grads = [(n, piece(n, p, _gradient(p), gated, report.tp_rank)) for n, p in named]
 

@@ -7,11 +7,14 @@ Proof: tests/testing/test_parity_rows.py.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.testing import ours
+from nxdt_nemo.testing.nemo_run import NemoPart
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Fault
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.recipe import Layout, Recipe
@@ -41,7 +44,16 @@ class Errors:
     @property
     def worst(self) -> float:
         """The one that the tolerance is held against."""
-        return max(self.loss, self.norm, self.grad, self.copies)
+        return max(self.kinds)
+
+    @property
+    def kinds(self) -> tuple[float, float, float, float]:
+        """loss, norm, grad, copies."""
+        return self.loss, self.norm, self.grad, self.copies
+
+    def times(self, factor: float) -> Errors:
+        """Limits of this size times a factor; copies may not differ at all."""
+        return Errors(self.loss * factor, self.norm * factor, self.grad * factor, 0.0, f"{factor:g} x {self.where}")
 
 
 @dataclass(frozen=True)
@@ -51,13 +63,15 @@ class Row:
     family: str
     left: str
     right: str
-    tolerance: float
+    tolerance: float | Errors
     errors: Errors
     must_fail: bool = False
 
     @property
     def within(self) -> bool:
-        """True when every error is within the tolerance."""
+        """True when every error is within the tolerance, or each kind within its own."""
+        if isinstance(self.tolerance, Errors):
+            return all(mine <= limit for mine, limit in zip(self.errors.kinds, self.tolerance.kinds, strict=True))
         return self.errors.worst <= self.tolerance
 
     @property
@@ -107,6 +121,8 @@ class Parity:
     _weights: dict[Recipe, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _stock: dict[Recipe, Trained] = field(default_factory=dict, repr=False)
     _ours: dict[tuple[Recipe, Layout, Fault], tuple[Trained, float]] = field(default_factory=dict, repr=False)
+    _nemo: dict[tuple[Any, ...], tuple[Trained, float, NemoPart]] = field(default_factory=dict, repr=False)
+    _folders: dict[Recipe, tempfile.TemporaryDirectory[str]] = field(default_factory=dict, repr=False)
 
     def __enter__(self) -> Parity:
         return self
@@ -118,6 +134,8 @@ class Parity:
         """End all ranks."""
         while self._pools:
             self._pools.popitem()[1].close()
+        while self._folders:
+            self._folders.popitem()[1].cleanup()
 
     def weights(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """The undivided model's initial weights."""
@@ -140,6 +158,48 @@ class Parity:
             parts = pool.run("nxdt_nemo.testing.ours:train", recipe, self.weights(recipe), layout, fault)
             self._ours[key] = ours.assemble(parts, layout)
         return self._ours[key]
+
+    def nemo(
+        self, recipe: Recipe, layout: Layout, *, split_sums: bool = False, **changes: Any
+    ) -> tuple[Trained, float, NemoPart]:
+        """NeMo on the backend, in ranks of its own; how far copies differ; and rank 0's part (its data and rates).
+
+        changes  dotted keys of NeMo's configuration, with __ for the dot: model__grad_div_ar_fusion=True
+        """
+        key = (recipe, layout, split_sums, tuple(sorted(changes.items())))
+        if key not in self._nemo:
+            dotted = {name.replace("__", "."): value for name, value in changes.items()}
+            arguments = (recipe, self.weights(recipe), layout, self._text(recipe), dotted, split_sums)
+            with RankPool(layout.world, env=ACTIVE_ENV, init=ACTIVE, group=False, timeout=self.timeout) as pool:
+                parts = pool.run("nxdt_nemo.testing.nemo_run:train", *arguments)
+            self._nemo[key] = (*ours.assemble(parts, layout), parts[0])
+        return self._nemo[key]
+
+    def nemo_against_stock(self, recipe: Recipe, tolerance: float) -> Row:
+        """NeMo on one rank, against stock megatron-core fed with the batches and rates that NeMo used."""
+        mine, copies, part = self.nemo(recipe, Layout())
+        arguments = (recipe, self.weights(recipe), part.batches, part.lrs, "all but biases")
+        [theirs] = self._stock_pool().run("nxdt_nemo.testing.reference:train", *arguments)
+        return Row(recipe.family, "NeMo, one rank", "megatron-core, replayed", tolerance, errors(mine, theirs, copies))
+
+    def nemo_against_one_rank(self, recipe: Recipe, layout: Layout, tolerance: float | Errors, **changes: Any) -> Row:
+        """NeMo in a layout, against NeMo on one rank."""
+        mine, copies, _ = self.nemo(recipe, layout, **changes)
+        one, _, _ = self.nemo(recipe, Layout())
+        keys = "".join(f", {name.split('__')[-1]}" for name in changes)
+        left = f"NeMo {layout}{keys}{', bf16' if recipe.dtype == 'bfloat16' else ''}"
+        return Row(recipe.family, left, "NeMo, one rank", tolerance, errors(mine, one, copies))
+
+    def order_noise(self, recipe: Recipe) -> Errors:
+        """What adding the same products up in another order changes on one rank: the dtype's own error."""
+        other, _, _ = self.nemo(recipe, Layout(), split_sums=True)
+        return replace(errors(other, self.nemo(recipe, Layout())[0]), where="another order of sums")
+
+    def _text(self, recipe: Recipe) -> Path:
+        if recipe not in self._folders:
+            self._folders[recipe] = tempfile.TemporaryDirectory(prefix="nxdt_nemo_text_")
+            self._stock_pool().run("nxdt_nemo.testing.nemo_run:write_text", recipe, Path(self._folders[recipe].name))
+        return Path(self._folders[recipe].name)
 
     def against_stock(self, recipe: Recipe, tolerance: float) -> Row:
         """Ours on one rank, against upstream."""

@@ -40,11 +40,12 @@ class Run:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokenizer.model and text_document.{bin,idx}: Python's own documentation, 1,024 tokens."""
+    from pydoc_data.topics import topics
+
     import numpy as np
     import sentencepiece
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    from pydoc_data.topics import topics
 
     folder = tmp_path_factory.mktemp("corpus")
     texts = [text.replace("\n", " ") for text in topics.values()][:40]

@@ -12,7 +12,7 @@ from .conftest import Run
 MISTAKES = [  # overrides, what the line must name
     (["trainer.precision=16"], ["trainer.precision", "bf16"]),
     (["++model.fp8=true"], ["model.fp8"]),
-    (["model.tensor_model_parallel_size=3", "trainer.devices=3"], ["tensor_model_parallel_size", "num_attention_heads"]),
+    (["model.tensor_model_parallel_size=3", "trainer.devices=3"], ["tensor_model_parallel_size=3", "num_attention"]),
     (["trainer.devices=3", "model.tensor_model_parallel_size=2"], ["3 ranks", "tensor_model_parallel_size=2"]),
     (["model.data.data_prefix=???"], ["model.data.data_prefix"]),
     (["model.data.data_prefix=[1.0,/nowhere/text]"], ["model.data.data_prefix", "/nowhere/text"]),
@@ -33,7 +33,8 @@ def test_one_line(train: Callable[..., Run], overrides: list[str], words: list[s
 def test_unknown_lane(train: Callable[..., Run]) -> None:
     run = train(environment={"NXDT_NEMO_RUNTIME": "tpu"})
     assert run.code == 2
-    assert run.output.splitlines()[-1] == "nxdt-nemo: NXDT_NEMO_RUNTIME=tpu: 'tpu' is not a lane; use auto, cpu, xla or neuron"
+    line = "nxdt-nemo: NXDT_NEMO_RUNTIME=tpu: 'tpu' is not a lane; use auto, cpu, xla or neuron"
+    assert run.output.splitlines() == [line]
 
 
 def test_missing_script(train: Callable[..., Run], tmp_path: Path) -> None:
@@ -44,7 +45,8 @@ def test_missing_script(train: Callable[..., Run], tmp_path: Path) -> None:
 
 
 def test_a_key_that_nobody_reads_is_a_warning(train: Callable[..., Run]) -> None:
-    run = train("+model.hiden_dropout=0.1", "trainer.max_steps=1", "trainer.val_check_interval=1", "exp_manager.create_checkpoint_callback=false")
+    steps = ["trainer.max_steps=1", "trainer.val_check_interval=1", "exp_manager.create_checkpoint_callback=false"]
+    run = train("+model.hiden_dropout=0.1", *steps)
     assert run.code == 0, run.output[-3000:]
     warning = next(line for line in run.output.splitlines() if "hiden_dropout" in line and "nxdt_nemo" in line)
     assert "did you mean" in warning

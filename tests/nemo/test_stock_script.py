@@ -74,7 +74,12 @@ CASES = [  # configuration, launcher, overrides
 
 @pytest.mark.parametrize("config, launcher, overrides", CASES)
 def test_trains_saves_and_resumes(
-    train: Callable[..., Run], corpus: Path, tmp_path: Path, config: str, launcher: tuple[str, ...], overrides: list[str]
+    train: Callable[..., Run],
+    corpus: Path,
+    tmp_path: Path,
+    config: str,
+    launcher: tuple[str, ...],
+    overrides: list[str],
 ) -> None:
     arguments = [
         "--config-path=conf",

@@ -28,7 +28,7 @@ REPLACED: dict[type, type] = {
 }
 
 
-class NeuronSpecProvider(LocalSpecProvider):  # type: ignore[misc]
+class NeuronSpecProvider(LocalSpecProvider):
     """megatron.core.models.backends.BackendSpecProvider for this backend."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:

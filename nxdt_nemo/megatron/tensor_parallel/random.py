@@ -26,7 +26,7 @@ def _tracker() -> object | None:
 def get_tracker_states() -> dict[str, torch.Tensor]:
     """Tracked states by name, uint8 [n]; {} before Megatron has a tracker."""
     tracker = _tracker()
-    return tracker.get_states() if tracker is not None else {}  # type: ignore[attr-defined, no-any-return]
+    return tracker.get_states() if tracker is not None else {}
 
 
 def set_tracker_states(states: dict[str, torch.Tensor]) -> None:

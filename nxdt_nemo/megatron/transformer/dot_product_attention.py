@@ -13,7 +13,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 __all__ = ["DotProductAttention"]
 
 
-class DotProductAttention(_DotProductAttention):  # type: ignore[misc]
+class DotProductAttention(_DotProductAttention):
     """Upstream's attention with its softmax in plain torch, whatever `masked_softmax_fusion` says."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

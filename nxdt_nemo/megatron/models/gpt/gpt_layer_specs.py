@@ -20,7 +20,7 @@ __all__ = ["get_gpt_block_spec", "get_gpt_layer_spec"]
 
 def get_gpt_layer_spec(config: Any) -> ModuleSpec:
     """One layer for a TransformerConfig: dense or mixture of experts, multi-head, grouped or latent attention."""
-    return adapt(  # type: ignore[no-any-return]
+    return adapt(
         get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=False,
@@ -41,8 +41,6 @@ def get_gpt_block_spec(config: Any, vp_stage: int | None = None, *, mixed: bool 
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
         )
-        return adapt(block)  # type: ignore[no-any-return]
+        return adapt(block)
     layer = get_gpt_layer_spec(config)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)

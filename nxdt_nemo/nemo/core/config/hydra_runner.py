@@ -48,9 +48,9 @@ def prepare(cfg: Any, script: Path | None = None) -> None:
         return
     also = names_in(script) if script is not None else frozenset()
     report = sanitise(cfg, world_size=world_size(cfg, os.environ), also=also)
-    *first, last = report.errors or [None]
-    for error in first:
-        console.notice(str(error))
-    if last is not None:
+    if report.errors:
+        *first, last = report.errors
+        for error in first:
+            console.notice(str(error))
         raise last
     report.show()

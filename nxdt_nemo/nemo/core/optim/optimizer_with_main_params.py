@@ -111,7 +111,8 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
                 else parallel_state.get_data_parallel_group(with_context_parallel=True)
             )
             if group.size() > 1:
-                _reduce([p.grad for p in (*mains, *fulls) if p.grad is not None], scale, group, self._chunk)
+                grads = [grad for param in (*mains, *fulls) if (grad := param.grad) is not None]
+                _reduce(grads, scale, group, self._chunk)
 
     def _finish_reduction(self) -> None:
         if self._async and self._sync_wanted and not self._reduced:
@@ -166,7 +167,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
 
     # --- state: upstream's keys ----------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """`optimizer` and, by group, `fp32_from_fp16_params`."""
         return {"optimizer": self.optimizer.state_dict(), "fp32_from_fp16_params": self.fp32_from_float16_groups}
 
@@ -180,7 +181,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
                     param.copy_(value)
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's."""
         return self.optimizer.state
 
@@ -189,7 +190,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
         self.optimizer.state = value
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's, holding main parameters; schedulers write the learning rate here."""
         return self.optimizer.param_groups
 
@@ -198,7 +199,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
         self.optimizer.param_groups = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's."""
         return self.optimizer.defaults
 
@@ -241,6 +242,6 @@ def _reduce_bucket(bucket: list[Tensor], group: Any) -> None:
     if len(bucket) == 1 and bucket[0].is_contiguous():
         torch.distributed.all_reduce(bucket[0], group=group)
         return
-    flat = torch._utils._flatten_dense_tensors(bucket)  # type: ignore[attr-defined]
+    flat = torch._utils._flatten_dense_tensors(bucket)
     torch.distributed.all_reduce(flat, group=group)
-    torch._foreach_copy_(bucket, torch._utils._unflatten_dense_tensors(flat, bucket))  # type: ignore[attr-defined]
+    torch._foreach_copy_(bucket, torch._utils._unflatten_dense_tensors(flat, bucket))

@@ -19,7 +19,7 @@ from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
 __all__ = ["NLPDDPStrategy", "NLPDDPStrategyNotebook"]
 
 
-class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):  # type: ignore[misc]
+class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):
     """NLPDDPStrategy whose ranks are up before the model, and whose checkpoints are complete or invisible."""
 
     def save_checkpoint(
@@ -44,9 +44,9 @@ class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):  # type: ignore[misc
         return checkpoint
 
 
-class NLPDDPStrategyNotebook(NLPDDPStrategy, _NLPDDPStrategyNotebook):  # type: ignore[misc]
+class NLPDDPStrategyNotebook(NLPDDPStrategy, _NLPDDPStrategyNotebook):
     """One rank in a notebook: no launcher."""
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
-        self._launcher = None
+        self._launcher = None  # type: ignore[assignment]
