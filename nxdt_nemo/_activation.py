@@ -172,7 +172,8 @@ def _view_for_main(seen: Views) -> Callable[[], None]:
     before = main.__dict__.get("__builtins__", builtins)
     main.__dict__["__builtins__"] = seen.builtins_for("main")
     in_script = any(frame.f_globals is main.__dict__ for frame in _frames())
-    if not in_script and "--multiprocessing-fork" not in sys.orig_argv:
+    # A spawned child has an option of that name, a forkserver the module in its -c command.
+    if not in_script and not any("multiprocessing" in word for word in sys.orig_argv[1:]):
         return lambda: main.__dict__.__setitem__("__builtins__", before)
     real = builtins.__import__
     viewed = seen.import_for("main")

@@ -84,7 +84,7 @@ def markdown(found: list[Row], command: str, steps: int) -> str:
 Python {platform.python_version()}, {versions}.
 
 {steps} steps in float32 of a 4-layer model, hidden size 64, 4 micro-batches of 2 x 32 tokens a step, learning rate
-2e-3 with 2 warm-up steps and cosine decay, dropout 0, clipping at 1.0, the same weights and batches on both sides.
+2e-3 (Llama 1e-3) with 2 warm-up steps and cosine decay, dropout 0, clipping at 1.0, the same weights and batches on both sides.
 Every error is relative: the worst step's loss and grad norm, and max |difference| / largest element over each
 parameter's gradient of step 1 (before clipping, put together from all ranks); "copies" is the largest difference
 between two ranks' copies of a gradient. A row is green when all four are within the tolerance.

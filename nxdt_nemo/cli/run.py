@@ -222,7 +222,8 @@ def _without_import_hook(trace: TracebackType | None) -> TracebackType | None:
     trace.tb_next = _without_import_hook(trace.tb_next)
     code = trace.tb_frame.f_code
     ours = code.co_name in _IMPORTING and os.path.dirname(code.co_filename) == _PATCHING
-    return trace.tb_next if ours else trace
+    # Python drops importlib's frames itself, but for those that lead to a loader which is not its own.
+    return trace.tb_next if ours or code.co_filename.startswith("<frozen importlib.") else trace
 
 
 def run_job(original: Any, /, *args: Any, **named: Any) -> Any:

@@ -6,7 +6,7 @@ AcceleratorRegistry, no patch. Proof: tests/lightning/test_accelerators.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -52,10 +52,11 @@ class NeuronAccelerator(Accelerator):
 
         Raises ConfigError naming trainer.devices.
         """
-        if isinstance(devices, list | tuple):
-            if not devices or len(set(devices)) < len(devices) or not all(type(i) is int and i >= 0 for i in devices):
-                raise ConfigError(f"{devices!r} names no devices", place="trainer.devices", fix="give indices, as in [0,1]")
-            return list(devices)
+        if isinstance(devices, Sequence) and not isinstance(devices, str):  # a list, or omegaconf's
+            indices = list(devices)
+            if not indices or len(set(indices)) < len(indices) or any(type(i) is not int or i < 0 for i in indices):
+                raise ConfigError(f"{indices} names no devices", place="trainer.devices", fix="give indices: [0,1]")
+            return indices
         text = str(devices).strip()
         if text in ("-1", "auto"):
             return current().device_count()

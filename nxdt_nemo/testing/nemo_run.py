@@ -122,6 +122,7 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
                 report.batches[-1].append(Batch(named["input_ids"].numpy().copy(), named["labels"].numpy().copy()))
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            report.lrs.append(optimizer.param_groups[0]["lr"])  # exact: what NeMo logs is rounded to float32
             if not report.grads:
                 if hasattr(module._optimizer, "get_parameters_with_grad"):
                     module._optimizer.get_parameters_with_grad()  # waits for a reduction that is under way
@@ -133,7 +134,6 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
                 logged = trainer.callback_metrics
                 report.losses.append(float(logged["reduced_train_loss"]))
                 report.grad_norms.append(float(logged["grad_norm"]))
-                report.lrs.append(float(logged["lr"]))
 
     return Recorder()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -120,10 +121,8 @@ def train(corpus: Path, tmp_path: Path) -> Callable[..., Run]:
             output, _ = process.communicate(timeout=seconds)
         finally:
             # Ranks that outlive a failed launcher must not outlive the test.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         return Run(process.returncode, output, folder)
 
     return start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nxdt_nemo.testing.recipe import Layout, Recipe, layout, micro_batches
+from nxdt_nemo.testing.recipe import FAMILIES, Layout, Recipe, layout, micro_batches
 
 
 def test_batches_come_from_the_seed_alone_and_differ_by_step():
@@ -37,8 +37,9 @@ def test_the_text_repeats_its_pairs():
     assert len(pairs) <= 64 * 4
 
 
-def test_the_learning_rate_rises_twice_then_falls_to_the_least():
-    recipe = Recipe.of("gpt")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_learning_rate_rises_twice_then_falls_to_the_least(family):
+    recipe = Recipe.of(family)
     rates = [recipe.lr_at(step) for step in range(recipe.steps + 1)]
     assert rates[:3] == pytest.approx([recipe.lr / 3, recipe.lr * 2 / 3, recipe.lr])
     assert rates[2:] == sorted(rates[2:], reverse=True)

@@ -18,7 +18,7 @@ from nxdt_nemo.runtime import current
 __all__ = ["fork", "get_tracker_states", "set_tracker_states"]
 
 
-def _tracker() -> object | None:
+def _tracker() -> Any:
     module = sys.modules.get("megatron.core.tensor_parallel.random")
     return getattr(module, "_CUDA_RNG_STATE_TRACKER", None)
 
@@ -26,14 +26,14 @@ def _tracker() -> object | None:
 def get_tracker_states() -> dict[str, torch.Tensor]:
     """Tracked states by name, uint8 [n]; {} before Megatron has a tracker."""
     tracker = _tracker()
-    return tracker.get_states() if tracker is not None else {}
+    return dict(tracker.get_states()) if tracker is not None else {}
 
 
 def set_tracker_states(states: dict[str, torch.Tensor]) -> None:
     """Set the tracked states; nothing to do before Megatron has a tracker."""
     tracker = _tracker()
     if tracker is not None and states:
-        tracker.set_states(dict(states))  # type: ignore[attr-defined]
+        tracker.set_states(dict(states))
 
 
 @contextmanager

@@ -90,7 +90,8 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
         ):
             for param in (*halves, *fulls):
                 param.grad = None
-            torch._foreach_zero_([main.grad for main in mains])
+            if grads := [grad for main in mains if (grad := main.grad) is not None]:
+                torch._foreach_zero_(grads)
 
     def copy_model_grads_to_main_grads(self) -> None:
         """Move gradients that did not come by way of backward into the main gradients."""
@@ -112,7 +113,8 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
             )
             if group.size() > 1:
                 grads = [grad for param in (*mains, *fulls) if (grad := param.grad) is not None]
-                _reduce(grads, scale, group, self._chunk)
+                if grads:
+                    _reduce(grads, scale, group, self._chunk)
 
     def _finish_reduction(self) -> None:
         if self._async and self._sync_wanted and not self._reduced:
@@ -140,7 +142,8 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
     def get_parameters_with_grad(self) -> list[Tensor]:
         """Main parameters that have a gradient, reduced: what gradient clipping works on."""
         self._finish_reduction()
-        return [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
+        params: list[Tensor] = [param for group in self.optimizer.param_groups for param in group["params"]]
+        return [param for param in params if param.grad is not None]
 
     # --- step ----------------------------------------------------------------------------------------
 
