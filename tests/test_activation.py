@@ -264,11 +264,15 @@ def test_an_installed_apex_and_transformer_engine_are_shadowed_once(start, write
     write(
         "megatron/mine.py",  # megatron is a namespace package: this is a module of its scope
         """
-        import apex, amp_C
+        import apex, amp_C, importlib
         missing = []
         for name in ("transformer_engine", "transformer_engine_torch"):
             try:
                 __import__(name)
+            except ImportError:
+                pass
+            try:
+                importlib.import_module(name)
             except ImportError as error:
                 missing.append(error.name)
         """,
@@ -306,9 +310,12 @@ OUT = """
     import torch, lightning.pytorch.accelerators as accelerators
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
+    def ours_on_path():
+        return [type(finder).__name__ for finder in sys.meta_path if "nxdt" in type(finder).__module__]
+
     def marks():
         return {
-            "import": builtins.__import__, "path": list(sys.meta_path), "environment": dict(os.environ),
+            "import": builtins.__import__, "path": ours_on_path(), "environment": dict(os.environ),
             "builtins": globals()["__builtins__"], "tensor": torch.Tensor.cuda, "module": torch.nn.Module.cuda,
             "own": "cuda" in vars(torch.Tensor), "connector": vars(_AcceleratorConnector)["__init__"],
             "registry": sorted(accelerators.AcceleratorRegistry.available_accelerators()),
@@ -334,7 +341,6 @@ OUT = """
         return {
             "strategy": nlp_overrides.NLPDDPStrategy.__module__, "by_value": builder.NLPDDPStrategy.__module__,
             "specs": model.get_specs.__module__, "te": te_utils.te_version.__module__,
-            "te_by_value": nlp_overrides.te_version.__module__,
             "fork": random.CudaRNGStatesTracker.fork.__module__, "cuda": torch_of(core).cuda.is_available(),
         }
 

@@ -1,8 +1,8 @@
 """The parity tables: stock megatron-core against us, our layouts against one rank, and mistakes that must show.
 
-    python tools/parity.py                                  # everything, 10 minutes; writes docs/results/parity.md
+    python tools/parity.py                                  # everything, 15 minutes; writes docs/results/parity.md
     python tools/parity.py --model gpt --layouts tp2sp,pp2  # some of it; prints only
-    python tools/parity.py --level megatron                 # without NeMo, 2 minutes; prints only
+    python tools/parity.py --level megatron                 # without NeMo, 3 minutes; prints only
 
 A row compares the loss and the grad norm of every step and each parameter's gradient of step 1; its error is the worst
 of them. Exit code 1 when a row is not as it must be. Uses nxdt_nemo.testing and the cpu lane only.
@@ -84,7 +84,8 @@ def markdown(found: list[Row], command: str, steps: int) -> str:
 Python {platform.python_version()}, {versions}.
 
 {steps} steps in float32 of a 4-layer model, hidden size 64, 4 micro-batches of 2 x 32 tokens a step, learning rate
-2e-3 (Llama 1e-3) with 2 warm-up steps and cosine decay, dropout 0, clipping at 1.0, the same weights and batches on both sides.
+2e-3 (Llama 1e-3) with 2 warm-up steps and cosine decay, dropout 0, clipping at 1.0, the same weights and batches on
+both sides.
 Every error is relative: the worst step's loss and grad norm, and max |difference| / largest element over each
 parameter's gradient of step 1 (before clipping, put together from all ranks); "copies" is the largest difference
 between two ranks' copies of a gradient. A row is green when all four are within the tolerance.

@@ -9,6 +9,7 @@ patches/views.toml. Proof: tests/patching/test_view.py.
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
 import importlib.machinery
 import sys
@@ -88,16 +89,20 @@ class Redirect(Protocol):
         """Take a disable() back."""
 
 
-class Overlay:
-    """`import torch` yields a view; `factory(scope)` names its table, called at the first import."""
+Factory = Callable[[ModuleType, str], ModuleView]
 
-    def __init__(self, factory: str, scope: str) -> None:
+
+class Overlay:
+    """`import torch` yields a view, which `factory(real, scope)` makes at the first import."""
+
+    def __init__(self, factory: str | Factory, scope: str) -> None:
         self._factory, self._scope = factory, scope
         self._view: ModuleView | None = None
 
     def _top(self, real: ModuleType) -> ModuleView:
         if self._view is None:
-            self._view = load_object(self._factory)(real, self._scope)
+            make: Factory = load_object(self._factory) if isinstance(self._factory, str) else self._factory
+            self._view = make(real, self._scope)
         return self._view
 
     def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
@@ -174,9 +179,10 @@ class Views:
         self.active = True
         self._import = builtins.__import__
         self._imports: dict[str, ImportFunction] = {scope: self._import_for(scope) for scope in self.scopes}
-        for entry in table["redirect"]:
-            for scope in self.scopes:
-                self._redirects[scope][entry["name"]] = self._redirect(entry, scope)
+        for scope, redirects in self._redirects.items():
+            redirects["importlib"] = Overlay(self._importlib, scope)
+            for entry in table["redirect"]:
+                redirects[entry["name"]] = self._redirect(entry, scope)
 
     @staticmethod
     def _redirect(entry: Mapping[str, Any], scope: str) -> Redirect:
@@ -189,6 +195,20 @@ class Views:
         if kind == "absent":
             return Absent(name, product)
         raise PatchError(f"patches/views.toml: redirect {name!r} has unknown kind {kind!r}")
+
+    def _importlib(self, real: ModuleType, scope: str) -> ModuleView:
+        """importlib, whose import_module (NeMo looks for TransformerEngine with it) answers as an import does."""
+        redirects = self._redirects[scope]
+
+        @functools.wraps(importlib.import_module)
+        def import_module(name: str, package: str | None = None) -> ModuleType:
+            redirect = redirects.get(name.partition(".")[0])
+            if redirect is None or not self.active:
+                return importlib.import_module(name, package)
+            found: ModuleType = redirect.answer(self._import, name, ("__name__",))
+            return found
+
+        return ModuleView(real, {"import_module": import_module})
 
     def scope_of(self, module: str) -> str | None:
         """The scope that a module's name falls into, if any."""

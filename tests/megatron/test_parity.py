@@ -69,7 +69,7 @@ def test_a_missing_reduction_shows_in_the_loss_alone(parity):
 def test_the_text_is_learned(parity, family):
     """Else a parity of losses says nothing about the optimizer."""
     losses = parity.ours(Recipe.of(family), Layout())[0].losses
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[0] - losses[-1] > 1.0, losses
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import pickle
 import sys
 import types
@@ -79,6 +80,13 @@ IMPORTS = [  # statement, expression, what a module in scope sees
     ("from fakeapex.parts import NAME", "NAME", "ours"),
     ("from fakeapex import parts", "parts.NAME", "ours"),
     ("from fakeapex_C import NAME", "NAME", "ours"),
+    ("import importlib", "importlib.import_module('fakelib').where", "upstream"),
+    ("import importlib", "importlib.import_module('fakelib.inner').deep", "ours for upstream"),
+    ("import importlib.util", "importlib.import_module('fakeapex.parts').NAME", "ours"),
+    ("from importlib import import_module", "import_module('fakeapex_C').NAME", "ours"),
+    ("import importlib", "importlib.import_module('.parts', 'ours.apex').NAME", "ours"),
+    ("from importlib.metadata import version; from importlib import resources", "resources.__name__",
+     "importlib.resources"),
 ]
 
 
@@ -109,7 +117,7 @@ def test_nobody_else_sees_them(views):
 def test_a_name_that_is_not_there_is_an_import_error(views):
     with pytest.raises(ImportError, match="cannot import name 'gone' from 'fakelib'"):
         seen(views, "from fakelib import gone")
-    with pytest.raises(ModuleNotFoundError, match="No module named 'fakelib.gone'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'fakelib\.gone'"):
         seen(views, "import fakelib.gone")
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'fakeapex\.gone'") as caught:
         seen(views, "import fakeapex.gone")
@@ -125,6 +133,8 @@ def test_absent(views):
     with pytest.raises(ModuleNotFoundError, match="faketorchte") as caught:
         seen(views, "from faketorchte.pytorch import Linear")
     assert caught.value.name == "faketorchte.pytorch"
+    with pytest.raises(ModuleNotFoundError, match="faketorchte"):
+        seen(views, "import importlib\nimportlib.import_module('faketorchte.pytorch')")
 
 
 def test_an_installed_one_is_shadowed_with_one_notice_a_product(views, fakes, capsys):
@@ -135,6 +145,8 @@ def test_an_installed_one_is_shadowed_with_one_notice_a_product(views, fakes, ca
         assert seen(views, "import fakeapex_C")["fakeapex_C"].NAME == "ours"
         with pytest.raises(ModuleNotFoundError):
             seen(views, "import faketorchte")
+        with pytest.raises(ModuleNotFoundError):
+            seen(views, "from importlib import import_module\nimport_module('faketorchte')")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2, lines
     assert "fakeapex" in lines[0]
@@ -172,12 +184,15 @@ def test_a_view_passes_for_the_module(views):
 
 
 def test_disable_and_enable(views):
-    names = seen(views, "import fakelib\nfrom fakelib import inner\ndef late():\n    import fakelib\n    return fakelib")
+    code = "import fakelib\nfrom fakelib import inner\ndef late():\n    import fakelib\n    return fakelib\n"
+    names = seen(views, code + "import importlib\nfrom importlib import import_module")
     assert views.serves(types.SimpleNamespace(**names))  # type: ignore[arg-type]
     views.disable()
     views.disable()
     assert (names["fakelib"].where, names["inner"].deep) == ("real", "real")
     assert names["late"]() is sys.modules["fakelib"]
+    assert names["import_module"]("fakelib") is sys.modules["fakelib"]
+    assert names["importlib"].import_module is importlib.import_module
     views.enable()
     assert (names["fakelib"].where, names["inner"].deep) == ("upstream", "ours for upstream")
     assert names["late"]() is names["fakelib"]

@@ -37,7 +37,7 @@ def test_nemo_reads_the_text_and_learns(parity):
     trained, _, part = parity.nemo(recipe, Layout())
     assert [len(step) for step in part.batches] == [recipe.micro_batches] * recipe.steps
     assert part.lrs == pytest.approx([recipe.lr_at(step) for step in range(recipe.steps)])
-    assert trained.losses[-1] < 0.8 * trained.losses[0]
+    assert trained.losses[0] - trained.losses[-1] > 1.0
 
 
 @pytest.mark.parametrize(

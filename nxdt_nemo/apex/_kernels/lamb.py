@@ -12,13 +12,14 @@ import torch
 
 from .adam import AdamSettings, Scalar
 from .lists import Tensors, in_float32, store
+from .scale_norm import norms
 
 __all__ = ["multi_tensor_lamb"]
 
 
 def _ratios(params: Tensors, updates: Tensors) -> list[torch.Tensor]:
     """|p| / |update| for each tensor; 1 where either is zero."""
-    sizes = zip(torch._foreach_norm(list(params)), torch._foreach_norm(list(updates)), strict=True)
+    sizes = zip(norms(params), norms(updates), strict=True)
     return [torch.where((p != 0) & (u != 0), p / u, torch.ones_like(p)) for p, u in sizes]
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "multi_tensor_l2norm_scale",
     "multi_tensor_scale",
     "multi_tensor_unscale_l2norm",
+    "norms",
 ]
 
 Scalar = float | torch.Tensor
@@ -75,9 +76,13 @@ def multi_tensor_axpby(
     store(sums, outs)
 
 
-def _norms(tensors: Tensors) -> torch.Tensor:
-    """The 2-norm of each tensor, float32, shape [len(tensors)]."""
-    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)))
+def norms(tensors: Tensors) -> torch.Tensor:
+    """The 2-norm of each tensor, float32, shape [len(tensors)].
+
+    torch's norms add float32 squares one after the other on a CPU (off by 6e-4 at 10M elements, against
+    float64); its sum adds pairwise (7e-8).
+    """
+    return torch.stack([t.float().square().sum() for t in tensors]).sqrt()
 
 
 def _result(norms: torch.Tensor, per_tensor: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +97,7 @@ def multi_tensor_l2norm(
 
     The flag is raised if the norm is not finite.
     """
-    total, each = _result(_norms(tensor_lists[0]), per_tensor)
+    total, each = _result(norms(tensor_lists[0]), per_tensor)
     _raise_flag(noop_flag, total.isfinite().logical_not())
     return total, each
 
@@ -105,7 +110,7 @@ def multi_tensor_unscale_l2norm(
     per_tensor: bool | None = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As multi_tensor_l2norm, of x * inv_scale, which is not stored."""
-    total, each = _result(_norms(tensor_lists[0]) * inv_scale.reshape(()).abs(), per_tensor)
+    total, each = _result(norms(tensor_lists[0]) * inv_scale.reshape(()).abs(), per_tensor)
     _raise_flag(noop_flag, total.isfinite().logical_not())
     return total, each
 
@@ -120,7 +125,7 @@ def multi_tensor_l2norm_scale(
     """[x, out]: out = x * scale, and the norms of the scaled values."""
     sources, destinations = tensor_lists
     scaled = torch._foreach_mul(in_float32(sources), scale)
-    total, each = _result(_norms(scaled), per_tensor)
+    total, each = _result(norms(scaled), per_tensor)
     torch._foreach_copy_(list(destinations), scaled)
     _raise_flag(noop_flag, total.isfinite().logical_not())
     return total, each

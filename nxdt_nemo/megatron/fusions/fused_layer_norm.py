@@ -47,8 +47,10 @@ class Norm(nn.Module):
         self.hidden_size = (hidden_size,)
         self.eps = eps
         self.zero_centered_gamma = bool(config.layernorm_zero_centered_gamma)
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(hidden_size)) if self.normalization == "LayerNorm" else None
+        dtype = config.params_dtype
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
+        with_bias = self.normalization == "LayerNorm"
+        self.bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype)) if with_bias else None
         self.reset_parameters()
         for param in self.parameters():
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,120 @@
+"""Random states: there and back through a checkpoint's folder, and when a step's numbers are drawn again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nxdt_nemo import console
+from nxdt_nemo.lightning.rng import RngSnapshot
+
+SEEDED = 3
+
+
+@pytest.fixture(autouse=True)
+def _cpu_lane(monkeypatch):
+    from nxdt_nemo.runtime.select import forget
+
+    monkeypatch.setenv("NXDT_NEMO_RUNTIME", "cpu")
+    monkeypatch.setattr(console, "_said", set())
+    forget()
+    yield
+    forget()
+
+
+def seed(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def draw() -> list[float]:
+    """One number of each kind; gauss and normal keep half of a pair, which a state must hold too."""
+    return [
+        random.random(), random.gauss(0, 1), float(np.random.rand()), float(np.random.randn()),
+        float(torch.rand(1)), float(torch.randn(1)),
+    ]  # fmt: skip
+
+
+def test_take_and_restore():
+    seed(SEEDED)
+    draw()
+    snapshot = RngSnapshot.take()
+    first = draw()
+    assert draw() != first
+    snapshot.restore()
+    assert draw() == first
+    snapshot.restore()  # what it holds was not used up
+    assert draw() == first
+
+
+def test_there_and_back_through_files(tmp_path):
+    seed(SEEDED)
+    draw()
+    snapshots = []
+    for rank in range(2):
+        snapshots.append(RngSnapshot.take())
+        snapshots[rank].save(tmp_path, rank, 2)
+        draw()
+    expected = []
+    for snapshot in snapshots:
+        snapshot.restore()
+        expected.append(draw() + draw())
+    assert expected[0] != expected[1]
+    for rank in range(2):
+        seed(99)
+        loaded = RngSnapshot.load(tmp_path, rank, 2)
+        assert loaded is not None
+        loaded.restore()
+        assert draw() + draw() == expected[rank]
+    assert sorted(path.name for path in (tmp_path / "rng").iterdir()) == [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+    ]
+
+
+def test_another_world_size_is_said_once_and_not_restored(tmp_path, capsys):
+    RngSnapshot.take().save(tmp_path, 0, 2)
+    assert RngSnapshot.load(tmp_path, 0, 1) is None
+    assert RngSnapshot.load(tmp_path, 0, 1) is None
+    assert RngSnapshot.load(tmp_path / "stock", 0, 1) is None
+    lines = [line for line in capsys.readouterr().err.splitlines() if "dropout goes on from the seed" in line]
+    assert len(lines) == 2
+    assert "was saved by 2 ranks" in lines[0]
+    assert "stock holds no random states" in lines[1]
+
+
+def with_a_tracker(folder: str) -> list[Any]:
+    from megatron.core.tensor_parallel import random as tracked
+
+    tracked.initialize_rng_tracker(force_reset=True)
+    tracker = tracked.get_cuda_rng_tracker()
+    tracker.add("tensor-parallel", 21)
+    tracker.add("expert.parallel", 22)
+
+    def numbers() -> list[float]:
+        found = []
+        for name in ("tensor-parallel", "expert.parallel"):
+            with tracker.fork(name):
+                found += torch.rand(2).tolist()
+        return found
+
+    numbers()
+    RngSnapshot.take().save(Path(folder), 0, 1)
+    first, later = numbers(), numbers()
+    loaded = RngSnapshot.load(Path(folder), 0, 1)
+    assert loaded is not None
+    loaded.restore()
+    return [first, later, numbers(), sorted(loaded.tracker)]
+
+
+@pytest.mark.ranks
+def test_megatrons_streams(active, tmp_path):
+    first, later, again, names = active(with_a_tracker, str(tmp_path))
+    assert again == first != later
+    assert names == ["expert.parallel", "tensor-parallel"]

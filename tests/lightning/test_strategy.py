@@ -1,0 +1,277 @@
+"""A checkpoint is complete or it is invisible, at whatever moment a rank is killed; and whose numbers a step draws."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nxdt_nemo.lightning import strategy as module
+from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
+
+
+@pytest.fixture(autouse=True)
+def _cpu_lane(monkeypatch):
+    from nxdt_nemo.runtime.select import forget
+
+    monkeypatch.setenv("NXDT_NEMO_RUNTIME", "cpu")
+    forget()
+    yield
+    forget()
+
+
+class Base:
+    """What the mixin stands before: a strategy of Lightning's, on one rank."""
+
+    is_global_zero, global_rank, world_size = True, 0, 1
+
+    def __init__(self) -> None:
+        self.barriers: list[str] = []
+
+    def barrier(self, name: str) -> None:
+        self.barriers.append(name)
+
+    def optimizer_step(self, closure: Callable[[], Any]) -> Any:
+        return closure()
+
+    def on_train_batch_start(self, *_: Any) -> None: ...
+
+
+class Strategy(NeuronStrategyMixin, Base):
+    pass
+
+
+def writer(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "shards").mkdir()
+        (folder / "shards" / "0").write_text(text)
+        (folder / "metadata").write_text(text)
+
+    return write
+
+
+def read(folder: Path) -> list[str]:
+    """What a checkpoint holds; [] where there is none."""
+    if not folder.is_dir():
+        return []
+    return [(folder / "metadata").read_text(), (folder / "shards" / "0").read_text(), *os.listdir(folder / "rng")]
+
+
+def complete(text: str) -> list[str]:
+    return [text, text, "rank_00000.safetensors"]
+
+
+def visible(parent: Path) -> set[str]:
+    """The folders that NeMo takes for checkpoints: those without its mark beside them."""
+    folders = {path.name for path in parent.glob("*") if path.is_dir()}
+    return {name for name in folders if not (parent / f"{name}-unfinished").exists()}
+
+
+def test_saved_and_saved_again(tmp_path):
+    folder, strategy = tmp_path / "below" / "step=4", Strategy()
+    for text in ("one", "two"):
+        strategy.save_complete(folder, writer(text))
+        assert read(folder) == complete(text)
+        assert os.listdir(folder.parent) == ["step=4"]
+    assert strategy.barriers == ["checkpoint folder", "checkpoint written", "checkpoint committed"] * 2
+
+
+def test_a_writer_that_raises_leaves_the_old_one(tmp_path):
+    folder, strategy = tmp_path / "step=4", Strategy()
+
+    def fails(partial: Path) -> None:
+        writer("two")(partial)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        strategy.save_complete(folder, fails)
+    assert visible(tmp_path) == set()
+    assert (tmp_path / "step=4.incomplete").is_dir()
+    strategy.save_complete(folder, writer("one"))
+    with pytest.raises(OSError, match="disk full"):
+        strategy.save_complete(folder, fails)
+    assert read(folder) == complete("one")
+    assert visible(tmp_path) == {"step=4"}
+    strategy.save_complete(folder, writer("three"))  # what was left behind is in nobody's way
+    assert read(folder) == complete("three")
+    assert os.listdir(tmp_path) == ["step=4"]
+
+
+def killed_at(folder: Path, number: int, after: bool, swaps: bool, text: str) -> int:
+    """Save in a process that is killed before (or after) its `number`th step; its exit code."""
+
+    def run() -> None:
+        count = 0
+
+        def step(real: Callable[..., Any]) -> Callable[..., Any]:
+            def stepping(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == number and not after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                found = real(*args, **kwargs)
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return found
+
+            return stepping
+
+        os.replace, os.fsync = step(os.replace), step(os.fsync)
+        shutil.rmtree = step(shutil.rmtree)
+        Path.touch, Path.unlink, Path.mkdir = step(Path.touch), step(Path.unlink), step(Path.mkdir)  # type: ignore[method-assign]
+        module._exchange = step(module._exchange if swaps else lambda one, other: False)
+        Strategy().save_complete(folder, writer(text))
+        os._exit(0)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before a step", "after a step"])
+@pytest.mark.parametrize("swaps", [True, False], ids=["renameat2", "two renames"])
+@pytest.mark.parametrize("old", ["", "one"], ids=["new", "replacing"])
+def test_killed_at_every_step(tmp_path, old, swaps, after):
+    outcomes = set()
+    for number in range(1, 60):
+        parent = tmp_path / f"killed at {number}"
+        folder = parent / "step=4"
+        if old:
+            Strategy().save_complete(folder, writer(old))
+        code = killed_at(folder, number, after, swaps, "two")
+        assert code in (0, -signal.SIGKILL)
+        found = read(folder)
+        if found == [] and old:
+            # Without renameat2 the old one is between names for one moment; the next save gives it back.
+            assert not swaps
+            assert read(parent / "step=4.replaced") == complete(old)
+            Strategy().save_complete(parent / "step=8", writer("later"))
+            found = read(folder)
+        assert found in (complete(old) if old else [], complete("two")), number
+        assert visible(parent) <= {"step=4", "step=8", "step=4.replaced"}
+        outcomes.add("new" if found == complete("two") else "old")
+        Strategy().save_complete(folder, writer("three"))  # and it goes on from there
+        assert read(folder) == complete("three")
+        assert visible(parent) <= {"step=4", "step=8"}
+        if code == 0:
+            break
+    else:
+        pytest.fail("the save has more steps than were tried")
+    assert outcomes == {"old", "new"}  # the kills were on both sides of the commit
+
+
+def test_an_error_of_the_swap_is_not_taken_for_a_missing_feature(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError):
+        module._exchange(tmp_path / "a", tmp_path / "gone")
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced: set[str] = set()
+    real, names = os.fsync, {}
+
+    def fsync(handle: int) -> None:
+        synced.add(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        real(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        names["before the rename"] = set(synced)
+        os.rename(source, target)
+
+    monkeypatch.setattr(module.os, "fsync", fsync)
+    monkeypatch.setattr(module.os, "replace", replace)
+    Strategy().save_complete(tmp_path / "step=4", writer("one"))
+    inside = {"", "/metadata", "/shards", "/shards/0", "/rng", "/rng/rank_00000.safetensors"}
+    assert {f"step=4.incomplete{name}" for name in inside} <= names["before the rename"]
+    assert "." in synced  # the folder above, which holds the name
+
+
+def a_cut_one_among_nemos_best(folder: str) -> list[Any]:
+    """NeMo's callback over a complete checkpoint, and a better one that was killed while it was written."""
+    from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+
+    parent = Path(folder)
+    Strategy().save_complete(parent / "gpt--val_loss=6.00-step=4", writer("one"))
+    code = killed_at(parent / "gpt--val_loss=5.00-step=8", 9, False, True, "two")
+    callback = NeMoModelCheckpoint(dirpath=folder, monitor="val_loss", mode="min", save_top_k=1, filename="gpt")
+    callback.best_k_models = {}
+    callback.nemo_topk_check_previous_run()
+    left = sorted(path.name for path in parent.iterdir())
+    NeMoModelCheckpoint._remove_unfinished_checkpoints(folder)
+    return [code, Path(callback.best_model_path).name, left, sorted(path.name for path in parent.iterdir())]
+
+
+@pytest.mark.ranks
+def test_nemo_does_not_rank_a_cut_checkpoint_and_clears_it_away(active, tmp_path):
+    code, best, left, cleared = active(a_cut_one_among_nemos_best, str(tmp_path))
+    assert code == -signal.SIGKILL
+    assert "gpt--val_loss=5.00-step=8.incomplete" in left
+    assert best == "gpt--val_loss=6.00-step=4"
+    assert cleared == ["gpt--val_loss=6.00-step=4"]
+
+
+# --- whose numbers a step draws ------------------------------------------------------------------------
+
+
+def test_what_happens_between_steps_leaves_no_trace():
+    def run(between: Callable[[], Any]) -> list[float]:
+        strategy, drawn = Strategy(), []
+        torch.manual_seed(0)
+        for _ in range(3):
+            strategy.on_train_batch_start()
+            strategy.optimizer_step(lambda: drawn.append(float(torch.rand(1))))
+            between()
+        return drawn
+
+    plain = run(lambda: None)
+    assert run(lambda: torch.rand(7)) == plain
+    assert len(set(plain)) == 3
+
+
+def test_batches_of_one_step_draw_numbers_of_their_own():
+    strategy = Strategy()
+    torch.manual_seed(0)
+    strategy.on_train_batch_start()
+    strategy.optimizer_step(lambda: torch.rand(1))
+    drawn = []
+    for _ in range(3):  # accumulate_grad_batches=3
+        strategy.on_train_batch_start()
+        drawn.append(float(torch.rand(1)))
+    assert len(set(drawn)) == 3
+
+
+def test_the_states_of_a_checkpoint_count_from_the_next_step(tmp_path):
+    strategy = Strategy()
+    torch.manual_seed(0)
+    strategy.on_train_batch_start()
+    strategy.optimizer_step(lambda: torch.rand(1))
+    torch.rand(5)  # validation
+    strategy.save_complete(tmp_path / "step=1", writer("one"))
+    strategy.on_train_batch_start()
+    expected = torch.rand(3)
+    resumed = Strategy()
+    resumed.restore_rng(tmp_path / "step=1")
+    torch.rand(2)  # whatever a start draws
+    resumed.on_train_batch_start()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_newest_strategy_is_not_kept_alive():
+    class Environment:
+        creates_processes_externally = True
+
+    strategy = Strategy()
+    strategy.cluster_environment = Environment()  # type: ignore[attr-defined]
+    strategy._configure_launcher()
+    assert module.newest_strategy() is strategy
+    del strategy
+    assert module.newest_strategy() is None
