@@ -84,9 +84,19 @@ def _model_parallel(recipe: Recipe, layout: Layout) -> Any:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        _close_groups()
     parallel_state.initialize_model_parallel(layout.tp, layout.pp)
     model_parallel_cuda_manual_seed(recipe.seed)
     return parallel_state
+
+
+def _close_groups() -> None:
+    """Close every group but the world: upstream only forgets them, and each keeps gloo threads running."""
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _stage(recipe: Recipe, layout: Layout, state: Any) -> Any:

@@ -32,12 +32,13 @@ class Line(pl.LightningModule):
 
     def train_dataloader(self):
         data = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
-        return torch.utils.data.DataLoader(data, batch_size=16 // self.trainer.world_size, shuffle=False)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return torch.utils.data.DataLoader(data[rank::world], batch_size=16 // world)
 
 
 def trainer(**given):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(**quiet | {"max_epochs": 3} | given)
+    return pl.Trainer(**quiet | {"max_epochs": 3, "use_distributed_sampler": False} | given)
 
 
 def main() -> None:
