@@ -307,7 +307,7 @@ OUT = """
     import builtins, os
     from nxdt_nemo.runtime.keep_out import keep_out
     keep_out("torch_xla")  # accelerate would load it
-    import torch, lightning.pytorch.accelerators as accelerators
+    import torch, lightning.pytorch, lightning.pytorch.accelerators as accelerators
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
     def ours_on_path():
@@ -317,6 +317,7 @@ OUT = """
         return {
             "import": builtins.__import__, "path": ours_on_path(), "environment": dict(os.environ),
             "builtins": globals()["__builtins__"], "tensor": torch.Tensor.cuda, "module": torch.nn.Module.cuda,
+            "lightning": lightning.pytorch.LightningModule.cuda,
             "own": "cuda" in vars(torch.Tensor), "connector": vars(_AcceleratorConnector)["__init__"],
             "registry": sorted(accelerators.AcceleratorRegistry.available_accelerators()),
             "hook": sys.excepthook, "kept": {n for n in sys.modules if sys.modules[n] is None},
@@ -371,7 +372,8 @@ OUT = """
 def test_deactivate_gives_everything_back(start, write):
     found = start(write("script.py", OUT))
     assert found.code == 0, found.err
-    wanted = {"builtins", "connector", "environment", "import", "kept", "module", "path", "registry", "tensor", "own"}
+    wanted = {"builtins", "connector", "environment", "import", "kept", "lightning", "module", "own", "path"}
+    wanted |= {"registry", "tensor"}
     assert set(eval(found["armed"])) == wanted
     on, off = eval(found["on"]), eval(found["off"])
     assert all(name == "cuda" or place.startswith("nxdt_nemo.") for name, place in on.items()), on

@@ -1,7 +1,7 @@
-"""`module.cuda()` on a LightningModule.
+"""`LightningModule.cuda` for modules in scope.
 
-Room lightning/. Its `cuda` is Lightning's own (lightning.fabric.utilities.device_dtype_mixin), which asks
-torch.cuda for a device. Proof: tests/lightning/test_accelerators.py.
+Room lightning/. Changes lightning.fabric.utilities.device_dtype_mixin's class when it is imported, which is while
+Lightning itself is half imported: imports no Lightning. Proof: tests/lightning/test_accelerators.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from types import ModuleType
 from nxdt_nemo.patching.view import Views
 from nxdt_nemo.runtime.torch_view import hook_cuda
 
-__all__ = ["hook"]
+__all__ = ["hook_modules"]
 
 
-def hook(module: ModuleType, views: Views) -> Callable[[], None]:
-    """As nn.Module.cuda: the runtime's device, when a module in scope says it; returns what takes it back."""
+def hook_modules(module: ModuleType, views: Views) -> Callable[[], None]:
+    """It asks CUDA for its device before it calls torch's own; returns what takes the change back."""
     return hook_cuda(module._DeviceDtypeModuleMixin, views)

@@ -161,6 +161,28 @@ def test_registry(active):
     assert 0 < found["stats"]["allocated_bytes"] <= found["stats"]["peak_bytes"]
 
 
+def moved() -> list[Any]:
+    """`model.cuda()` of a LightningModule, said by NeMo and by a helper module of the user's."""
+    import torch
+
+    found: list[Any] = []
+    for name in ("nemo.collections.x", "helper"):
+        names: dict[str, Any] = {"__name__": name, "model": plain().Line()}
+        try:
+            exec("same = model.cuda() is model", names)
+        except (RuntimeError, AssertionError) as error:
+            names["same"] = type(error).__name__
+        found += [names["same"], str(names["model"].device)]
+    return [*found, torch.cuda.is_available()]
+
+
+def test_a_module_moves_to_the_lanes_device(active):
+    same, device, other, stays, has_cuda = active(moved)
+    assert (same, device) == (True, "cpu")
+    if not has_cuda:
+        assert (other, stays) in (("RuntimeError", "cpu"), ("AssertionError", "cpu"))
+
+
 def test_two_devices_without_a_launcher(active, tmp_path):
     """DDP with Lightning's own launcher: both ranks end with the weights of one rank on the whole batch."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NXDT_")}
