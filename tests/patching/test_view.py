@@ -85,8 +85,11 @@ IMPORTS = [  # statement, expression, what a module in scope sees
     ("import importlib.util", "importlib.import_module('fakeapex.parts').NAME", "ours"),
     ("from importlib import import_module", "import_module('fakeapex_C').NAME", "ours"),
     ("import importlib", "importlib.import_module('.parts', 'ours.apex').NAME", "ours"),
-    ("from importlib.metadata import version; from importlib import resources", "resources.__name__",
-     "importlib.resources"),
+    (
+        "from importlib.metadata import version; from importlib import resources",
+        "resources.__name__",
+        "importlib.resources",
+    ),
 ]
 
 
