@@ -367,6 +367,7 @@ PLACES = [
 ]  # fmt: skip
 # Named by upstream, without a counterpart: whoever calls one is told so.
 RAISES = {f"torch.cuda.{name}" for name in ("clock_rate", "power_draw", "temperature", "utilization")}  # NVML's figures
+RAISES |= {"torch.cuda.cudart", "torch.cuda.graph_pool_handle"}  # Nsight's profiler; CUDA graphs
 
 
 def attribute_path(node: ast.AST) -> str:

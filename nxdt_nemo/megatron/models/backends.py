@@ -21,12 +21,6 @@ from nxdt_nemo.megatron.transformer.dot_product_attention import DotProductAtten
 
 __all__ = ["REPLACED", "NeuronSpecProvider", "adapt"]
 
-REPLACED: dict[type, type] = {
-    FusedLayerNorm: Norm,
-    WrappedTorchNorm: Norm,
-    _DotProductAttention: DotProductAttention,
-}
-
 
 class NeuronSpecProvider(LocalSpecProvider):
     """megatron.core.models.backends.BackendSpecProvider for this backend."""
@@ -38,6 +32,14 @@ class NeuronSpecProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         """Attention in plain torch."""
         return DotProductAttention
+
+
+_provider = NeuronSpecProvider()
+REPLACED: dict[type, type] = {
+    FusedLayerNorm: _provider.layer_norm(),
+    WrappedTorchNorm: _provider.layer_norm(rms_norm=True),
+    _DotProductAttention: _provider.core_attention(),
+}
 
 
 def adapt(spec: Any) -> Any:
