@@ -6,6 +6,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +371,38 @@ def schedulers() -> list[float]:
 
 def test_schedulers(ranks):
     assert ranks(1, schedulers)[0] == pytest.approx([1e-2 / 2, 1e-2 / 3, 1e-2 / 4])
+
+
+def _line(optimizer_class: type, steps: int, state: dict[str, Any] | None = None) -> tuple[list[Any], dict[str, Any]]:
+    torch.manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = optimizer_class([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0}], lr=1e-2)
+    values = []
+    if state is not None:
+        optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        for param, value in zip(params, state["params"], strict=True):
+            param.data.copy_(value)
+    for step in range(steps):
+        for number, param in enumerate(params):
+            done = 0 if state is None else 3
+            param.grad = torch.full_like(param, 0.1 * (step + done + 1) * (number + 1))
+        optimizer.step()
+        values.append([param.detach().clone() for param in params])
+    return values, {"optimizer": optimizer.state_dict(), "params": values[-1]}
+
+
+def test_adamw_is_torchs_with_its_step_in_the_group() -> None:
+    from nxdt_nemo.nemo.core.optim.optimizers import AdamW
+
+    ours, saved = _line(AdamW, 3)
+    theirs, own = _line(torch.optim.AdamW, 3)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert [group["step"] for group in saved["optimizer"]["param_groups"]] == [3, 3]
+    assert {name for state in saved["optimizer"]["state"].values() for name in state} == {"exp_avg", "exp_avg_sq"}
+
+    more, _ = _line(torch.optim.AdamW, 2, own)
+    for state in (saved, own):  # its own and torch's state: the same next steps
+        resumed, _ = _line(AdamW, 2, state)
+        torch.testing.assert_close(resumed, more, rtol=0, atol=0)
+    fresh, _ = _line(AdamW, 2, {**saved, "optimizer": {**saved["optimizer"], "state": {}}})
+    assert not torch.equal(fresh[-1][0], more[-1][0])  # a lost state shows

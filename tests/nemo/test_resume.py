@@ -21,9 +21,10 @@ STEPS = (
     "exp_manager.checkpoint_callback_params.save_top_k=-1",
 )
 TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
+ADAMW = ("model.optim.name=adamw",)
 
 
-@pytest.mark.parametrize("layout", [(), TP2], ids=["one rank", "tp2"])
+@pytest.mark.parametrize("layout", [(), TP2, ADAMW], ids=["one rank", "tp2", "adamw"])
 def test_killed_and_resumed_equals_uninterrupted(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
     whole = train(*STEPS, *layout, name="whole")
     assert whole.code == 0, whole.output[-3000:]
