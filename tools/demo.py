@@ -21,16 +21,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_lib.corpus import LICENCE, write_corpus
-from demo_lib.curves import Curve, event_files, read_scalars, save_picture, terminal_plot
-from demo_lib.report import Rows, loss_rows, markdown, speed, table
-from demo_lib.runs import ChildError, run_child
-from demo_lib.tokens import VOCAB_SIZE
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
+
+from demo_lib.corpus import LICENCE, write_corpus
+from demo_lib.curves import Curve, event_files, read_scalars, save_picture, terminal_plot
+from demo_lib.report import Rows, loss_rows, markdown, speed, table
+from demo_lib.runs import ChildError, run_child
+from demo_lib.tokens import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo_llama.yaml"
