@@ -10,6 +10,10 @@ from collections.abc import Iterator
 import pytest
 
 import nxdt_nemo
+from nxdt_nemo.runtime.keep_out import keep_out
+
+# accelerate would load it, and it replaces torch.distributed.new_group for all tests of this process.
+keep_out("torch_xla")
 
 pytest_plugins = ["nxdt_nemo.testing.pytest_plugin"]
 

@@ -545,4 +545,4 @@ def test_load_object_names_what_is_missing(upstream: Upstream) -> None:
 
 
 def test_only_upstream_and_the_script_are_in_scope() -> None:
-    assert {"megatron", "nemo", "lightning", "pytorch_lightning", "__main__", "__mp_main__"} == SCOPE
+    assert {"hydra", "megatron", "nemo", "lightning", "pytorch_lightning", "__main__", "__mp_main__"} == SCOPE
