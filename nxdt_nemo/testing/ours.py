@@ -85,6 +85,9 @@ def _model_parallel(recipe: Recipe, layout: Layout) -> Any:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         _close_groups()
+        # Upstream leaves these as they were; a middle stage would take itself for the first one of before.
+        parallel_state._EMBEDDING_GLOBAL_RANKS = None
+        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     parallel_state.initialize_model_parallel(layout.tp, layout.pp)
     model_parallel_cuda_manual_seed(recipe.seed)
     return parallel_state
