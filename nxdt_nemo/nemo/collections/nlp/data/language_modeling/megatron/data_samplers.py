@@ -2,7 +2,7 @@
 
 Room nemo/. Stands in for a method of
 nemo.collections.nlp.data.language_modeling.megatron.data_samplers.BaseMegatronSampler.
-Proof: tests/nemo/test_resume.py.
+Proof: tests/nemo/test_samplers.py, and the resume row of `make demo`.
 """
 
 from __future__ import annotations
