@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nxdt_nemo.lightning.launcher import EarlyScriptLauncher
+from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.lightning.rng import RngSnapshot
 from nxdt_nemo.runtime import current
 
@@ -64,7 +65,7 @@ class NeuronStrategyMixin:
     _at_step_start = False
 
     def on_train_start(self) -> None:
-        """Let loggers go on counting where the optimizer stands.
+        """Let loggers go on counting where the optimizer stands, and draw the progress bar less often.
 
         A checkpoint that was saved in a validation holds Lightning's logging step from before it, one short,
         so that a resumed curve would be drawn one step to the left.
@@ -72,6 +73,7 @@ class NeuronStrategyMixin:
         super().on_train_start()  # type: ignore[misc]
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        slow_down(trainer.progress_bar_callback)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's optimizer step; then note where this rank's random streams stand."""
@@ -101,8 +103,12 @@ class NeuronStrategyMixin:
         A kill before the rename leaves only the temporary folder, which resuming does not look at, and the
         mark beside it.
         """
-        partial = folder.with_name(folder.name + ".incomplete")
-        mark = partial.with_name(partial.name + UNFINISHED)
+        self.write_checkpoint(folder, write)
+        self.commit_checkpoint(folder)
+
+    def write_checkpoint(self, folder: Path, write: Any) -> None:
+        """The first half of save_complete, on each rank; what `write` leaves to other processes may go on after it."""
+        partial, mark = _partial(folder)
         if self.is_global_zero:  # type: ignore[attr-defined]
             folder.parent.mkdir(parents=True, exist_ok=True)
             _recover(folder.parent)
@@ -113,6 +119,10 @@ class NeuronStrategyMixin:
         self.barrier("checkpoint folder")  # type: ignore[attr-defined]
         write(partial)
         (self._rng or RngSnapshot.take()).save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
+
+    def commit_checkpoint(self, folder: Path) -> None:
+        """The second half, on each rank when it has written all of its part."""
+        partial, mark = _partial(folder)
         self.barrier("checkpoint written")  # type: ignore[attr-defined]
         if self.is_global_zero:  # type: ignore[attr-defined]
             _commit(partial, folder)
@@ -123,6 +133,12 @@ class NeuronStrategyMixin:
         """Take this rank's random states from a checkpoint that was saved with as many ranks."""
         self._rng = RngSnapshot.load(folder, self.global_rank, self.world_size)  # type: ignore[attr-defined]
         self._at_step_start = True
+
+
+def _partial(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint's temporary folder, and the mark beside it."""
+    partial = folder.with_name(folder.name + ".incomplete")
+    return partial, partial.with_name(partial.name + UNFINISHED)
 
 
 def _commit(partial: Path, folder: Path) -> None:
