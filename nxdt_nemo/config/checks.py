@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import gcd
 
+from nxdt_nemo.config import exp_manager
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
 from nxdt_nemo.config.view import View
@@ -142,11 +143,27 @@ def not_yet(view: View) -> Errors:
             yield view.error(f"{key}={view.size(key)} is not supported yet, a later release brings it", "use 1")
     if view.get("model.fsdp", False):
         yield view.error("model.fsdp=True is not supported", "use False: ranks beyond TP x PP are data parallel")
-    name = view.get("model.optim.name")
-    if view.training and name in ("distributed_fused_adam", "mcore_distributed_optim"):
-        yield view.error(
-            f"model.optim.name={name} is not supported yet, a later release brings it", "use fused_adam or adamw"
-        )
+
+
+def sharded_optimizers(view: View) -> Errors:
+    """What NeMo reads without a default, or not at all, when the optimizer is sharded."""
+    name = view.get("model.optim.name") if view.training else None
+    if name == "mcore_distributed_optim":
+        for key in ("model.optim.lr", "model.optim.weight_decay", "model.optim.betas"):
+            if view.get(key) is None:
+                yield view.error(f"model.optim.name={name} needs {key}", f"set {key}")
+        if view.get("trainer.gradient_clip_val") is None:
+            yield view.error(
+                f"model.optim.name={name} needs trainer.gradient_clip_val", "use 0.0 for training without clipping"
+            )
+    if name == "distributed_fused_adam":
+        if view.get("model.optim.disable_distributed_parameters", False):
+            yield view.error(
+                "model.optim.disable_distributed_parameters=True turns sharding off", "use model.optim.name=fused_adam"
+            )
+        dtype = str(view.get("model.optim.dtype", "float32"))
+        if dtype.removeprefix("torch.") not in ("float32", "fp32", "32"):
+            yield view.error(f"model.optim.dtype={dtype}: optimizer state is kept in float32", "use float32")
 
 
 def precision(view: View) -> Errors:
@@ -165,18 +182,28 @@ def precision(view: View) -> Errors:
 
 
 def megatron_core(view: View) -> Errors:
-    """GPT is megatron-core's; NeMo falls back to its own when the key is absent."""
-    architecture = ("model.num_layers", "model.num_attention_heads", "model.encoder_seq_length")
-    if not view.training or not all(view.has(key) for key in architecture):
+    """Models are megatron-core's; NeMo falls back to its own, legacy ones when the key is absent."""
+    if not view.training or view.has("model.retro"):
         return
-    if any(view.has(key) for key in ("model.mcore_bert", "model.mcore_t5", "model.retro")):
-        return
-    if not view.get("model.mcore_gpt", False):
-        state = "=False" if view.has("model.mcore_gpt") else " is not set"
+    key, name = _core_switch(view)
+    if key and not view.get(key, False):
+        state = "=False" if view.has(key) else " is not set"
         yield view.error(
-            f"model.mcore_gpt{state}: NeMo's legacy GPT does not run on this backend",
-            "use model.mcore_gpt=True, and convert a legacy checkpoint to megatron-core first",
+            f"{key}{state}: NeMo's legacy {name} does not run on this backend",
+            f"use {key}=True, and convert a legacy checkpoint to megatron-core first",
         )
+
+
+def _core_switch(view: View) -> tuple[str, str]:
+    """The key that chooses megatron-core for this config's model, and the model's name; empty where there is none."""
+    if view.has("model.encoder.arch") and view.has("model.decoder.arch"):
+        return "model.mcore_t5", "encoder-decoder"
+    if view.has("model.mcore_bert") or view.has("model.bert_binary_head"):
+        return "model.mcore_bert", "BERT"
+    decoder = ("model.num_layers", "model.num_attention_heads", "model.encoder_seq_length")
+    if all(view.has(key) for key in decoder) and not view.has("model.mcore_t5"):
+        return "model.mcore_gpt", "GPT"
+    return "", ""
 
 
 def data_files(view: View) -> Errors:
@@ -190,12 +217,14 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     accelerator,
     precision,
     not_yet,
+    sharded_optimizers,
     megatron_core,
     tensor_parallel,
     pipeline_parallel,
     sequence_parallel,
     world,
     data_files,
+    *exp_manager.ERRORS,
 )
 
 

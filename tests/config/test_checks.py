@@ -10,6 +10,12 @@ TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
 LATER = "is not supported yet, a later release brings it"
 
+MCORE_ZERO = [
+    "model.optim.name=mcore_distributed_optim",
+    "+model.optim.weight_decay=0.1",
+    "+model.optim.betas=[0.9,0.98]",
+    "++trainer.gradient_clip_val=1.0",
+]
 WRONG = [  # overrides, ranks, the line
     ([f"{TP}=3"], 3, f"{TP}=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
     (
@@ -66,14 +72,25 @@ WRONG = [  # overrides, ranks, the line
         "model.fsdp=True is not supported; use False: ranks beyond TP x PP are data parallel",
     ),
     (
-        ["model.optim.name=distributed_fused_adam"],
+        ["model.optim.name=distributed_fused_adam", "+model.optim.disable_distributed_parameters=True"],
         1,
-        f"model.optim.name=distributed_fused_adam {LATER}; use fused_adam or adamw",
+        "model.optim.disable_distributed_parameters=True turns sharding off; use model.optim.name=fused_adam",
     ),
     (
-        ["model.optim.name=mcore_distributed_optim"],
+        ["model.optim.name=distributed_fused_adam", "+model.optim.dtype=bf16"],
         1,
-        f"model.optim.name=mcore_distributed_optim {LATER}; use fused_adam or adamw",
+        "model.optim.dtype=bf16: optimizer state is kept in float32; use float32",
+    ),
+    (
+        [*MCORE_ZERO, "model.optim.betas=null"],
+        1,
+        "model.optim.name=mcore_distributed_optim needs model.optim.betas; set model.optim.betas",
+    ),
+    (
+        [*MCORE_ZERO, "++trainer.gradient_clip_val=null"],
+        1,
+        "model.optim.name=mcore_distributed_optim needs trainer.gradient_clip_val; "
+        "use 0.0 for training without clipping",
     ),
     (
         ["model.mcore_gpt=False"],
@@ -86,6 +103,18 @@ WRONG = [  # overrides, ranks, the line
         1,
         "model.mcore_gpt is not set: NeMo's legacy GPT does not run on this backend; "
         "use model.mcore_gpt=True, and convert a legacy checkpoint to megatron-core first",
+    ),
+    (
+        ["~model.mcore_gpt", "+model.bert_binary_head=True"],
+        1,
+        "model.mcore_bert is not set: NeMo's legacy BERT does not run on this backend; "
+        "use model.mcore_bert=True, and convert a legacy checkpoint to megatron-core first",
+    ),
+    (
+        ["~model.mcore_gpt", "+model.mcore_t5=False", "+model.encoder={arch: transformer}", "+model.decoder={arch: x}"],
+        1,
+        "model.mcore_t5=False: NeMo's legacy encoder-decoder does not run on this backend; "
+        "use model.mcore_t5=True, and convert a legacy checkpoint to megatron-core first",
     ),
     (
         ["trainer.precision=bf16-true"],
@@ -151,7 +180,13 @@ def test_a_right_config_has_no_findings(gpt, overrides, ranks):
 
 
 def test_a_validation_run_of_a_training_config_does_not_train(gpt):
-    report = check(gpt("+model.skip_train=True", "trainer.precision=16", "model.optim.name=distributed_fused_adam"))
+    report = check(
+        gpt(
+            "+model.skip_train=True",
+            "trainer.precision=16",
+            "model.optim.name=mcore_distributed_optim",
+        )
+    )
     assert report.errors == []
 
 
