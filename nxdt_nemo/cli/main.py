@@ -14,6 +14,7 @@ import typer
 
 from nxdt_nemo import __version__
 from nxdt_nemo.cli import patches
+from nxdt_nemo.cli.doctor import doctor
 from nxdt_nemo.cli.run import Job, leave
 from nxdt_nemo.errors import UserError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(patches.app, name="patches")
+app.command("doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:
