@@ -1,0 +1,1 @@
+"""What tools/bench/step.py starts in processes of their own."""

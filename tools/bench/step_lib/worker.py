@@ -1,0 +1,248 @@
+"""One variant of the step benchmark: builds its model, then steps whenever a line arrives.
+
+Started by tools/bench/step.py as `worker.py VARIANT FAMILY SETTING WEIGHTS`; VARIANT "weights" writes the file.
+Answers are lines that begin with BENCH and hold JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[0] = str(ROOT)  # not this folder
+
+from nxdt_nemo.testing.recipe import Recipe, micro_batches  # noqa: E402
+
+# Chosen before anything was made faster: a small model of usual proportions, at full length and with accumulation.
+SHAPES = {
+    "long": {"seq": 1024, "micro_batch": 1, "micro_batches": 1},
+    "accumulate": {"seq": 512, "micro_batch": 2, "micro_batches": 2},
+}
+
+
+def recipe_of(family: Any, setting: str) -> Recipe:
+    """hidden 512, 8 layers, 8 heads; steps is the length of the schedule only."""
+    ffn = 2048 if family == "gpt" else 1376
+    sizes = {"layers": 8, "hidden": 512, "heads": 8, "kv_groups": 8, "ffn": ffn, "vocab": 32000}
+    return Recipe.of(family, **sizes, steps=200, lr=2e-4, min_lr=2e-5, **SHAPES[setting])
+
+
+class Side:
+    """A model with its losses, its clipping and its optimizer."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def zero(self) -> None:
+        """Before a step."""
+
+    def loss(self, tokens: Any, labels: Any) -> Any:
+        """Mean loss of one micro-batch [b, s], with a graph."""
+
+    def update(self, lr: float) -> None:
+        """Clip and step."""
+
+
+class Plain(Side):
+    """Plain PyTorch around any model: what megatron-core without Apex and Hugging Face's Trainer do by default."""
+
+    def __init__(self, recipe: Recipe, model: Any) -> None:
+        import torch
+
+        super().__init__(recipe)
+        self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            groups(model, recipe), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps
+        )
+
+    def zero(self) -> None:
+        self.optimizer.zero_grad()
+
+    def update(self, lr: float) -> None:
+        import torch
+
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+
+def groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
+class Stock(Plain):
+    """megatron-core's local layers, as they are."""
+
+    def __init__(self, recipe: Recipe, weights: dict[str, Any]) -> None:
+        import torch
+
+        from nxdt_nemo.testing.reference import _stock_model
+
+        model = _stock_model(recipe)
+        model.load_state_dict(weights, strict=False)
+        super().__init__(recipe, model)
+        self.positions = torch.arange(recipe.seq).expand(recipe.micro_batch, -1)
+        self.mask = torch.ones(1, 1, recipe.seq, recipe.seq, dtype=torch.bool).triu(1)
+
+    def loss(self, tokens: Any, labels: Any) -> Any:
+        return self.model(tokens, self.positions, self.mask, labels=labels).mean()
+
+
+class Transformers(Plain):
+    """LlamaForCausalLM with SDPA attention."""
+
+    def __init__(self, recipe: Recipe, weights: dict[str, Any]) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=recipe.vocab,
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.ffn,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_groups,
+            max_position_embeddings=recipe.seq,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(dict(_hugging_face(weights, recipe)))
+        super().__init__(recipe, model.train())
+
+    def loss(self, tokens: Any, labels: Any) -> Any:
+        logits = self.model(tokens).logits
+        return self.model.loss_function(logits, None, self.recipe.vocab, shift_labels=labels)
+
+
+def _hugging_face(weights: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    size, heads = recipe.hidden, recipe.heads
+    yield "model.embed_tokens.weight", weights["embedding.word_embeddings.weight"]
+    yield "model.norm.weight", weights["decoder.final_layernorm.weight"]
+    yield "lm_head.weight", weights["output_layer.weight"]
+    for index in range(recipe.layers):
+        ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
+        qkv = weights[ours + "self_attention.linear_qkv.weight"].view(heads, 3, size // heads, size)
+        for part, name in enumerate("qkv"):
+            yield f"{theirs}self_attn.{name}_proj.weight", qkv[:, part].reshape(size, size)
+        yield theirs + "self_attn.o_proj.weight", weights[ours + "self_attention.linear_proj.weight"]
+        gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
+        yield theirs + "mlp.gate_proj.weight", gate
+        yield theirs + "mlp.up_proj.weight", up
+        yield theirs + "mlp.down_proj.weight", weights[ours + "mlp.linear_fc2.weight"]
+        yield theirs + "input_layernorm.weight", weights[ours + "input_layernorm.weight"]
+        yield theirs + "post_attention_layernorm.weight", weights[ours + "pre_mlp_layernorm.weight"]
+
+
+class Ours(Side):
+    """The backend's layers, megatron-core's gradient buffers and optimizer as the backend has them."""
+
+    def __init__(self, recipe: Recipe, weights: dict[str, Any]) -> None:
+        import nxdt_nemo
+
+        nxdt_nemo.activate()
+        import torch
+
+        from nxdt_nemo.runtime import current
+        from nxdt_nemo.testing import ours
+        from nxdt_nemo.testing.recipe import Layout
+
+        super().__init__(recipe)
+        current().init_ranks(0, 1, store=torch.distributed.HashStore())
+        state = ours._model_parallel(recipe, Layout())
+        model = ours._stage(recipe, Layout(), state)
+        ours.load(model, weights, recipe.family == "llama", 1, 0)
+        self.chunk, self.optimizer = ours._wrap(model, recipe)
+        self.positions = torch.arange(recipe.seq).expand(recipe.micro_batch, -1)
+        self.step_with = ours._step
+
+    def zero(self) -> None:
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def loss(self, tokens: Any, labels: Any) -> Any:
+        return self.chunk(tokens, self.positions, None, labels=labels).mean()
+
+    def update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.recipe.weight_decay * group["wd_mult"]
+        self.step_with(self.optimizer, self.recipe.clip)
+
+
+def serve(side: Side) -> None:
+    """Step once for each line of input."""
+    import torch
+
+    recipe = side.recipe
+    answer({"variant": type(side).__name__})
+    for step, _ in enumerate(sys.stdin):
+        batches = [(torch.from_numpy(b.tokens), torch.from_numpy(b.labels)) for b in micro_batches(recipe, step)]
+        marks = [clock()]
+        losses = forward_backward(side, batches)
+        marks.append(clock())
+        side.update(recipe.lr_at(step))
+        marks.append(clock())
+        found = {"loss": sum(losses) / len(losses), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        for index, kind in enumerate(("", " cpu")):
+            first, second, third = (mark[index] for mark in marks)
+            found |= {
+                "step" + kind: third - first,
+                "forward and backward" + kind: second - first,
+                "clip and AdamW" + kind: third - second,
+            }
+        answer(found)
+
+
+def forward_backward(side: Side, batches: list[tuple[Any, Any]]) -> list[float]:
+    """Gradients of the mean over all micro-batches; their losses."""
+    side.zero()
+    losses = []
+    for tokens, labels in batches:
+        loss = side.loss(tokens, labels)
+        (loss / len(batches)).backward()
+        losses.append(loss.detach())
+    return [float(loss) for loss in losses]
+
+
+def clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def answer(found: dict[str, Any]) -> None:
+    print("BENCH " + json.dumps(found), flush=True)
+
+
+def main() -> None:
+    variant, family, setting, path = sys.argv[1:]
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(1)
+    if variant not in ("ours", "transformers"):  # ours brings its rank up itself
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    recipe = recipe_of(family, setting)
+    if variant == "weights":
+        from nxdt_nemo.testing.reference import initial_weights
+
+        save_file(initial_weights(recipe), path)
+        return
+    sides: dict[str, Callable[..., Side]] = {"ours": Ours, "transformers": Transformers}
+    serve(sides.get(variant, Stock)(recipe, load_file(path)))
+
+
+if __name__ == "__main__":
+    main()
