@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.testing.ours import Part
+from nxdt_nemo.testing.ours import Part, gather_gradients, state_bytes
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
 from nxdt_nemo.testing.weights import global_names, load, piece
 
@@ -122,10 +122,12 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
                 report.batches[-1].append(Batch(named["input_ids"].numpy().copy(), named["labels"].numpy().copy()))
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            if hasattr(optimizer, "mcore_optimizer"):  # NeMo does not log this one's norm
+                optimizer.mcore_optimizer.prepare_grads()
+                report.grad_norms.append(float(optimizer.mcore_optimizer.get_grad_norm()))
             report.lrs.append(optimizer.param_groups[0]["lr"])  # exact: what NeMo logs is rounded to float32
             if not report.grads:
-                if hasattr(module._optimizer, "get_parameters_with_grad"):
-                    module._optimizer.get_parameters_with_grad()  # waits for a reduction that is under way
+                _reduce(module._optimizer)
                 named = global_names(_gpt(module), weights)
                 report.grads = [(n, piece(n, p, _gradient(p), gated, report.tp_rank)) for n, p in named]
 
@@ -133,9 +135,22 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
             if trainer.is_global_zero:
                 logged = trainer.callback_metrics
                 report.losses.append(float(logged["reduced_train_loss"]))
-                report.grad_norms.append(float(logged["grad_norm"]))
+                if "grad_norm" in logged:
+                    report.grad_norms.append(float(logged["grad_norm"]))
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            optimizer = module._optimizer
+            report.state_bytes = state_bytes(getattr(optimizer, "mcore_optimizer", optimizer), _gpt(module))
 
     return Recorder()
+
+
+def _reduce(optimizer: Any) -> None:
+    """Wait for a reduction that is under way, and make sharded gradients whole."""
+    for wait in ("get_parameters_with_grad", "grad_sync"):
+        if hasattr(optimizer, wait):
+            getattr(optimizer, wait)()
+    gather_gradients(getattr(optimizer, "mcore_optimizer", optimizer))
 
 
 def _gradient(parameter: Any) -> torch.Tensor:

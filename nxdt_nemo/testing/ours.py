@@ -16,6 +16,8 @@ from nxdt_nemo.testing.reference import Trained
 from nxdt_nemo.testing.weights import Piece, global_names, load, merge, piece
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 __all__ = ["ACTIVE", "ACTIVE_ENV", "Fault", "Part", "assemble", "train"]
@@ -30,9 +32,13 @@ SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
 @dataclass
 class Part:
-    """One rank's report. Losses are a last stage's, of its own micro-batches; gradients and weights are pieces."""
+    """One rank's report. Losses are a last stage's, of its own micro-batches; gradients and weights are pieces.
+
+    state_bytes   what the optimizer holds beyond the model's parameters and gradients: moments, main parameters
+    """
 
     tp_rank: int
+    state_bytes: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     grads: list[tuple[str, Piece]] = field(default_factory=list)
@@ -48,18 +54,32 @@ def assemble(parts: list[Part], layout: Layout) -> tuple[Trained, float]:
     return Trained(losses, parts[0].grad_norms, grads, weights), spread
 
 
-def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, fault: Fault = "") -> Part:
-    """One rank's part of a run: build its stage, load its share of the weights, train."""
+def train(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    layout: Layout,
+    fault: Fault = "",
+    steps: range | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
+) -> Part:
+    """One rank's part of a run: build its stage, load its share of the weights, train.
+
+    steps          those of the recipe to make (default: all)
+    resume, save   megatron-core distributed checkpoints to begin with and to end with
+    """
     state = _model_parallel(recipe, layout)
     tp_rank, dp_rank = state.get_tensor_model_parallel_rank(), state.get_data_parallel_rank()
     gated = recipe.family == "llama"
     model = _stage(recipe, layout, state)
     load(model, weights, gated, layout.tp, tp_rank)
-    chunk, optimizer = _wrap(model, recipe)
+    chunk, optimizer = _wrap(model, recipe, layout.zero)
     finish = _finalizer(model, weights, fault)
     chunk.config.finalize_model_grads_func = finish
     report = Part(tp_rank)
-    for step in range(recipe.steps):
+    if resume is not None:
+        _load(model, optimizer, resume)
+    for step in range(recipe.steps) if steps is None else steps:
         batches = micro_batches(recipe, step)[dp_rank :: layout.dp]
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -67,12 +87,16 @@ def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, faul
         if losses:
             report.losses.append(sum(losses) / len(losses))
         named = list(global_names(model, weights))
-        if step == 0:
+        if not report.grads:
+            gather_gradients(optimizer)
             report.grads = [(name, piece(name, p, p.main_grad, gated, tp_rank)) for name, p in named]
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
             group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
-        report.grad_norms.append(_step(optimizer, recipe.clip))
+        report.grad_norms.append(float(optimizer.step()[1]))
+    report.state_bytes = state_bytes(optimizer, model)
+    if save is not None:
+        _save(model, optimizer, save)
     report.weights = [(name, piece(name, p, p, gated, tp_rank)) for name, p in global_names(model, weights)]
     return report
 
@@ -120,6 +144,8 @@ def _stage(recipe: Recipe, layout: Layout, state: Any) -> Any:
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=recipe.dtype == "bfloat16",
+        gradient_accumulation_fusion=True,  # as NeMo's configurations have it, which stock cannot without CUDA
+        apply_rope_fusion=llama,
     )
     model = GPTModel(
         config,
@@ -134,12 +160,63 @@ def _stage(recipe: Recipe, layout: Layout, state: Any) -> Any:
     return model.to(dtype)
 
 
-def _wrap(model: Any, recipe: Recipe) -> tuple[Any, Any]:
+def _save(model: Any, optimizer: Any, folder: Path) -> None:
+    """As a plain megatron-core loop saves."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state = _parameters_of(model)
+    dist_checkpointing.save({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, str(folder))
+
+
+def _load(model: Any, optimizer: Any, folder: Path) -> None:
+    """As a plain megatron-core loop resumes."""
+    from megatron.core import dist_checkpointing
+
+    state = _parameters_of(model)
+    wanted = {"model": state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True)}
+    found = dist_checkpointing.load(wanted, str(folder))
+    model.load_state_dict(found["model"], strict=False)
+    optimizer.load_state_dict(found["optimizer"])
+
+
+def _parameters_of(model: Any) -> dict[str, Any]:
+    return {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+
+
+def gather_gradients(optimizer: Any) -> None:
+    """Make a sharded optimizer's gradients whole on each rank, as an unsharded one's are."""
+    import torch.distributed as dist
+
+    sharded = [one for one in getattr(optimizer, "chained_optimizers", [optimizer]) if hasattr(one, "buckets")]
+    for bucket in (bucket for one in sharded for bucket in one.buckets):
+        mine = bucket.grads[slice(*bucket.part(bucket.group.rank()))].clone()
+        dist.all_gather_into_tensor(bucket.grads, mine, group=bucket.group)
+
+
+def state_bytes(optimizer: Any, model: Any) -> int:
+    """Bytes of an optimizer's tensors, without those that lie in the model's own memory."""
+    models = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    tensors = []
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(one, "optimizer", one)
+        tensors += [inner.state[param][name] for param in inner.state for name in ("exp_avg", "exp_avg_sq")]
+        tensors += [param for group in inner.param_groups for param in group["params"]]
+    own = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in models]
+    return sum(tensor.untyped_storage().nbytes() for tensor in own)
+
+
+def _wrap(model: Any, recipe: Recipe, zero: bool) -> tuple[Any, Any]:
     """Gradient buffers (reduced in float32) and the optimizer, as Megatron's own training loop makes them."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    buckets = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    buckets = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=zero
+    )
     chunk = DistributedDataParallel(model.config, buckets, model)
     adam = OptimizerConfig(
         optimizer="adam",
@@ -148,20 +225,11 @@ def _wrap(model: Any, recipe: Recipe) -> tuple[Any, Any]:
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         adam_eps=recipe.eps,
-        clip_grad=0.0,  # see _step
+        clip_grad=recipe.clip,
+        use_distributed_optimizer=zero,
         bf16=recipe.dtype == "bfloat16",
     )
     return chunk, get_megatron_optimizer(adam, [chunk])
-
-
-def _step(optimizer: Any, clip: float) -> float:
-    """MegatronOptimizer.step with the scaling written out: upstream's compares a CUDA type's name. Returns the norm."""
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    for parameter in optimizer.get_parameters():
-        parameter.grad.mul_(min(1.0, clip / (norm + 1e-6)))
-    optimizer.step_with_ready_grads()
-    return norm
 
 
 def _forward_backward(chunk: Any, recipe: Recipe, batches: list[Batch]) -> list[float]:

@@ -121,6 +121,7 @@ class Parity:
     _weights: dict[Recipe, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _stock: dict[Recipe, Trained] = field(default_factory=dict, repr=False)
     _ours: dict[tuple[Recipe, Layout, Fault], tuple[Trained, float]] = field(default_factory=dict, repr=False)
+    _bytes: dict[tuple[Recipe, Layout], list[int]] = field(default_factory=dict, repr=False)
     _nemo: dict[tuple[Any, ...], tuple[Trained, float, NemoPart]] = field(default_factory=dict, repr=False)
     _folders: dict[Recipe, tempfile.TemporaryDirectory[str]] = field(default_factory=dict, repr=False)
 
@@ -157,7 +158,20 @@ class Parity:
             pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
             parts = pool.run("nxdt_nemo.testing.ours:train", recipe, self.weights(recipe), layout, fault)
             self._ours[key] = ours.assemble(parts, layout)
+            self._bytes[recipe, layout] = [part.state_bytes for part in parts]
         return self._ours[key]
+
+    def state_bytes(self, recipe: Recipe, layout: Layout) -> list[int]:
+        """Each rank's bytes of optimizer state, after a run in a layout."""
+        self.ours(recipe, layout)
+        return self._bytes[recipe, layout]
+
+    def zero_against_unsharded(self, recipe: Recipe, layout: Layout, tolerance: float | Errors) -> Row:
+        """The sharded optimizer, against the unsharded one in the same layout."""
+        mine, copies = self.ours(recipe, replace(layout, zero=True))
+        plain, _ = self.ours(recipe, layout)
+        left = f"{replace(layout, zero=True)}{', bf16' if recipe.dtype == 'bfloat16' else ''}"
+        return Row(recipe.family, left, f"{layout}", tolerance, errors(mine, plain, copies))
 
     def nemo(
         self, recipe: Recipe, layout: Layout, *, split_sums: bool = False, **changes: Any

@@ -127,12 +127,13 @@ def transformer_fields(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are laid out: tensor x pipeline x data parallel sizes, and sequence parallelism."""
+    """How the ranks are laid out: tensor x pipeline x data parallel sizes, sequence parallelism, ZeRO-1."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     sp: bool = False
+    zero: bool = False
 
     @property
     def world(self) -> int:
@@ -140,13 +141,14 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"tp{self.tp}{'sp' if self.sp else ''}", f"pp{self.pp}", f"dp{self.dp}"]
-        return "".join(part for part in parts if not part.endswith("1")) or "one"
+        sizes = "".join(part for part in parts if not part.endswith("1")) or "one"
+        return f"{sizes}+zero" if self.zero else sizes
 
 
 def layout(text: str) -> Layout:
-    """`tp2sp`, `tp2pp2`, `dp2`, `one`, ... as a Layout. Raises ValueError for anything else."""
-    found = re.fullmatch(r"one|(?:tp(\d+)(sp)?)?(?:pp(\d+))?(?:dp(\d+))?", text)
-    if not text or found is None:
-        raise ValueError(f"layout {text!r} is not like tp2, tp2sp, pp2, tp2pp2, dp2 or one")
-    tp, sp, pp, dp = found.groups()
-    return Layout(tp=int(tp or 1), pp=int(pp or 1), dp=int(dp or 1), sp=sp is not None)
+    """`tp2sp`, `tp2pp2`, `dp2`, `dp2+zero`, `one`, ... as a Layout. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(?:one|(?:tp(\d+)(sp)?)?(?:pp(\d+))?(?:dp(\d+))?)(\+zero)?", text)
+    if not text or text == "+zero" or found is None:
+        raise ValueError(f"layout {text!r} is not like tp2, tp2sp, pp2, tp2pp2, dp2, dp2+zero or one")
+    tp, sp, pp, dp, zero = found.groups()
+    return Layout(tp=int(tp or 1), pp=int(pp or 1), dp=int(dp or 1), sp=sp is not None, zero=zero is not None)

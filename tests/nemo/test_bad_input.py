@@ -16,7 +16,10 @@ MISTAKES = [  # overrides, what the line must name
     (["trainer.devices=3", "model.tensor_model_parallel_size=2"], ["3 ranks", "tensor_model_parallel_size=2"]),
     (["model.data.data_prefix=???"], ["model.data.data_prefix"]),
     (["model.data.data_prefix=[1.0,/nowhere/text]"], ["model.data.data_prefix", "/nowhere/text"]),
-    (["model.optim.name=distributed_fused_adam"], ["model.optim.name", "fused_adam"]),
+    (
+        ["model.optim.name=distributed_fused_adam", "++model.optim.disable_distributed_parameters=true"],
+        ["model.optim.disable_distributed_parameters", "use model.optim.name=fused_adam"],
+    ),
     (["model.mcore_gpt=false"], ["model.mcore_gpt"]),
 ]
 

@@ -19,9 +19,9 @@ _HERE = "apex.contrib.optimizers.distributed_fused_adam.DistributedFusedAdam"
 
 
 class DistributedFusedAdam(torch.optim.Optimizer):
-    """Adam with its state sharded over the data-parallel ranks: not on this backend yet.
+    """A base to be recognized by: NeMo's subclass is ours, and shards by itself (nemo/core/optim/distributed_adam.py).
 
-    The nested names stand in annotations of NeMo's subclass.
+    The nested names stand in annotations of upstream's subclass.
     """
 
     ParameterFragment = unavailable(f"{_HERE}.ParameterFragment")
@@ -29,7 +29,7 @@ class DistributedFusedAdam(torch.optim.Optimizer):
     StateBucket = unavailable(f"{_HERE}.StateBucket")
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        refuse("optim.name: distributed_fused_adam", "use optim.name: fused_adam or adamw")
+        refuse(_HERE, "use NeMo's optim.name: distributed_fused_adam")
 
 
 @contextmanager

@@ -1,0 +1,223 @@
+"""megatron-core's distributed optimizer, over its own gradient and parameter buffers.
+
+Room megatron/. Stands in for megatron.core.optimizer.distrib_optimizer.DistributedOptimizer: same constructor and
+interface. Upstream's tells parameters apart by CUDA type strings, and saves its state by place in a buffer, or
+flattened; ours by name in the parameter's shape (docs/checkpoints.md). Reduce-scatter and all-gather are those of
+megatron-core's DistributedDataParallel. Proof: tests/megatron/test_zero.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+from torch import Tensor, nn
+
+from nxdt_nemo.errors import NotOnNeuron
+from nxdt_nemo.megatron.optimizer.sharded_state import Tensors, load_pieces, state_template, whole_states
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
+
+__all__ = ["DistributedOptimizer"]
+
+
+class DistributedOptimizer(MixedPrecisionOptimizer):
+    """Steps `optimizer` (Adam) on this rank's pieces of the parameters.
+
+    optimizer           built on the model's parameters; its groups are rewritten to the pieces' main parameters
+    per_model_buffers   {model chunk: its buffers}, of DistributedDataParallel(use_distributed_optimizer=True)
+    data_parallel_group_gloo   for checkpoints; None: the buffers' own group, where that is gloo
+    Memory a rank, P parameters on d ranks: 8 P / d bytes of float32 state, and 4 P / d of main parameters where the
+    model's are bf16. Raises NotOnNeuron for what needs CUDA kernels.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        config: Any,
+        grad_scaler: Any,
+        init_state_fn: Any,
+        model_chunks: list[Any],
+        per_model_buffers: dict[int, list[Any]],
+        data_parallel_group: Any,
+        data_parallel_group_gloo: Any,
+        data_parallel_group_idx: int,
+        distributed_optimizer_instance_id: int,
+    ) -> None:
+        super().__init__(optimizer, config, grad_scaler, init_state_fn)
+        self.model_chunks, self.ddp_config = model_chunks, model_chunks[0].ddp_config
+        self.data_parallel_group, self.data_parallel_group_gloo = data_parallel_group, data_parallel_group_gloo
+        self.data_parallel_group_idx = data_parallel_group_idx
+        self.distributed_optimizer_instance_id = distributed_optimizer_instance_id
+        self.is_stub_optimizer = optimizer is None
+        self.buffers = [] if optimizer is None else [x for found in per_model_buffers.values() for x in found]
+        self.buckets = [_bucket(bucket, buffer) for buffer in self.buffers for bucket in buffer.buckets]
+        self._steps = 0
+        if optimizer is not None:
+            _refuse(optimizer, config, self.ddp_config)
+            self._adopt()
+
+    def _adopt(self) -> None:
+        """Put the pieces' main parameters in the place of the model's."""
+        self.model_params: list[nn.Parameter] = []
+        self._pieces: list[Piece] = []
+        pieces = {param: piece for bucket in self.buckets for param, piece in bucket.pieces.items()}
+        for group in self.optimizer.param_groups:
+            params = [param for param in group["params"] if param.requires_grad]
+            mine = [pieces[param] for param in params if param in pieces]
+            for param in params:
+                if param.dtype != torch.float32:
+                    param.main_param, param.main_param_sharded = None, True
+            for piece in mine:
+                if piece.param.dtype != torch.float32:
+                    piece.param.main_param = piece.main  # type: ignore[attr-defined]
+            group["params"] = [piece.main for piece in mine]
+            self.model_params += params
+            self._pieces += mine
+        self.optimizer.state.clear()
+
+    def get_grad_stats_parallel_group(self) -> Any:
+        """All ranks that hold pieces: norms are sums over them."""
+        return self.grad_stats_parallel_group
+
+    # --- step ----------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients outside the buffers, which DistributedDataParallel.zero_grad_buffer clears."""
+        for param in [] if self.is_stub_optimizer else self.model_params:
+            param.grad = None
+        for piece in [] if self.is_stub_optimizer else self._pieces:
+            piece.main.grad = None
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Step this rank's pieces, and gather what the others have stepped, unless the forward pass does that."""
+        done = bool(super().step_with_ready_grads())
+        if not self.is_stub_optimizer:
+            self._count(self._steps + 1)
+        if not self.ddp_config.overlap_param_gather:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync()
+        return done
+
+    def _count(self, steps: int) -> None:
+        """The number of steps made, in each group: the inner optimizer does not count one without pieces here."""
+        self._steps = steps
+        for group in self.optimizer.param_groups if steps else []:
+            group["step"] = steps
+
+    def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
+        return [piece.main.grad for piece in self._pieces if piece.main.grad is not None]
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        for piece in self._pieces:
+            piece.main.grad = piece.grad.float()  # a float32 buffer's own view
+
+    def _copy_main_params_to_model_params(self) -> None:
+        for piece in self._pieces:
+            piece.publish()
+
+    def _copy_model_params_to_main_params(self) -> None:
+        for piece in self._pieces:
+            piece.refresh()
+
+    # --- state ---------------------------------------------------------------------------------------
+
+    def _state_of(self, piece: Piece) -> Tensors:
+        state = self.optimizer.state[piece.main]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(piece.main)
+        main = {} if piece.main is piece.model else {"fp32_param": piece.main}
+        return {**main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on each data-parallel rank: hyper-parameters, steps, loss scale. No tensors of pieces."""
+        return {} if self.is_stub_optimizer else self._wrapped({"param_groups": self._groups()})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups = self.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    def _wrapped(self, inner: dict[str, Any]) -> dict[str, Any]:
+        """In megatron-core's places: those of FP32Optimizer, or of the one with float32 main parameters."""
+        if all(param.dtype == torch.float32 for param in self.model_params):
+            return inner
+        scaler = {"grad_scaler": self.grad_scaler.state_dict()} if self.grad_scaler else {}
+        return {"optimizer": inner, **scaler}
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        sharding_type: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """state_dict(), and under `state` the pieces' tensors by name (docs/checkpoints.md).
+
+        sharding_type, metadata   upstream's formats; ours is one for all
+        """
+        if self.is_stub_optimizer:
+            return {}
+        if is_loading:
+            state = state_template(self.buckets, self.model_params, self._state_of, model_sharded_state_dict)
+        else:
+            hosts = {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
+            state = whole_states(self.buckets, self.model_params, self._state_of, model_sharded_state_dict, hosts)
+        groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
+        return self._wrapped({"state": state, "param_groups": groups})
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what sharded_state_dict(is_loading=True) gave, after it was loaded."""
+        if self.is_stub_optimizer:
+            return
+        inner = state_dict.get("optimizer", state_dict)
+        self._take_groups(inner["param_groups"])
+        if inner.get("state"):
+            load_pieces(self.buckets, self.model_params, self._state_of, inner["state"])
+        if self.grad_scaler and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def _take_groups(self, saved: list[dict[str, Any]]) -> None:
+        """Hyper-parameters of saved groups; only the steps of those that another kind of optimizer had saved."""
+        current = self.optimizer.param_groups
+        try:
+            saved = self._filter_and_reorder_param_groups(current, [{"params": [], **group} for group in saved])
+        except (KeyError, ValueError):
+            saved = [{"step": group["step"]} if "step" in group else {} for group in saved]
+        else:
+            for group, values in zip(current, saved, strict=True):
+                group.update({name: value for name, value in values.items() if name != "params"})
+        self._count(max((int(group.get("step", 0)) for group in saved), default=0))
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Upstream's file of one data-parallel rank's making. Raises NotOnNeuron."""
+        raise NotOnNeuron(f"{filename}: optimizer state is not kept in a file of its own; use ckpt_format torch_dist")
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """As save_parameter_state."""
+        raise NotOnNeuron(f"{filename}: optimizer state is not kept in a file of its own; use ckpt_format torch_dist")
+
+
+def _bucket(bucket: Any, buffer: Any) -> Bucket:
+    """megatron-core's bucket as ours."""
+    spans = []
+    for param in bucket.params_list:
+        first, last, _ = buffer.param_index_map[param]
+        spans.append((param, first - bucket.offset, last - bucket.offset))
+    return Bucket(spans, bucket.param_data, bucket.grad_data, buffer.data_parallel_group)
+
+
+def _refuse(optimizer: Any, config: Any, ddp_config: Any) -> None:
+    """Raise NotOnNeuron for settings that this optimizer does not have."""
+    for key, found in (
+        ("use_custom_fsdp", ddp_config.use_custom_fsdp),
+        ("optimizer_cpu_offload", config.optimizer_cpu_offload),
+        ("use_precision_aware_optimizer", config.use_precision_aware_optimizer),
+    ):
+        if found:
+            raise NotOnNeuron(f"{key}=True with the distributed optimizer; use {key}=False")
+    if config.optimizer != "adam":
+        raise NotOnNeuron(f"optimizer={config.optimizer!r} with the distributed optimizer; use optimizer='adam'")

@@ -1,0 +1,131 @@
+"""A sharded optimizer's state in checkpoints: by the parameter's name, in the parameter's shape.
+
+Room megatron/. The format of docs/checkpoints.md: the keys and shapes are those that an unsharded optimizer writes, so
+that data-, tensor- and pipeline-parallel sizes, and the optimizer, may be others when it is read. A parameter that is
+cut between ranks is put together on one of them, the one that has most of it. Proof: tests/megatron/test_zero.py,
+tests/nemo/test_zero.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from torch import Tensor, nn
+
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
+
+__all__ = ["PREFIX", "Tensors", "load_pieces", "state_template", "whole_states"]
+
+PREFIX = "optimizer.state"
+Tensors = dict[str, Tensor]  # fp32_param (of half precision parameters), exp_avg, exp_avg_sq
+StateOf = Callable[[Piece], Tensors]
+Sharded = dict[int, dict[str, Any]]
+
+
+def whole_states(
+    buckets: Sequence[Bucket],
+    params: Sequence[nn.Parameter],
+    state_of: StateOf,
+    model: Mapping[str, Any],
+    host_groups: Mapping[dist.ProcessGroup, dist.ProcessGroup],
+) -> Sharded:
+    """The sharded state to save: {place in `params`: {name: ShardedTensor or factory}} of what this rank owns.
+
+    params        all parameters of the optimizer
+    state_of      a piece's tensors, [n] float32
+    model         the model's sharded state dict
+    host_groups   a gloo group for each bucket's group: pieces go from host to host
+    Each rank of the buckets' groups has to call it.
+    """
+    places = _places(params, model)
+    sharded: Sharded = {}
+    for bucket in buckets:
+        for param, tensors in _whole(bucket, state_of, host_groups[bucket.group]):
+            place, entry = places[param]
+            sharded[place] = {name: _sharded(entry, tensor, name, 0) for name, tensor in tensors.items()}
+    return sharded
+
+
+def state_template(
+    buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, model: Mapping[str, Any]
+) -> Sharded:
+    """What to load: as whole_states, for each parameter that this rank has a piece of, with memory to load it into."""
+    places = _places(params, model)
+    sharded: Sharded = {}
+    for bucket in buckets:
+        rank = bucket.group.rank()
+        for param, first, last in bucket.spans:
+            if (piece := bucket.pieces.get(param)) is None:
+                continue
+            replica = 0 if _owner(bucket, first, last) == rank else 1 + rank
+            place, entry = places[param]
+            sharded[place] = {
+                name: _sharded(entry, torch.empty(param.shape, dtype=tensor.dtype), name, replica)
+                for name, tensor in state_of(piece).items()
+            }
+    return sharded
+
+
+def load_pieces(
+    buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Mapping[int, Tensors]
+) -> None:
+    """Copy loaded tensors, of the parameters' shapes, into this rank's pieces of them."""
+    pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
+    for place, param in enumerate(params):
+        if param in pieces:
+            piece = pieces[param]
+            for name, tensor in state_of(piece).items():
+                tensor.copy_(piece.cut(loaded[place][name]))
+            piece.publish()
+
+
+def _places(params: Sequence[nn.Parameter], model: Mapping[str, Any]) -> dict[nn.Parameter, tuple[int, Any]]:
+    """Each parameter's place in `params`, and its entry in the model's sharded state dict."""
+    entries = get_param_id_to_sharded_param_map(model, iter(params))
+    missing = [place for place in range(len(params)) if place not in entries]
+    if missing:
+        raise ValueError(f"parameters {missing} of the optimizer are not in the model's sharded state dict")
+    return {param: (place, entries[place]) for place, param in enumerate(params)}
+
+
+def _owner(bucket: Bucket, first: int, last: int) -> int:
+    """The rank that has most of a parameter, the lowest of equals."""
+    return max(bucket.holders(first, last), key=lambda holder: (holder[2] - holder[1], -holder[0]))[0]
+
+
+def _whole(bucket: Bucket, state_of: StateOf, host: dist.ProcessGroup) -> Iterator[tuple[nn.Parameter, Tensors]]:
+    """The parameters that this rank owns, with their tensors in the parameters' shapes."""
+    rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
+    under_way: list[Any] = []
+    ready: list[tuple[nn.Parameter, Tensors]] = []
+    for param, first, last in bucket.spans:
+        holders = bucket.holders(first, last)
+        owner = _owner(bucket, first, last)
+        mine = state_of(bucket.pieces[param]) if any(holder == rank for holder, *_ in holders) else {}
+        if rank != owner:
+            under_way += [dist.isend(tensor.cpu(), ranks[owner], group=host) for tensor in mine.values()]
+        elif len(holders) == 1:
+            ready.append((param, {name: tensor.view(param.shape) for name, tensor in mine.items()}))
+        else:
+            whole = {name: torch.empty(last - first, dtype=tensor.dtype) for name, tensor in mine.items()}
+            for holder, start, stop in holders:
+                for name, tensor in mine.items():
+                    if holder == rank:
+                        whole[name][start:stop].copy_(tensor)
+                    else:
+                        under_way.append(dist.irecv(whole[name][start:stop], ranks[holder], group=host))
+            ready.append((param, {name: tensor.view(param.shape) for name, tensor in whole.items()}))
+    for work in under_way:
+        work.wait()
+    yield from ready
+
+
+def _sharded(entry: Any, tensor: Tensor, name: str, replica: int) -> Any:
+    """The entry for one tensor of a parameter's state. Replica 0 of the data-parallel ranks is the one that counts."""
+    made = make_sharded_optimizer_tensor(entry, tensor, f"{PREFIX}.{name}")
+    made.replica_id = (*made.replica_id[:2], replica)
+    return made
