@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## the pinned stack in .venv, about 8.6 GB: the registry's torch carries CUDA
@@ -49,6 +49,10 @@ test: $(STAMP) ## every test that is not slow
 .PHONY: test-slow
 test-slow: $(STAMP) ## the slow ones
 	@$(PY) -m pytest -q -m slow
+
+.PHONY: test-upstream
+test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes
+	@$(PY) tools/test_upstream.py
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy --strict, import-linter

@@ -2,32 +2,36 @@
 
 Room testing/. For NVIDIA's own tests (tools/test_upstream.py) and for yours. The backend has to be active before
 anything imports NeMo or Megatron, and conftest.py files do: a plugin named with -p is loaded before them. The lane
-is cpu unless NXDT_NEMO_RUNTIME says otherwise. Imports pytest and no torch. Proof: tests/testing/test_upstream.py.
+is cpu unless NXDT_NEMO_RUNTIME says otherwise. What a test puts into torch's place, NeMo and Megatron see too.
+Proof: tests/testing/test_upstream.py.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from nxdt_nemo import activate, deactivate, is_active
 from nxdt_nemo.errors import NxdtError
+from nxdt_nemo.patching.view import ModuleView
 from nxdt_nemo.runtime.select import VARIABLE
 
-__all__ = ["pytest_load_initial_conftests", "pytest_report_header", "pytest_unconfigure"]
+__all__ = ["pytest_load_initial_conftests", "pytest_report_header"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Arm the backend. Raises pytest.UsageError, one line, if NeMo is there already or the lane is not."""
-    if is_active():  # NXDT_NEMO=1 came first: whose it is, takes it out
-        return
-    try:
-        activate(os.environ.get(VARIABLE, "cpu"))
-    except NxdtError as error:
-        raise pytest.UsageError(f"nxdt-nemo: {error}") from error
-    early_config.add_cleanup(deactivate)
+    if not is_active():  # else NXDT_NEMO=1 came first: whose it is, takes it out
+        try:
+            activate(os.environ.get(VARIABLE, "cpu"))
+        except NxdtError as error:
+            raise pytest.UsageError(f"nxdt-nemo: {error}") from error
+        early_config.add_cleanup(deactivate)
+    early_config.add_cleanup(show_mocks())
 
 
 def pytest_report_header() -> str:
@@ -37,5 +41,27 @@ def pytest_report_header() -> str:
     return f"nxdt_nemo: {current().name} lane"
 
 
-def pytest_unconfigure() -> None:
-    """Nothing of ours is left in a process that runs pytest as a function."""
+def show_mocks() -> Callable[[], None]:
+    """Let every view give way to what has been put into its module since; returns what takes it back.
+
+    mock.patch("torch.cuda.is_available") and monkeypatch reach the real torch, and a view answers without asking it.
+    For tests only: each access pays for the look.
+    """
+    import importlib
+
+    import torch
+
+    modules = (importlib, torch, torch.amp, torch.cuda, torch.cuda.amp, torch.cuda.random, torch.jit)
+    found = {id(module): dict(vars(module)) for module in modules}
+
+    def look(view: ModuleView, name: str) -> Any:
+        state = object.__getattribute__(view, "__dict__")
+        if name in state.get("_overlay", ()):
+            real = state["_real"]
+            before = found.get(id(real), {})
+            if name in before and vars(real).get(name) is not before[name]:
+                return getattr(real, name)
+        return object.__getattribute__(view, name)
+
+    ModuleView.__getattribute__ = look  # type: ignore[method-assign, assignment]
+    return lambda: delattr(ModuleView, "__getattribute__")
