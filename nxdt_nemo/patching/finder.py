@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
+from nxdt_nemo.patching.lazy import plain_builtins
 from nxdt_nemo.patching.view import Views
 
 __all__ = ["UpstreamFinder"]
@@ -77,7 +78,8 @@ class UpstreamFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if self._views.scope_of(fullname) is None and not self._wanted(fullname):
+        views = self._views
+        if views.scope_of(fullname) is None and fullname not in views.lazy and not self._wanted(fullname):
             return None
         stub = self._stub_for(fullname)
         if stub is not None:
@@ -93,13 +95,18 @@ class UpstreamFinder(importlib.abc.MetaPathFinder):
         return None
 
     def before(self, module: ModuleType) -> None:
-        """Give a module of a scope its view of torch and apex."""
+        """Give a module of a scope its view of torch and apex, and a lazy importer its imports."""
         scope = self._views.scope_of(module.__name__)
-        if scope is not None:
-            module.__dict__["__builtins__"] = self._views.builtins_for(scope)
+        given = plain_builtins() if scope is None else self._views.builtins_for(scope)
+        if module.__name__ in self._views.lazy:
+            given = self._views.lazy.builtins_for(module, given)
+        elif scope is None:
+            return
+        module.__dict__["__builtins__"] = given
 
     def after(self, module: ModuleType) -> None:
-        """Apply the records whose targets this module defines."""
+        """Unbind the names that wait; apply the records whose targets this module defines."""
+        self._views.lazy.settle(module)
         if self._wanted(module.__name__):
             self._after(module)
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from nxdt_nemo import console
 from nxdt_nemo.errors import PatchError
+from nxdt_nemo.patching.lazy import Lazy
 
 __all__ = ["Absent", "ModuleView", "Overlay", "Redirect", "StandIn", "Views", "load_object"]
 
@@ -173,7 +174,8 @@ class Views:
     """All redirects, by scope ("upstream" for megatron.* and nemo.*, "main" for the user's script)."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
-        """`table` is patches/views.toml: [scope] lists of top-level names, [[redirect]] entries."""
+        """`table` is patches/views.toml: [scope] lists of top-level names, [[redirect]] and [[lazy]] entries."""
+        self.lazy = Lazy(table.get("lazy", ()))
         self.scopes: dict[str, frozenset[str]] = {key: frozenset(names) for key, names in table["scope"].items()}
         self._redirects: dict[str, dict[str, Redirect]] = {scope: {} for scope in self.scopes}
         self.active = True

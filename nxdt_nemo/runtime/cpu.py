@@ -50,6 +50,14 @@ class CpuLane(Lane):
     def enter_process(self) -> Undo:
         return keep_out("torch_xla", "torch_neuronx")
 
+    def start_method(self, asked: str) -> str:
+        """fork in place of spawn, which upstream's scripts force for CUDA's sake and which imports all again.
+
+        Safe here: the process holds no device; a worker touches no process group, so that gloo's threads are not
+        missed; it runs torch on one thread (torch.utils.data sets that first), so that OpenMP's pool is not either.
+        """
+        return "fork" if asked == "spawn" and hasattr(os, "fork") else asked
+
     def device(self, local_rank: int = 0) -> torch.device:
         import torch
 

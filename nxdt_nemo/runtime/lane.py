@@ -72,6 +72,13 @@ class Lane(ABC):
     def enter_process(self) -> Undo:
         """Make this process the lane's (imports kept out, environment); returns what takes it back."""
 
+    def start_method(self, asked: str) -> str:
+        """How data workers start where the script asks for multiprocessing's `asked`.
+
+        As asked: a device's client and its threads do not live on in a forked process.
+        """
+        return asked
+
     @abstractmethod
     def device(self, local_rank: int = 0) -> torch.device:
         """The device of a rank on this host."""

@@ -15,6 +15,7 @@ from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.multiprocessing
 
 from nxdt_nemo.errors import NotOnNeuron
 from nxdt_nemo.patching.view import ModuleView, Views
@@ -345,6 +346,11 @@ def _eager(*args: Any, **_: Any) -> Any:
     return function if function is not None else _eager
 
 
+@functools.wraps(torch.multiprocessing.set_start_method)
+def _set_start_method(method: str | None, force: bool = False) -> None:
+    torch.multiprocessing.set_start_method(method and current().start_method(method), force)
+
+
 def _torch_table(scope: str) -> dict[str, Any]:
     real_load = torch.load
 
@@ -363,6 +369,7 @@ def _torch_table(scope: str) -> dict[str, Any]:
         "autocast": _Autocast,
         "amp": ModuleView(torch.amp, amp),
         "load": load,
+        "multiprocessing": ModuleView(torch.multiprocessing, {"set_start_method": _set_start_method}),
         "Generator": generator,
         "is_autocast_enabled": _autocast_query("is_autocast_enabled"),
         "get_autocast_gpu_dtype": lambda: torch.get_autocast_dtype(_type_name("cuda")),
