@@ -77,6 +77,6 @@ def jit_fuser(function: Function) -> Function:
 
 def register(module: ModuleType, _: Views) -> Callable[[], None]:
     """Put jit_fuser into megatron.core.jit, before any fusion is imported; returns what puts upstream's back."""
-    before = module.jit_fuser  # type: ignore[attr-defined]
+    before = module.jit_fuser
     module.jit_fuser = jit_fuser  # type: ignore[attr-defined]
     return lambda: setattr(module, "jit_fuser", before)

@@ -161,6 +161,14 @@ class Parity:
             self._bytes[recipe, layout] = [part.state_bytes for part in parts]
         return self._ours[key]
 
+    def leg(
+        self, recipe: Recipe, layout: Layout, steps: range, *, resume: Path | None = None, save: Path | None = None
+    ) -> Trained:
+        """Some steps of a run of ours, from a checkpoint, to a checkpoint. Not kept."""
+        pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
+        arguments = (recipe, self.weights(recipe), layout, "", steps, resume, save)
+        return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments), layout)[0]
+
     def state_bytes(self, recipe: Recipe, layout: Layout) -> list[int]:
         """Each rank's bytes of optimizer state, after a run in a layout."""
         self.ours(recipe, layout)

@@ -21,4 +21,5 @@ def bias_gelu(bias: Tensor, y: Tensor) -> Tensor:
 
 def bias_gelu_back(g: Tensor, bias: Tensor, y: Tensor) -> Tensor:
     """g * gelu'(y + bias), shaped as y; the bias's gradient is its sum over rows, which autograd takes."""
-    return torch.ops.aten.gelu_backward(g, y + bias, approximate="tanh")
+    gradient: Tensor = torch.ops.aten.gelu_backward(g, y + bias, approximate="tanh")
+    return gradient

@@ -45,7 +45,8 @@ class DotProductAttention(_DotProductAttention):
         query       [S, B, N, D]; key, value [T, B, G, D]; any strides
         returns     [S, B, N * D]
         """
-        if attention_mask is None and attention_bias is None and packed_seq_params is None and self._is_causal(query, key):
+        plain = attention_mask is None and attention_bias is None and packed_seq_params is None
+        if plain and self._is_causal(query, key):
             return self._causal(query, key, value)
         context: Tensor = super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params

@@ -57,9 +57,7 @@ class Plain(Side):
 
         super().__init__(recipe)
         self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            groups(model, recipe), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps
-        )
+        self.optimizer = torch.optim.AdamW(groups(model, recipe), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
 
     def zero(self) -> None:
         self.optimizer.zero_grad()
@@ -196,7 +194,8 @@ def serve(side: Side) -> None:
         marks.append(clock())
         side.update(recipe.lr_at(step))
         marks.append(clock())
-        found = {"loss": sum(losses) / len(losses), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        found = {"loss": sum(losses) / len(losses), "peak_mb": peak}
         for index, kind in enumerate(("", " cpu")):
             first, second, third = (mark[index] for mark in marks)
             found |= {
