@@ -5,12 +5,17 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import nxdt_nemo
 from nxdt_nemo.runtime.keep_out import keep_out
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
+
+if TYPE_CHECKING:
+    from nxdt_nemo.testing.pytest_plugin import Gloo
 
 # accelerate would load it, and it replaces torch.distributed.new_group for all tests of this process.
 keep_out("torch_xla")
@@ -48,3 +53,10 @@ def _leaves_no_mark() -> Iterator[None]:
     left = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if left:
         pytest.fail(f"the test changed, and did not put back: {', '.join(left)}")
+
+
+@pytest.fixture(scope="session")
+def active(gloo: Gloo) -> Callable[..., Any]:
+    """active(function, *args): its result, from a rank in which the backend is active; upstream is imported once."""
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    return lambda function, *args: gloo(1, function, *args, init=ACTIVE, env=ACTIVE_ENV)[0]

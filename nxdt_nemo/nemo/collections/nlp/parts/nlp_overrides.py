@@ -11,19 +11,64 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy as _NLPDDPStrategy
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategyNotebook as _NLPDDPStrategyNotebook
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo.utils.model_utils import ckpt_to_dir
+from torch.utils.data import DataLoader
 
+from nxdt_nemo.errors import ConfigError
+from nxdt_nemo.lightning import loops
 from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
+from nxdt_nemo.nemo.collections.nlp.data.language_modeling.megatron.data_samplers import EpochSampler, put_around
 
 __all__ = ["NLPDDPStrategy", "NLPDDPStrategyNotebook"]
 
 
 class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):
-    """NLPDDPStrategy whose ranks are up before the model, and whose checkpoints are complete or invisible."""
+    """NLPDDPStrategy whose ranks are up before the model, and whose checkpoints are complete or invisible.
+
+    A run that goes on from one of them goes on with the data, too: setup_environment, setup and on_train_start, in
+    Lightning's order.
+    """
+
+    _limit: int | float = 1.0
+    _sampler: EpochSampler | None = None
+
+    def setup_environment(self) -> None:
+        """As upstream; and keep limit_train_batches, which NeMo soon writes over."""
+        super().setup_environment()
+        self._limit = self.lightning_module.trainer.limit_train_batches
+
+    def setup(self, trainer: Any) -> None:
+        """As upstream, with a training dataloader whose epoch is the whole one, whatever was done of it before."""
+        module = self.lightning_module
+        loader = getattr(module, "_train_dl", None)
+        if trainer.state.fn == TrainerFn.FITTING and isinstance(loader, DataLoader):
+            per_step = get_num_microbatches()
+            limit = self._limit * per_step if isinstance(self._limit, int) else None
+            self._sampler = put_around(loader, per_step, limit, int(getattr(module, "init_consumed_samples", 0)))
+            if self._sampler is not None and limit is None:
+                trainer.limit_train_batches = len(self._sampler)
+        super().setup(trainer)
+
+    def on_train_start(self) -> None:
+        """As upstream; and Lightning's counters agree with the sampler's place in the epoch."""
+        super().on_train_start()
+        module, sampler = self.lightning_module, self._sampler
+        if sampler is None:
+            return
+        fit_loop = module.trainer.fit_loop
+        if module.trainer.ckpt_path and "consumed_samples=" not in module.trainer.ckpt_path:
+            module.init_consumed_samples = _consumed(module)
+            sampler.seek(module.init_consumed_samples)
+            iter(fit_loop._data_fetcher)
+        if loops.finish_step(fit_loop) and not sampler.done:
+            loops.finish_epoch(fit_loop)
+        loops.set_fetched(fit_loop, sampler.done)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -85,6 +130,16 @@ class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):
         if self.use_distributed_checkpointing and load_optimizer_states:
             self.restore_rng(Path(ckpt_to_dir(checkpoint_path)))
         return checkpoint
+
+
+def _consumed(module: Any) -> int:
+    """Samples that a run was trained on whose checkpoint's name does not say it; NeMo takes it for none."""
+    if module.cfg.get("rampup_batch_size"):
+        raise ConfigError(
+            f"{module.trainer.ckpt_path} does not say how many samples were consumed",
+            fix="have {consumed_samples} in exp_manager.checkpoint_callback_params.filename",
+        )
+    return int(module.trainer.global_step * module.cfg.global_batch_size)
 
 
 class NLPDDPStrategyNotebook(NLPDDPStrategy, _NLPDDPStrategyNotebook):
