@@ -84,18 +84,20 @@ class Source:
         self.text = file.read_bytes()
         self._tree = _parse(self.text, file)
 
-    def definitions(self, attribute: Sequence[str], *, imported: bool = False) -> list[ast.stmt]:
+    def definitions(
+        self, attribute: Sequence[str], *, imported: bool = False, conditional: bool = True
+    ) -> list[ast.stmt]:
         """The statements that bind the name here, in source order; [] if none does.
 
-        Looks into if, try, with and loops, not into functions. A name that is only imported is somebody
-        else's, unless imported is set. For () the whole file.
+        Looks into if, try, with and loops, unless conditional is False, and not into functions. A name that is
+        only imported is somebody else's, unless imported is set. For () the whole file.
         """
         if not attribute:
             return list(self._tree.body)
         bodies: list[list[ast.stmt]] = [self._tree.body]
         for part in attribute[:-1]:
             bodies = [node.body for body in bodies for node in _binding(body, part) if isinstance(node, ast.ClassDef)]
-        found = [node for body in bodies for node in _binding(body, attribute[-1])]
+        found = [node for body in bodies for node in _binding(body, attribute[-1]) if conditional or node in body]
         only_imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in found)
         return [] if only_imports and not imported else found
 

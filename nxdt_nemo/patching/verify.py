@@ -113,7 +113,8 @@ def _check_target(record: Record, against: Path | None) -> None:
         return
     if record.kind == "define":
         place = find(record.target, against)
-        if not place.attribute or (place.file and Source(place.file).definitions(place.attribute)):
+        # What upstream defines under a condition may be absent here: the live stage sees whether it is.
+        if not place.attribute or (place.file and Source(place.file).definitions(place.attribute, conditional=False)):
             raise PatchError(f"{record.target} exists upstream now; it was to be defined")
         if len(place.attribute) > 1 and not Source(_file(place)).definitions(place.attribute[:-1]):
             raise PatchError(f"{place.module} has no class {'.'.join(place.attribute[:-1])}")

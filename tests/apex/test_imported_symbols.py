@@ -50,6 +50,7 @@ IMPORTED = {
         "set_tensor_model_parallel_attributes",
     },
     "apex.transformer.utils": {"divide"},
+    "fused_weight_gradient_mlp_cuda": {""},
     "scaled_masked_softmax_cuda": {""},
     "scaled_softmax_cuda": {""},
     "scaled_upper_triang_masked_softmax_cuda": {""},
@@ -59,7 +60,6 @@ IMPORTED = {
 LEFT_OUT = {
     "apex.contrib.nccl_allocator": "upstream catches the ImportError and allocates with torch",
     "fused_adan": "an extension of the Adan authors, not of Apex; imported when its optimizer steps",
-    "fused_weight_gradient_mlp_cuda": "upstream catches the ImportError and turns gradient accumulation fusion off",
 }
 
 ROOTS = re.compile(r"^(apex|apex_C|amp_C|syncbn|\w+_cuda|fused_\w+|fast_\w+|xentropy\w*)(\.|$)")

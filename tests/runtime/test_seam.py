@@ -18,6 +18,8 @@ FORBIDDEN_NAME = re.compile(r"(torch\.cuda|torch_xla|torch_neuronx|xm)(\.\w+)*")
 # A string that is a dotted name or a backend's name, not a sentence: strings escape other linters.
 FORBIDDEN_STRING = re.compile(r"(torch\.cuda|torch_xla|torch_neuronx)(\.\w+)*|(cpu:)?gloo|nccl|xla:gloo")
 ALLOWED = {  # file: (what it may use, why)
+    "audit/doctor/probes.py": ("torch_xla", "imports it in a process of its own, to see whether it can be"),
+    "testing/upstream.py": (r"torch\.cuda(\..*)?", "finds the mocks that a test puts into torch"),
     "testing/rank.py": ("gloo", "a rank of the pool runs without any lane, so that stock code can be tested in it"),
     "testing/pytest_plugin.py": ("gloo", "the name of the fixture"),
     "testing/reference.py": (r"torch\.cuda(\.random)?(\..*)?", "stock megatron-core as the reference, no lane in it"),

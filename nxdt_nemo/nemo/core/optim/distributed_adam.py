@@ -26,6 +26,7 @@ from nxdt_nemo.apex.optimizers import FusedAdam
 from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.megatron.optimizer.sharded_state import Tensors, load_pieces, state_template, whole_states
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece, allocate, gather_parameters, reduce_gradients
+from nxdt_nemo.runtime.hosts import carries_host_memory
 
 __all__ = ["MegatronDistributedFusedAdam"]
 
@@ -322,7 +323,7 @@ def _capped(params: list[nn.Parameter], elements: int) -> Iterator[list[nn.Param
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks: pieces of a checkpoint go from host to host."""
-    if dist.get_backend(group) == "gloo":
+    if carries_host_memory(group):
         return group
     hosts: dist.ProcessGroup = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
     return hosts

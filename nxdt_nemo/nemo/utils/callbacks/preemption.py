@@ -12,19 +12,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nxdt_nemo.runtime.hosts import host_world
+
 __all__ = ["interrupted"]
 
 
 def interrupted(self: Any) -> bool:
     """Whether rank 0 has received the signal; every rank asks at the end of each step and gets the same answer.
 
-    One byte of host memory, over gloo; nothing is sent where there is one rank.
+    One byte of host memory; nothing is sent where there is one rank.
     """
     if dist.get_world_size() == 1:
         return bool(self._interrupted)
     if not hasattr(self, "_hosts"):
         # A collective call, but so is this property: all ranks come here first at the end of the same step.
-        self._hosts = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._hosts = host_world()
     flag = torch.tensor([self._interrupted], dtype=torch.uint8)
     dist.broadcast(flag, 0, group=self._hosts)
     return bool(flag.numpy()[0])  # not Tensor.item: host memory is not worth a host read in a count of them
