@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
@@ -243,6 +244,11 @@ def _answer(question: dict[str, Any]) -> tuple[bool | None, str]:
         if not str(error).startswith(question["place"]):  # fails closed: the first bad record stops the others
             return None, f"not reached: {error}"
         why = str(error).removeprefix(f"{question['place']}: ")
+    except ModuleNotFoundError as error:
+        needed = (error.name or "").partition(".")[0]
+        if needed and importlib.util.find_spec(needed) is None:  # another product's, so nobody comes here either
+            return None, f"not reached: it needs {needed}, which is not installed"
+        why = f"{type(error).__name__}: {error}"
     except Exception as error:  # whatever upstream raises when it is imported belongs into the report
         why = f"{type(error).__name__}: {error}"
     return not why, why
