@@ -125,6 +125,8 @@ class NeuronStrategyMixin:
         partial, mark = _partial(folder)
         self.barrier("checkpoint written")  # type: ignore[attr-defined]
         if self.is_global_zero:  # type: ignore[attr-defined]
+            # NeMo's own mark goes first: under its name a folder is whole, and after a kill must not look otherwise.
+            _mark(folder).unlink(missing_ok=True)
             _commit(partial, folder)
             mark.unlink()
         self.barrier("checkpoint committed")  # type: ignore[attr-defined]
@@ -138,7 +140,11 @@ class NeuronStrategyMixin:
 def _partial(folder: Path) -> tuple[Path, Path]:
     """A checkpoint's temporary folder, and the mark beside it."""
     partial = folder.with_name(folder.name + ".incomplete")
-    return partial, partial.with_name(partial.name + UNFINISHED)
+    return partial, _mark(partial)
+
+
+def _mark(folder: Path) -> Path:
+    return folder.with_name(folder.name + UNFINISHED)
 
 
 def _commit(partial: Path, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""What tools/parity.py and tools/zero.py share."""
