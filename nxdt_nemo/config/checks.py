@@ -206,6 +206,18 @@ def _core_switch(view: View) -> tuple[str, str]:
     return "", ""
 
 
+def length(view: View) -> Errors:
+    """NeMo sizes the data by the number of steps, and makes no step of a fraction of an epoch or a validation."""
+    pretrains = view.training and view.has("trainer") and view.has("model.data.splits_string")
+    if pretrains and (view.number("trainer.max_steps") or 0) < 1:
+        said = f"trainer.max_steps={view.get('trainer.max_steps', -1)}"
+        yield view.error(f"{said}: NeMo builds as many samples as the steps need", "set the number of steps")
+    for key in ("trainer.limit_train_batches", "trainer.limit_val_batches"):
+        value = view.get(key)
+        if pretrains and isinstance(value, float) and 0.0 < value < 1.0:
+            yield view.error(f"{key}={value}: NeMo 2.4 makes no batch of a fraction", "use a number of steps, or 1.0")
+
+
 def data_files(view: View) -> Errors:
     """The pretraining data is named and there."""
     if view.training:
@@ -223,6 +235,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     pipeline_parallel,
     sequence_parallel,
     world,
+    length,
     data_files,
     *exp_manager.ERRORS,
 )

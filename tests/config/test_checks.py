@@ -41,6 +41,16 @@ WRONG = [  # overrides, ranks, the line
         2,
         f"{PP}=2 does not divide model.num_layers=4 as its uneven stages ask; leave 2 stages a multiple of 2 layers",
     ),
+    (
+        ["trainer.max_steps=-1"],
+        1,
+        "trainer.max_steps=-1: NeMo builds as many samples as the steps need; set the number of steps",
+    ),
+    (
+        ["+trainer.limit_train_batches=0.5"],
+        1,
+        "trainer.limit_train_batches=0.5: NeMo 2.4 makes no batch of a fraction; use a number of steps, or 1.0",
+    ),
     ([f"{TP}=2"], 3, f"3 ranks are not divisible by {TP}=2; use a multiple of 2 ranks"),
     ([f"{TP}=2", f"{PP}=2"], 6, f"6 ranks are not divisible by {TP}=2 x {PP}=2; use a multiple of 4 ranks"),
     (

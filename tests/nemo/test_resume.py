@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
+from nxdt_nemo.testing.script_run import read_tensors
 
 from .conftest import Run
 
@@ -50,4 +55,117 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed(train: Callable[..., Run
 
     resumed = train(*STEPS, name="cut")
     assert resumed.code == 0, resumed.output[-3000:]
-    assert "step=4" in resumed.output.split("Restoring states from the checkpoint path at ")[1].split("\n")[0]
+    assert "step=4" in resumed.resumed_from
+
+
+# --- past an epoch's end --------------------------------------------------------------------------------
+
+EPOCHS = (*STEPS[1:], "trainer.max_steps=9", "+trainer.limit_train_batches=4", "trainer.val_check_interval=2")
+SHARDED = ("trainer.devices=2", "model.optim.name=distributed_fused_adam")
+
+
+@pytest.mark.parametrize(
+    "layout", [(), pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["one rank", "dp2, sharded"]
+)
+def test_resumed_at_an_epochs_end_and_within_the_next(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
+    """All layouts, optimizers and places: tools/resume.py."""
+    whole = train(*EPOCHS, *layout, name="whole")
+    assert whole.code == 0, whole.output[-3000:]
+    expected = whole.curve()
+    assert len(set(expected.values())) == 9
+    assert whole.curve("epoch") == {step: step // 4 for step in range(9)}
+    for step in (4, 6):
+        (saved,) = (whole.folder / "checkpoints").glob(f"*step={step}-*.0")
+        resumed = train(*EPOCHS, *layout, f"+exp_manager.resume_from_checkpoint='{saved}'", name=f"from {step}")
+        assert resumed.code == 0, resumed.output[-3000:]
+        for curve in ("reduced_train_loss", "val_loss", "lr", "epoch", "consumed_samples"):
+            later = {at: value for at, value in whole.curve(curve).items() if at >= step}
+            assert {at: value for at, value in resumed.curve(curve).items() if at >= step} == later, curve
+        ends = [read_tensors(*(run.folder / "checkpoints").glob("*-last")) for run in (whole, resumed)]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_checkpoint_whose_name_does_not_count_samples(train: Callable[..., Run]) -> None:
+    """NeMo takes the samples consumed from the name, and none where it does not say."""
+    keys = (*STEPS, "exp_manager.checkpoint_callback_params.filename='run-{step}'")
+    whole = train(*keys, name="whole")
+    assert whole.code == 0, whole.output[-3000:]
+    (saved,) = (whole.folder / "checkpoints").glob("*step=4")
+    resumed = train(*keys, f"+exp_manager.resume_from_checkpoint='{saved}'", name="rest")
+    assert resumed.code == 0, resumed.output[-3000:]
+    for curve in ("reduced_train_loss", "consumed_samples"):
+        assert resumed.curve(curve) == {step: value for step, value in whole.curve(curve).items() if step >= 4}
+
+
+# --- which checkpoint, after a kill between two steps of a save ------------------------------------------
+
+
+def checkpoint(folder: Path, name: str, *, marked: bool = False) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "metadata.json").write_text("{}")
+    if marked:
+        (folder / f"{name}-unfinished").touch()
+
+
+KILLED = [  # what a kill left, marked ones with a star; what is resumed
+    (["a-step=2", "a-step=2-last"], "a-step=2-last"),
+    (["a-step=2", "a-step=2-last", "a-step=4"], "a-step=4"),
+    (["a-step=2-last", "a-step=4", "a-step=4-last"], "a-step=4-last"),
+    (["a-step=9-last", "a-step=10-last"], "a-step=10-last"),  # as numbers
+    (["a-step=2-last*", "a-step=4", "a-step=4-last"], "a-step=4-last"),
+    (["a-step=2-last", "a-step=4.incomplete*", "a-step=4-last.incomplete*"], "a-step=2-last"),
+    (["a-step=2", "a-step=4"], None),  # save_last: False resumes nothing, as upstream
+    (["a-step=2-last", "a-step=2-end"], None),  # upstream says that the run has ended
+    ([], None),
+]
+
+
+def choose(folder: Path) -> tuple[str | None, str | None, str]:
+    """What newest() finds, what the trainer then gets, and NeMo's own error without us."""
+    from types import SimpleNamespace
+
+    from nemo.utils import exp_manager
+
+    from nxdt_nemo.nemo.utils.exp_manager import newest
+
+    trainer: Any = SimpleNamespace(ckpt_path=None)
+    found = newest(folder / "checkpoints")
+    named = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}
+    error = ""
+    try:
+        exp_manager.check_resume(trainer, str(folder), **named)
+    except ValueError as raised:
+        error = str(raised)
+    return found and found.name, trainer.ckpt_path and Path(trainer.ckpt_path).name, error
+
+
+@pytest.mark.parametrize(("left", "expected"), KILLED)
+def test_the_newest_complete_checkpoint_is_resumed(
+    active: Callable[..., Any], tmp_path: Path, left: list[str], expected: str | None
+) -> None:
+    for name in left:
+        checkpoint(tmp_path / "checkpoints", name.removesuffix("*"), marked=name.endswith("*"))
+    found, taken, error = active(choose, tmp_path)
+    assert found == expected
+    assert taken == expected
+    assert bool(error) == ("a-step=2-end" in left)
+
+
+def test_nemo_stops_there_by_itself(tmp_path: Path, gloo: Any) -> None:
+    """Else the record check-resume could go."""
+    for name in ("a-step=2-last", "a-step=4-last"):
+        checkpoint(tmp_path / "checkpoints", name)
+    assert "Multiple checkpoints" in gloo(1, stock, tmp_path, init=ACTIVE, env=ACTIVE_ENV)[0]
+
+
+def stock(folder: Path) -> str:
+    from types import SimpleNamespace
+
+    from nemo.utils import exp_manager
+
+    try:
+        exp_manager.check_resume.__wrapped__(SimpleNamespace(ckpt_path=None), str(folder), resume_if_exists=True)
+    except ValueError as raised:
+        return str(raised)
+    return ""
