@@ -59,6 +59,9 @@ KERNELS = {
 }
 
 
+_replaced: dict[str, Function] = {}  # upstream's own, by the names in KERNELS
+
+
 def jit_fuser(function: Function) -> Function:
     """Our kernel for this function of upstream's, or the function itself."""
     kernel = KERNELS.get(f"{function.__module__}.{function.__qualname__}")
@@ -71,12 +74,30 @@ def jit_fuser(function: Function) -> Function:
                 f"{function.__module__}.{name} is not the one that {kernel.replacement} was written for: "
                 f"{found}, expected {expected}"
             )
+    _replaced[f"{function.__module__}.{function.__qualname__}"] = function
     replacement: Function = load_object(kernel.replacement)
     return replacement
 
 
 def register(module: ModuleType, _: Views) -> Callable[[], None]:
-    """Put jit_fuser into megatron.core.jit, before any fusion is imported; returns what puts upstream's back."""
+    """Put jit_fuser into megatron.core.jit, before any fusion is imported; returns what puts upstream's back.
+
+    Fusions that an earlier activation imported get their kernels again.
+    """
     before = module.jit_fuser
     module.jit_fuser = jit_fuser  # type: ignore[attr-defined]
-    return lambda: setattr(module, "jit_fuser", before)
+    for name in _replaced:
+        _bind(name, load_object(KERNELS[name].replacement))
+
+    def undo() -> None:
+        module.jit_fuser = before  # type: ignore[attr-defined]
+        for name, function in _replaced.items():
+            _bind(name, function)
+
+    return undo
+
+
+def _bind(name: str, function: Function) -> None:
+    module, _, attribute = name.rpartition(".")
+    if module in sys.modules:
+        setattr(sys.modules[module], attribute, function)

@@ -179,17 +179,22 @@ def test_register_puts_ours_in_and_its_answer_puts_upstreams_back() -> None:
 
 
 def through_a_deactivation() -> dict[str, bool]:
-    """Whether jit_fuser is ours, and whether it is the torch.compile that megatron.core.jit was imported with."""
+    """Whether jit_fuser and a fusion are ours, and whether they are upstream's: what torch.compile was there then."""
     import megatron.core.jit as upstream
+    from megatron.core.fusions import fused_bias_gelu
 
     import nxdt_nemo
 
     theirs = vars(upstream)["torch"].compile
-    found = {"active": upstream.jit_fuser is jit.jit_fuser}
+
+    def ours(name: str) -> bool:
+        return getattr(fused_bias_gelu, name).__module__.startswith("nxdt_nemo.")
+
+    found = {"active": upstream.jit_fuser is jit.jit_fuser and ours("bias_gelu")}
     nxdt_nemo.deactivate()
-    found["not active"] = upstream.jit_fuser is theirs
+    found["not active"] = upstream.jit_fuser is theirs and not ours("bias_gelu") and not ours("bias_gelu_back")
     nxdt_nemo.activate()
-    found["active again"] = upstream.jit_fuser is jit.jit_fuser
+    found["active again"] = upstream.jit_fuser is jit.jit_fuser and ours("bias_gelu") and ours("bias_gelu_back")
     return found
 
 

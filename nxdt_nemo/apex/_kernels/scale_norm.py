@@ -91,7 +91,8 @@ def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
     rest = flat[whole:].square().sum()
     if not whole:
         return rest
-    return torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).square().sum() + rest
+    rows: torch.Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    return rows.square().sum() + rest
 
 
 def _result(norms: torch.Tensor, per_tensor: bool | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,8 @@ from nxdt_nemo.testing.recipe import Recipe, micro_batches  # noqa: E402
 
 # Chosen before anything was made faster: a small model of usual proportions, at full length and with accumulation.
 SHAPES = {
+    "short": {"seq": 256, "micro_batch": 1, "micro_batches": 1},
+    "medium": {"seq": 512, "micro_batch": 1, "micro_batches": 1},
     "long": {"seq": 1024, "micro_batch": 1, "micro_batches": 1},
     "accumulate": {"seq": 512, "micro_batch": 2, "micro_batches": 2},
 }
@@ -160,12 +162,11 @@ class Ours(Side):
 
         super().__init__(recipe)
         current().init_ranks(0, 1, store=torch.distributed.HashStore())
-        state = ours._model_parallel(recipe, Layout())
+        state = ours._model_parallel(recipe, Layout(), 1)
         model = ours._stage(recipe, Layout(), state)
         ours.load(model, weights, recipe.family == "llama", 1, 0)
-        self.chunk, self.optimizer = ours._wrap(model, recipe)
+        self.chunk, self.optimizer = ours._wrap(model, recipe, zero=False, ddp={})
         self.positions = torch.arange(recipe.seq).expand(recipe.micro_batch, -1)
-        self.step_with = ours._step
 
     def zero(self) -> None:
         self.chunk.zero_grad_buffer()
@@ -178,7 +179,8 @@ class Ours(Side):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.recipe.weight_decay * group["wd_mult"]
-        self.step_with(self.optimizer, self.recipe.clip)
+        self.chunk.finish_grad_sync()
+        self.optimizer.step()
 
 
 def serve(side: Side) -> None:
