@@ -3,8 +3,11 @@
 Room patching/, a leaf. patches/views.toml lists under [[lazy]] a module and the modules whose import in it waits;
 no other importer sees a difference, and who imports such a module himself gets it at once. A name that waits is
 not bound: a use inside the importer ends in `__missing__` of its builtins, one from outside in its `__getattr__`
-(PEP 562), and both do then what the statement would have done. A module that is not installed is not put off: its
-ImportError comes at the statement. Proof: tests/patching/test_lazy.py.
+(PEP 562), and both do then what the statement would have done. Not put off: a module that is not installed (its
+ImportError comes at the statement), `import a.b`, a star, a name that hides the module it comes from.
+Until its own module is complete a name is bound to a `Waiting`, which loads when it is used; one that upstream keeps
+in a container would stay there, so such a statement must not be listed (the test looks for them).
+Proof: tests/patching/test_lazy.py.
 """
 
 from __future__ import annotations
@@ -40,8 +43,14 @@ class Waiting:
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self._load()(*args, **named)
 
+    def __bool__(self) -> bool:
+        return bool(self._load())
+
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self._load())
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, self._load())
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (self._load(),)
@@ -80,7 +89,8 @@ class LazyBuiltins(dict[str, Any]):
     def load(self, name: str) -> Any:
         """Bind a waiting name in the module. Raises KeyError for any other."""
         value = self.waits[name].resolve()
-        return vars(self._module).setdefault(name, value)
+        vars(self._module)[name] = value  # as the statement would have, whatever the import itself has bound there
+        return value
 
 
 class _Entry(NamedTuple):
@@ -88,6 +98,10 @@ class _Entry(NamedTuple):
 
     def has(self, module: str) -> bool:
         return any(f"{module}.".startswith(f"{name}.") for name in self.defers)
+
+    def leads_through(self, module: str) -> bool:
+        """Whether an import that may wait binds this module in passing."""
+        return self.has(module) or any(name.startswith(f"{module}.") for name in self.defers)
 
 
 class Lazy:
@@ -131,6 +145,8 @@ class Lazy:
             if "*" not in (fromlist or ()):
                 asked = [f"{owner}.{item}" for item in fromlist or ()] if full == owner else [full]
                 plain = bool(fromlist) or "." not in full  # `import a.b` binds a, which may have other parts
+                # `from a.b import b` in a: who imports a.b himself would find the module there
+                plain = plain and full.removeprefix(f"{owner}.").partition(".")[0] not in (fromlist or ())
                 if plain and all(entry.has(one) and _is_there(one) for one in asked):
                     if fromlist:
                         return _Source(owner, full, real)
@@ -157,18 +173,24 @@ def _is_there(module: str) -> bool:
 
 
 def _answer_for(module: ModuleType, given: LazyBuiltins, entry: _Entry) -> None:
-    """Give the module PEP 562's functions; those of its own are asked first."""
+    """Give the module PEP 562's functions. A name that waits comes first: it would be bound; then those of its own."""
     before, listed = vars(module).get("__getattr__"), vars(module).get("__dir__")
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name in given.waits:
             return given.load(name)
-        below = f"{module.__name__}.{name}"
-        if any(f"{one}.".startswith(f"{below}.") for one in entry.defers):  # a statement bound it in passing
-            return importlib.import_module(below)
+        error = AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
         if before is not None:
-            return before(name)
-        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            try:
+                return before(name)
+            except AttributeError as own:
+                error = own
+        if name == "__all__":  # asked for by `from module import *`, which else takes what is bound
+            return [one for one in {**vars(module), **given.waits} if not one.startswith("_")]
+        below = f"{module.__name__}.{name}"
+        if entry.leads_through(below) and _is_there(below):
+            return importlib.import_module(below)
+        raise error
 
     def __dir__() -> list[str]:  # noqa: N807
         return sorted({*(listed() if listed is not None else vars(module)), *given.waits})

@@ -1,13 +1,15 @@
-"""The cpu lane's device: dtypes, memory figures, seeds, the end of a step."""
+"""The cpu lane's device: dtypes, how workers start, memory figures, seeds, the end of a step."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from nxdt_nemo.runtime.cpu import CpuLane
+from nxdt_nemo.runtime.lane import Lane
 
 lane = CpuLane()
 MIB = 1 << 20
@@ -27,6 +29,21 @@ MIB = 1 << 20
 )
 def test_dtypes_to_train_in(dtype: torch.dtype, yes: bool) -> None:
     assert lane.supports(dtype) is yes
+
+
+STARTS = [  # what a script asks for, how it is done on the cpu lane
+    ("spawn", "fork"),
+    ("fork", "fork"),
+    ("forkserver", "forkserver"),
+]
+
+
+@pytest.mark.parametrize("asked, done", STARTS)
+def test_start_method(asked: str, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lane.start_method(asked) == done
+    assert Lane.start_method(lane, asked) == asked, "a lane with a device does as asked"
+    monkeypatch.delattr(os, "fork")
+    assert lane.start_method(asked) == asked
 
 
 def test_memory_follows_a_tensor_and_keeps_its_peak() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import multiprocessing
 import pickle
 import time
 from collections.abc import Iterator
@@ -121,6 +122,27 @@ def test_load_and_generator(up):
     file.seek(0)
     assert up.load(file, lambda storage, where: storage)["a"].device == CPU
     assert up.Generator("cuda").device == up.Generator().device == up.Generator(device="cuda:0").device == CPU
+
+
+def test_start_method(up, main):
+    """The script's is the lane's; torch's own, and Python's, which other libraries call, does as it is told."""
+    real, before = torch.multiprocessing, multiprocessing.get_start_method(allow_none=True)
+    try:
+        for seen in (up, main):
+            real.set_start_method("forkserver", force=True)
+            seen.multiprocessing.set_start_method("spawn", force=True)
+            assert real.get_start_method() == seen.multiprocessing.get_start_method() == "fork"
+            with pytest.raises(RuntimeError, match="context has already been set"):
+                seen.multiprocessing.set_start_method("spawn")
+            seen.multiprocessing.set_start_method("forkserver", True)
+            assert real.get_start_method() == "forkserver"
+            real.set_start_method("spawn", force=True)
+            assert seen.multiprocessing.get_start_method() == "spawn"
+            seen.multiprocessing.set_start_method(None, force=True)
+            assert multiprocessing.get_start_method(allow_none=True) is None
+            assert seen.multiprocessing.get_context is real.get_context
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 # --- autocast ------------------------------------------------------------------------------------------
