@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ def _row(layout: str, optimizer: str, corpus: Path, folder: Path) -> Row:
     whole = _train(corpus, folder / "whole", keys, SAVES_AT=",".join(BOUNDARIES.values()), SAVES_TO=str(saves))
     if whole.code:
         raise SystemExit(f"resume: {layout}, {optimizer} ended with {whole.code}:\n{whole.output[-3000:]}")
-    differs = {}
-    for title, place in BOUNDARIES.items():
+
+    def resumed(place: str) -> str:
         [saved] = saves.glob(f"{place.replace(' ', '=')}-*")
-        rest = _train(corpus, folder / "rest", (*keys, f"+exp_manager.resume_from_checkpoint='{saved}'"))
-        differs[title] = _difference(whole, rest, int(place.split()[1]))
-        shutil.rmtree(folder / "rest")
-    return Row(layout, optimizer, differs)
+        rest = _train(corpus, folder / place, (*keys, f"+exp_manager.resume_from_checkpoint='{saved}'"))
+        return _difference(whole, rest, int(place.split()[1]))
+
+    with ThreadPoolExecutor(1 if LAYOUTS[layout] else 2) as pool:  # two processes at a time
+        return Row(layout, optimizer, dict(zip(BOUNDARIES, pool.map(resumed, BOUNDARIES.values()), strict=True)))
 
 
 def _train(corpus: Path, folder: Path, keys: tuple[str, ...], **environment: str) -> Run:

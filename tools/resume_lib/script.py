@@ -46,7 +46,7 @@ class Notes(Callback):
         self.read = hashlib.sha256()
 
     def on_train_start(self, trainer, module):
-        gpt = module.model
+        gpt = module.model[0] if isinstance(module.model, list) else module.model
         while hasattr(gpt, "module"):
             gpt = gpt.module
         gpt.register_forward_pre_hook(self.see, with_kwargs=True)

@@ -19,12 +19,12 @@ sys.path[0] = str(ROOT)  # not this folder
 
 from nxdt_nemo.testing.recipe import Recipe, micro_batches  # noqa: E402
 
-# Chosen before anything was made faster: a small model of usual proportions, at full length and with accumulation.
+# By tokens a step: a small model of usual proportions, in one micro-batch, and with accumulation.
 SHAPES = {
-    "short": {"seq": 256, "micro_batch": 1, "micro_batches": 1},
-    "medium": {"seq": 512, "micro_batch": 1, "micro_batches": 1},
-    "long": {"seq": 1024, "micro_batch": 1, "micro_batches": 1},
-    "accumulate": {"seq": 512, "micro_batch": 2, "micro_batches": 2},
+    "256": {"seq": 256, "micro_batch": 1, "micro_batches": 1},
+    "512": {"seq": 512, "micro_batch": 1, "micro_batches": 1},
+    "1024": {"seq": 1024, "micro_batch": 1, "micro_batches": 1},
+    "4 x 512": {"seq": 512, "micro_batch": 2, "micro_batches": 2},
 }
 
 
