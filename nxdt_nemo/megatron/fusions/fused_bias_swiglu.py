@@ -23,4 +23,10 @@ def swiglu(y: Tensor) -> Tensor:
 def swiglu_back(g: Tensor, y: Tensor) -> Tensor:
     """The gradient [.., 2H] for g [.., H]."""
     gate, up = y.chunk(2, -1)
-    return torch.cat((torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)), -1)
+    if torch.is_grad_enabled():  # a gradient of the gradient is wanted: nothing may be written in place
+        return torch.cat((torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)), -1)
+    gradient = torch.empty_like(y)
+    of_gate, of_up = gradient.chunk(2, -1)
+    torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=of_gate)
+    torch.mul(g, F.silu(gate), out=of_up)
+    return gradient
