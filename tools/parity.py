@@ -11,25 +11,21 @@ of them. Exit code 1 when a row is not as it must be. Uses nxdt_nemo.testing and
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
+from parity_lib.sheet import PARITY_COLUMNS, Sheet, heading, parity_line, show
 from rich.console import Console
-from rich.table import Table
 
-from nxdt_nemo.testing.parity import Errors, Parity, Row
+from nxdt_nemo.testing.parity import Parity, Row
 from nxdt_nemo.testing.recipe import FAMILIES, Family, Recipe, layout
 
 UPSTREAM = 1e-6
 ONE_RANK = {"gpt": 1e-6, "llama": 1e-5}
 LAYOUTS = "tp2,tp2sp,pp2,tp2pp2,tp2sppp2,dp2"
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "parity.md"
-COLUMNS = ("model", "run", "against", "loss", "grad norm", "gradient", "of parameter", "copies", "tolerance", "verdict")
 
 
 def megatron_rows(parity: Parity, family: Family, layouts: list[str], steps: int) -> Iterator[Row]:
@@ -58,30 +54,11 @@ def nemo_rows(parity: Parity, family: Family, layouts: list[str], steps: int) ->
 LEVELS = {"megatron": megatron_rows, "nemo": nemo_rows}
 
 
-def limit(tolerance: float | Errors) -> str:
-    """A tolerance as text: one number, or one a kind."""
-    if isinstance(tolerance, Errors):
-        return " ".join(f"{number:.1e}" for number in tolerance.kinds[:3])
-    return f"{tolerance:.0e}"
-
-
-def cells(row: Row) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
-    found = row.errors
-    numbers = [f"{number:.1e}" for number in (found.loss, found.norm, found.grad)]
-    ends = [f"{found.copies:.1e}", limit(row.tolerance), row.verdict]
-    return [row.family, row.left, row.right, *numbers, found.where, *ends]
-
-
-def markdown(found: list[Row], command: str, steps: int) -> str:
+def markdown(found: Sheet, command: str, steps: int) -> str:
     """The file in docs/results."""
-    packages = ("torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    lines = [" | ".join(cells(row)) for row in found]
     return f"""# Parity
 
-`{command}`, {datetime.now(UTC):%Y-%m-%d}, cpu lane, one thread a rank, {platform.machine()}.
-Python {platform.python_version()}, {versions}.
+{heading(command)}
 
 {steps} steps in float32 of a 4-layer model, hidden size 64, 4 micro-batches of 2 x 32 tokens a step, learning rate
 2e-3 (Llama 1e-3) with 2 warm-up steps and cosine decay, dropout 0, clipping at 1.0, the same weights and batches on
@@ -90,9 +67,7 @@ Every error is relative: the worst step's loss and grad norm, and max |differenc
 parameter's gradient of step 1 (before clipping, put together from all ranks); "copies" is the largest difference
 between two ranks' copies of a gradient. A row is green when all four are within the tolerance.
 
-| {" | ".join(COLUMNS)} |
-|{"---|" * len(COLUMNS)}
-{chr(10).join(f"| {line} |" for line in lines)}
+{found.markdown}
 
 bf16 rows have a limit for each kind (loss, grad norm, gradient): twice what changes on one rank when each product
 with a weight is added up as two halves, each rounded to bf16, which is as valid an order as the usual one.
@@ -119,22 +94,17 @@ def main() -> int:
             layout(name)
         except ValueError as error:
             parser.error(str(error))
-    console, found = Console(), []
+    console, found = Console(), Sheet(f"parity, {args.steps} steps, relative errors", PARITY_COLUMNS)
     with Parity() as parity, console.status("starting ranks") as status:
         for level, family in product(args.level or LEVELS, args.model or FAMILIES):
             for row in LEVELS[level](parity, family, names, args.steps):
-                found.append(row)
+                found.lines.append(parity_line(row))
                 status.update(f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}")
-    table = Table(title=f"parity, {args.steps} steps, relative errors")
-    for name in COLUMNS:
-        table.add_column(name, no_wrap=name not in ("run", "against", "of parameter"))
-    for row in found:
-        table.add_row(*cells(row), style="" if row.good else "bold red")
-    Console(width=max(console.width, 150)).print(table)
+    show([found], console)
     if len(sys.argv) == 1 or args.write:
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(markdown(found, " ".join(["python tools/parity.py", *sys.argv[1:]]), args.steps))
-    return 0 if all(row.good for row in found) else 1
+    return 0 if found.good else 1
 
 
 if __name__ == "__main__":

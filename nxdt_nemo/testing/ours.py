@@ -8,6 +8,7 @@ has changed them. Proof: tests/megatron/test_parity.py.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
 
 # Mistakes made on purpose, each of which must turn a table red.
-Fault = Literal["", "norm gradients not reduced", "one gradient x 1.01"]
+Fault = Literal["", "norm gradients not reduced", "one gradient x 1.01", "moments not resumed"]
 SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
@@ -62,23 +63,26 @@ def train(
     steps: range | None = None,
     resume: Path | None = None,
     save: Path | None = None,
+    ddp: Mapping[str, Any] | None = None,
 ) -> Part:
     """One rank's part of a run: build its stage, load its share of the weights, train.
 
     steps          those of the recipe to make (default: all)
     resume, save   megatron-core distributed checkpoints to begin with and to end with
+    ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
-    state = _model_parallel(recipe, layout)
+    ddp = ddp or {}
+    state = _model_parallel(recipe, layout, ddp.get("num_distributed_optimizer_instances", 1))
     tp_rank, dp_rank = state.get_tensor_model_parallel_rank(), state.get_data_parallel_rank()
     gated = recipe.family == "llama"
     model = _stage(recipe, layout, state)
     load(model, weights, gated, layout.tp, tp_rank)
-    chunk, optimizer = _wrap(model, recipe, layout.zero)
+    chunk, optimizer = _wrap(model, recipe, layout.zero, ddp)
     finish = _finalizer(model, weights, fault)
     chunk.config.finalize_model_grads_func = finish
     report = Part(tp_rank)
     if resume is not None:
-        _load(model, optimizer, resume)
+        _load(model, optimizer, resume, fault)
     for step in range(recipe.steps) if steps is None else steps:
         batches = micro_batches(recipe, step)[dp_rank :: layout.dp]
         chunk.zero_grad_buffer()
@@ -101,7 +105,7 @@ def train(
     return report
 
 
-def _model_parallel(recipe: Recipe, layout: Layout) -> Any:
+def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
     """megatron-core's parallel state for this layout, from scratch: a pool's ranks serve many layouts."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -112,7 +116,7 @@ def _model_parallel(recipe: Recipe, layout: Layout) -> Any:
         # Upstream leaves these as they were; a middle stage would take itself for the first one of before.
         parallel_state._EMBEDDING_GLOBAL_RANKS = None
         parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, num_distributed_optimizer_instances=instances)
     model_parallel_cuda_manual_seed(recipe.seed)
     return parallel_state
 
@@ -172,14 +176,18 @@ def _save(model: Any, optimizer: Any, folder: Path) -> None:
     dist_checkpointing.save({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, str(folder))
 
 
-def _load(model: Any, optimizer: Any, folder: Path) -> None:
-    """As a plain megatron-core loop resumes."""
+def _load(model: Any, optimizer: Any, folder: Path, fault: Fault) -> None:
+    """As a plain megatron-core loop resumes, or so that Adam's moments are zero."""
     from megatron.core import dist_checkpointing
 
     state = _parameters_of(model)
     wanted = {"model": state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True)}
     found = dist_checkpointing.load(wanted, str(folder))
     model.load_state_dict(found["model"], strict=False)
+    if fault == "moments not resumed":
+        for state in found["optimizer"]["state"].values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
     optimizer.load_state_dict(found["optimizer"])
 
 
@@ -209,15 +217,15 @@ def state_bytes(optimizer: Any, model: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
 
-def _wrap(model: Any, recipe: Recipe, zero: bool) -> tuple[Any, Any]:
+def _wrap(model: Any, recipe: Recipe, zero: bool = False, ddp: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Gradient buffers (reduced in float32) and the optimizer, as Megatron's own training loop makes them."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    buckets = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=zero
-    )
+    buckets = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero, **(ddp or {}))
     chunk = DistributedDataParallel(model.config, buckets, model)
+    if buckets.overlap_grad_reduce:
+        model.config.no_sync_func = chunk.no_sync
     adam = OptimizerConfig(
         optimizer="adam",
         lr=recipe.lr,
@@ -277,4 +285,5 @@ def _finalizer(model: Any, weights: dict[str, torch.Tensor], fault: Fault) -> An
             if name == SCALED:
                 parameter.main_grad.mul_(1.01)
 
-    return {"": plain, "norm gradients not reduced": unreduced, "one gradient x 1.01": scaled}[fault]
+    faults = {"norm gradients not reduced": unreduced, "one gradient x 1.01": scaled}
+    return faults.get(fault, plain)

@@ -94,6 +94,10 @@ def relative(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
 
 
+def _bf16(recipe: Recipe) -> list[str]:
+    return ["bf16"] if recipe.dtype == "bfloat16" else []
+
+
 def errors(left: Trained, right: Trained, copies: float = 0.0) -> Errors:
     """Left against right. A gradient that one side lacks is an infinite error."""
     found = _gradient_errors(left.grads, right.grads)
@@ -123,6 +127,7 @@ class Parity:
     _ours: dict[tuple[Recipe, Layout, Fault], tuple[Trained, float]] = field(default_factory=dict, repr=False)
     _bytes: dict[tuple[Recipe, Layout], list[int]] = field(default_factory=dict, repr=False)
     _nemo: dict[tuple[Any, ...], tuple[Trained, float, NemoPart]] = field(default_factory=dict, repr=False)
+    _nemo_bytes: dict[tuple[Any, ...], list[int]] = field(default_factory=dict, repr=False)
     _folders: dict[Recipe, tempfile.TemporaryDirectory[str]] = field(default_factory=dict, repr=False)
 
     def __enter__(self) -> Parity:
@@ -162,24 +167,45 @@ class Parity:
         return self._ours[key]
 
     def leg(
-        self, recipe: Recipe, layout: Layout, steps: range, *, resume: Path | None = None, save: Path | None = None
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        steps: range,
+        *,
+        resume: Path | None = None,
+        save: Path | None = None,
+        fault: Fault = "",
+        **ddp: Any,
     ) -> Trained:
-        """Some steps of a run of ours, from a checkpoint, to a checkpoint. Not kept."""
+        """Some steps of a run of ours, from a checkpoint, to a checkpoint. Not kept.
+
+        ddp  further fields of megatron-core's DistributedDataParallelConfig
+        """
         pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
-        arguments = (recipe, self.weights(recipe), layout, "", steps, resume, save)
+        arguments = (recipe, self.weights(recipe), layout, fault, steps, resume, save, ddp)
         return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments), layout)[0]
+
+    def stock_leg(
+        self, recipe: Recipe, steps: range, *, resume: Path | None = None, save: Path | None = None
+    ) -> Trained:
+        """As leg, of upstream on one rank, with upstream's own writer and reader."""
+        arguments = (recipe, self.weights(recipe), None, None, "matrices", steps, resume, save)
+        [trained] = self._stock_pool().run("nxdt_nemo.testing.reference:train", *arguments)
+        return trained  # type: ignore[no-any-return]
 
     def state_bytes(self, recipe: Recipe, layout: Layout) -> list[int]:
         """Each rank's bytes of optimizer state, after a run in a layout."""
         self.ours(recipe, layout)
         return self._bytes[recipe, layout]
 
-    def zero_against_unsharded(self, recipe: Recipe, layout: Layout, tolerance: float | Errors) -> Row:
-        """The sharded optimizer, against the unsharded one in the same layout."""
-        mine, copies = self.ours(recipe, replace(layout, zero=True))
+    def zero_against_unsharded(
+        self, recipe: Recipe, layout: Layout, tolerance: float | Errors, fault: Fault = ""
+    ) -> Row:
+        """The sharded optimizer, against the unsharded one in the same layout; with a fault the row must fail."""
+        mine, copies = self.ours(recipe, replace(layout, zero=True), fault)
         plain, _ = self.ours(recipe, layout)
-        left = f"{replace(layout, zero=True)}{', bf16' if recipe.dtype == 'bfloat16' else ''}"
-        return Row(recipe.family, left, f"{layout}", tolerance, errors(mine, plain, copies))
+        left = ", ".join([str(replace(layout, zero=True)), *_bf16(recipe), *filter(None, [fault])])
+        return Row(recipe.family, left, f"{layout}", tolerance, errors(mine, plain, copies), bool(fault))
 
     def nemo(
         self, recipe: Recipe, layout: Layout, *, split_sums: bool = False, **changes: Any
@@ -195,7 +221,23 @@ class Parity:
             with RankPool(layout.world, env=ACTIVE_ENV, init=ACTIVE, group=False, timeout=self.timeout) as pool:
                 parts = pool.run("nxdt_nemo.testing.nemo_run:train", *arguments)
             self._nemo[key] = (*ours.assemble(parts, layout), parts[0])
+            self._nemo_bytes[key] = [part.state_bytes for part in parts]
         return self._nemo[key]
+
+    def nemo_state_bytes(self, recipe: Recipe, layout: Layout, **changes: Any) -> list[int]:
+        """Each rank's bytes of optimizer state, after a run of NeMo."""
+        self.nemo(recipe, layout, **changes)
+        return self._nemo_bytes[recipe, layout, False, tuple(sorted(changes.items()))]
+
+    def nemo_zero_against_unsharded(
+        self, recipe: Recipe, layout: Layout, name: str, tolerance: float | Errors, **changes: Any
+    ) -> Row:
+        """NeMo with optim.name `name`, against NeMo with fused_adam in the same layout."""
+        mine, copies, _ = self.nemo(recipe, layout, model__optim__name=name, **changes)
+        plain, _, _ = self.nemo(recipe, layout)
+        keys = [key.split("__")[-1] for key in changes]
+        left = ", ".join([f"NeMo {layout}", name, *keys, *_bf16(recipe)])
+        return Row(recipe.family, left, f"NeMo {layout}, fused_adam", tolerance, errors(mine, plain, copies))
 
     def nemo_against_stock(self, recipe: Recipe, tolerance: float) -> Row:
         """NeMo on one rank, against stock megatron-core fed with the batches and rates that NeMo used."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nxdt_nemo.testing.recipe import Batch, Recipe, micro_batches, transformer_fields
@@ -59,11 +60,16 @@ def train(
     batches: list[list[Batch]] | None = None,
     lrs: list[float] | None = None,
     decay: Literal["matrices", "all but biases"] = "matrices",
+    steps: range | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
 ) -> Trained:
     """Train from these weights; batches[step] and lrs[step] replace the recipe's own.
 
-    decay  what weight decay applies to: megatron-core spares vectors, NeMo 2.4 only biases (and Apex's own norms,
-           which no TransformerEngine layer is)
+    decay         what weight decay applies to: megatron-core spares vectors, NeMo 2.4 only biases (and Apex's own
+                  norms, which no TransformerEngine layer is)
+    steps         those of the recipe to make (default: all)
+    resume, save  distributed checkpoints to begin with and to end with
     """
     import torch
 
@@ -72,22 +78,75 @@ def train(
     groups: dict[bool, list[Any]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.dim() > 1 if decay == "matrices" else not name.endswith("bias")].append(parameter)
-    decayed = {"params": groups[True], "weight_decay": recipe.weight_decay}
-    spared = {"params": groups[False], "weight_decay": 0.0}
+    marks = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}  # megatron-core's
+    decayed = {"params": groups[True], "weight_decay": recipe.weight_decay, "wd_mult": 1.0, **marks}
+    spared = {"params": groups[False], "weight_decay": 0.0, "wd_mult": 0.0, **marks}
     optimizer = torch.optim.AdamW([decayed, spared], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, foreach=False)
+    if resume is not None:
+        _load(model, optimizer, resume)
     trained = Trained()
-    for step in range(recipe.steps):
+    for step in range(recipe.steps) if steps is None else steps:
         parts = batches[step] if batches is not None else micro_batches(recipe, step)
         optimizer.zero_grad()
         trained.losses.append(sum(_forward_backward(model, batch, len(parts)) for batch in parts) / len(parts))
-        if step == 0:
+        if not trained.grads:
             trained.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         trained.grad_norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], recipe.clip))
         for group in optimizer.param_groups:
             group["lr"] = lrs[step] if lrs is not None else recipe.lr_at(step)
         optimizer.step()
+    if save is not None:
+        _save(model, optimizer, save)
     trained.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return trained
+
+
+def _save(model: Any, optimizer: Any, folder: Path) -> None:
+    """By megatron-core's own writer of a float32 model and its optimizer."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    torch.cuda.synchronize = lambda *_: None  # it waits for a device
+    folder.mkdir(parents=True)
+    state = _parameters_of(model)
+    wanted = {"model": state, "optimizer": _upstreams(optimizer).sharded_state_dict(state)}
+    dist_checkpointing.save(wanted, str(folder))
+
+
+def _load(model: Any, optimizer: Any, folder: Path) -> None:
+    """By megatron-core's own reader.
+
+    It keeps the step beside torch's Adam's states. In files of FusedAdam the groups have it.
+    """
+    from megatron.core import dist_checkpointing
+
+    state, upstreams = _parameters_of(model), _upstreams(optimizer)
+    wanted = {"model": state, "optimizer": upstreams.sharded_state_dict(state, is_loading=True)}
+    found = dist_checkpointing.load(wanted, str(folder))
+    states, groups = found["optimizer"]["state"], found["optimizer"]["param_groups"]
+    if "common_step" not in states:
+        states["common_step"] = float(groups[0]["step"])
+    model.load_state_dict(found["model"], strict=False)
+    upstreams.load_state_dict(found["optimizer"])
+
+
+def _parameters_of(model: Any) -> dict[str, Any]:
+    return {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+
+
+def _upstreams(optimizer: Any) -> Any:
+    """megatron-core's FP32Optimizer around an optimizer, as far as checkpoints need it."""
+    import torch
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    def init_state(inner: Any, _: Any) -> None:
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            for name in ("exp_avg", "exp_avg_sq"):
+                inner.state[parameter].setdefault(name, torch.zeros_like(parameter))
+
+    made = FP32Optimizer.__new__(FP32Optimizer)  # its constructor makes a tensor on a CUDA device
+    made.optimizer, made.config, made.init_state_fn, made.is_stub_optimizer = optimizer, None, init_state, False
+    return made
 
 
 def _forward_backward(model: Any, batch: Batch, parts: int) -> float:

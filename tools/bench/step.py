@@ -1,7 +1,7 @@
 """A training step, ours beside stock megatron-core and Hugging Face's Llama of the same size.
 
-    python tools/bench/step.py                                     # everything, 25 minutes; writes docs/results/step.md
-    python tools/bench/step.py --settings 256 --families llama     # some of it; prints only
+    python tools/bench/step.py                              # 512 tokens a step, 8 minutes; writes docs/results/step.md
+    python tools/bench/step.py --settings 256,1024 --families llama         # others; prints only
 
 Every variant is a process of its own (stock cannot share one with an active backend) that holds the same model, the
 same weights and the same text, on one thread. They step in turn, so that noise meets all; a ratio is the median of
@@ -143,7 +143,7 @@ def _page(pairs: int, rows: list[str]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"""# A step, beside stock megatron-core and Hugging Face
 
-`python tools/bench/step.py`, {date.today().isoformat()}, {platform.machine()}, one thread. Python \
+`python tools/bench/step.py`, {date.today().isoformat()}, {platform.machine()}, one thread a process.
 Python {platform.python_version()}, {versions}.
 
 Hidden 512, 8 layers, 8 heads, vocabulary 32000, float32, dropout 0; the same weights and text, and the same losses
@@ -158,7 +158,7 @@ all sides, the more so the more tokens a step has.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--settings", default=",".join(SHAPES), help=f"default: {','.join(SHAPES)}")
+    parser.add_argument("--settings", default="512", help=f"tokens a step, of {', '.join(SHAPES)}; default: 512")
     parser.add_argument("--families", default="gpt,llama")
     parser.add_argument("--variants", default="", help="a part of the variants' names, comma separated")
     parser.add_argument("--pairs", type=int, default=30)

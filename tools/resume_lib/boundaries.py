@@ -18,6 +18,7 @@ __all__ = ["BOUNDARIES", "EPOCH", "LAYOUTS", "OPTIMIZERS", "SCRIPT", "STEPS", "R
 
 SCRIPT = Path(__file__).with_name("script.py")
 EPOCH, STEPS = 4, 9
+SECONDS = 1800  # a job takes ten on an idle machine
 LAYOUTS = {
     "one rank": (),
     "TP=2": ("trainer.devices=2", "model.tensor_model_parallel_size=2"),
@@ -74,7 +75,8 @@ def _row(layout: str, optimizer: str, corpus: Path, folder: Path) -> Row:
 def _train(corpus: Path, folder: Path, keys: tuple[str, ...], **environment: str) -> Run:
     folder.mkdir(parents=True)
     arguments = [*tiny(corpus, folder), *keys]
-    return run(SCRIPT, arguments, folder, environment=environment | {"NOTES": str(folder / "notes")}, cwd=folder)
+    noted = environment | {"NOTES": str(folder / "notes")}
+    return run(SCRIPT, arguments, folder, seconds=SECONDS, environment=noted, cwd=folder)
 
 
 def _difference(whole: Run, rest: Run, done: int) -> str:

@@ -29,7 +29,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does, but state keeps the dtype it was saved in: torch casts it to the parameter's."""
+        """As torch does, but state keeps the dtype it was saved in: torch casts it to the parameter's.
+
+        What torch's own optimizers saved is taken up too: their `step`, and groups that lack a setting of ours.
+        """
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -37,6 +40,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[param][key] = value.to(param.device)
+        for group in self.param_groups:
+            group.update({name: value for name, value in self.defaults.items() if name not in group})
+            states = [self.state[param] for param in group["params"] if "step" in self.state.get(param, {})]
+            if steps := [int(state.pop("step")) for state in states]:
+                group["step"] = max(steps)
 
     def with_gradients(self, group: dict[str, Any]) -> list[torch.nn.Parameter]:
         """The group's parameters that have a gradient. Raises RuntimeError for what Apex refuses too."""

@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
-from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
 from nxdt_nemo.errors import NotOnNeuron
-from nxdt_nemo.megatron.optimizer.sharded_state import Tensors, load_pieces, state_template, whole_states
+from nxdt_nemo.megatron.optimizer.sharded_state import (
+    Loaded,
+    Tensors,
+    common_rate,
+    load_pieces,
+    state_template,
+    whole_states,
+)
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
 
 __all__ = ["DistributedOptimizer"]
@@ -104,7 +111,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
     def _count(self, steps: int) -> None:
         """The number of steps made, in each group: the inner optimizer does not count one without pieces here."""
         self._steps = steps
-        for group in self.optimizer.param_groups if steps else []:
+        for group in self.optimizer.param_groups:
             group["step"] = steps
 
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
@@ -158,14 +165,19 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
         sharding_type, metadata   upstream's formats; ours is one for all
         """
+        if not is_loading and self.ddp_config.overlap_param_gather:
+            for chunk in self.model_chunks:  # the model's own are saved too, and else wait for the next forward pass
+                chunk.start_param_sync(force_sync=True)
         if self.is_stub_optimizer:
             return {}
+        held = self.buckets, self.model_params, self._state_of, model_sharded_state_dict
         if is_loading:
-            state = state_template(self.buckets, self.model_params, self._state_of, model_sharded_state_dict)
+            state = state_template(*held, self.distributed_optimizer_instance_id)
+            groups: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
         else:
             hosts = {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
-            state = whole_states(self.buckets, self.model_params, self._state_of, model_sharded_state_dict, hosts)
-        groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
+            state = whole_states(*held, hosts, self.distributed_optimizer_instance_id)
+            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
@@ -173,24 +185,23 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """Take up what sharded_state_dict(is_loading=True) gave, after it was loaded."""
         if self.is_stub_optimizer:
             return
-        inner = state_dict.get("optimizer", state_dict)
-        self._take_groups(inner["param_groups"])
-        if inner.get("state"):
-            load_pieces(self.buckets, self.model_params, self._state_of, inner["state"])
+        loaded = Loaded.of(state_dict)
+        self._take_groups(loaded.for_groups(len(self.optimizer.param_groups)))
+        self._count(loaded.steps)
+        if loaded.state:
+            load_pieces(self.buckets, self.model_params, self._state_of, loaded.state)
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
     def _take_groups(self, saved: list[dict[str, Any]]) -> None:
-        """Hyper-parameters of saved groups; only the steps of those that another kind of optimizer had saved."""
-        current = self.optimizer.param_groups
-        try:
-            saved = self._filter_and_reorder_param_groups(current, [{"params": [], **group} for group in saved])
-        except (KeyError, ValueError):
-            saved = [{"step": group["step"]} if "step" in group else {} for group in saved]
-        else:
-            for group, values in zip(current, saved, strict=True):
-                group.update({name: value for name, value in values.items() if name != "params"})
-        self._count(max((int(group.get("step", 0)) for group in saved), default=0))
+        """Hyper-parameters of the saved group of the same kind, in any order.
+
+        Where there is none, an optimizer that groups its parameters in another way saved them: the learning rate.
+        """
+        known = {_kind(group): group for group in saved}
+        for group in self.optimizer.param_groups:
+            values = known.get(_kind(group), common_rate(saved))
+            group.update({name: value for name, value in values.items() if name != "params"})
 
     def save_parameter_state(self, filename: str) -> None:
         """Upstream's file of one data-parallel rank's making. Raises NotOnNeuron."""
@@ -199,6 +210,11 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
     def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
         """As save_parameter_state."""
         raise NotOnNeuron(f"{filename}: optimizer state is not kept in a file of its own; use ckpt_format torch_dist")
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes megatron-core put parameters into one group. NeMo renames a scheduler's keys to pre_*."""
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
 
 
 def _bucket(bucket: Any, buffer: Any) -> Bucket:

@@ -9,6 +9,7 @@ tests/nemo/test_zero.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
+from nxdt_nemo.errors import UserError
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
 
-__all__ = ["PREFIX", "Tensors", "load_pieces", "state_template", "whole_states"]
+__all__ = ["PREFIX", "Loaded", "Tensors", "common_rate", "load_pieces", "state_template", "whole_states"]
 
 PREFIX = "optimizer.state"
 Tensors = dict[str, Tensor]  # fp32_param (of half precision parameters), exp_avg, exp_avg_sq
@@ -32,6 +34,7 @@ def whole_states(
     state_of: StateOf,
     model: Mapping[str, Any],
     host_groups: Mapping[dist.ProcessGroup, dist.ProcessGroup],
+    instance: int = 0,
 ) -> Sharded:
     """The sharded state to save: {place in `params`: {name: ShardedTensor or factory}} of what this rank owns.
 
@@ -39,6 +42,7 @@ def whole_states(
     state_of      a piece's tensors, [n] float32
     model         the model's sharded state dict
     host_groups   a gloo group for each bucket's group: pieces go from host to host
+    instance      of several groups that hold the same state: what the first has is written
     Each rank of the buckets' groups has to call it.
     """
     places = _places(params, model)
@@ -46,12 +50,16 @@ def whole_states(
     for bucket in buckets:
         for param, tensors in _whole(bucket, state_of, host_groups[bucket.group]):
             place, entry = places[param]
-            sharded[place] = {name: _sharded(entry, tensor, name, 0) for name, tensor in tensors.items()}
+            sharded[place] = {name: _sharded(entry, tensor, name, instance) for name, tensor in tensors.items()}
     return sharded
 
 
 def state_template(
-    buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, model: Mapping[str, Any]
+    buckets: Sequence[Bucket],
+    params: Sequence[nn.Parameter],
+    state_of: StateOf,
+    model: Mapping[str, Any],
+    instance: int = 0,
 ) -> Sharded:
     """What to load: as whole_states, for each parameter that this rank has a piece of, with memory to load it into."""
     places = _places(params, model)
@@ -61,7 +69,8 @@ def state_template(
         for param, first, last in bucket.spans:
             if (piece := bucket.pieces.get(param)) is None:
                 continue
-            replica = 0 if _owner(bucket, first, last) == rank else 1 + rank
+            copies = instance * (1 + bucket.group.size())
+            replica = copies + (0 if _owner(bucket, first, last) == rank else 1 + rank)
             place, entry = places[param]
             sharded[place] = {
                 name: _sharded(entry, torch.empty(param.shape, dtype=tensor.dtype), name, replica)
@@ -81,6 +90,48 @@ def load_pieces(
             for name, tensor in state_of(piece).items():
                 tensor.copy_(piece.cut(loaded[place][name]))
             piece.publish()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an optimizer's loaded state dict holds, wherever its writer keeps it.
+
+    state    {place of the parameter: its tensors}
+    groups   saved hyper-parameters
+    steps    made so far
+    """
+
+    state: dict[int, Tensors]
+    groups: list[dict[str, Any]]
+    steps: int
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Any]) -> Loaded:
+        """With main parameters a writer nests state and groups under `optimizer`; NeMo's Apex optimizer never does.
+
+        Apex's and TransformerEngine's FusedAdam count steps in a group's `step`, as here; megatron-core with torch's
+        Adam in the state's `common_step`; NeMo with Apex's DistributedFusedAdam in the state's `step`.
+        """
+        parts = (state_dict, state_dict.get("optimizer", {}))
+        states = {key: value for part in parts for key, value in (part.get("state") or {}).items()}
+        found = (part["param_groups"] for part in parts if any(part.get("param_groups", [])))
+        groups: list[dict[str, Any]] = next(found, [])
+        counts = [*(group.get("step") for group in groups), states.get("common_step"), states.get("step")]
+        steps = max((int(count) for count in counts if count is not None), default=0)
+        return cls({key: value for key, value in states.items() if isinstance(key, int)}, groups, steps)
+
+    def for_groups(self, count: int) -> list[dict[str, Any]]:
+        """The groups. Raises UserError unless there are `count`: a scheduler's rates go to groups by their number."""
+        if len(self.groups) != count:
+            reason = f"parameter groups: {len(self.groups)} in the checkpoint, {count} in this optimizer"
+            raise UserError(reason, fix="resume with the optimizer that saved it")
+        return self.groups
+
+
+def common_rate(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"lr": rate} where all groups have one: what the first step uses, and a scheduler sets from the second on."""
+    rates = {group["lr"] for group in groups if "lr" in group}
+    return {"lr": rates.pop()} if len(rates) == 1 else {}
 
 
 def _places(params: Sequence[nn.Parameter], model: Mapping[str, Any]) -> dict[nn.Parameter, tuple[int, Any]]:

@@ -162,10 +162,10 @@ class Ours(Side):
 
         super().__init__(recipe)
         current().init_ranks(0, 1, store=torch.distributed.HashStore())
-        state = ours._model_parallel(recipe, Layout(), 1)
+        state = ours._model_parallel(recipe, Layout())
         model = ours._stage(recipe, Layout(), state)
         ours.load(model, weights, recipe.family == "llama", 1, 0)
-        self.chunk, self.optimizer = ours._wrap(model, recipe, zero=False, ddp={})
+        self.chunk, self.optimizer = ours._wrap(model, recipe)
         self.positions = torch.arange(recipe.seq).expand(recipe.micro_batch, -1)
 
     def zero(self) -> None:

@@ -24,7 +24,14 @@ from nxdt_nemo.apex._kernels.scale_norm import norms
 from nxdt_nemo.apex.contrib.optimizers.distributed_fused_adam import DistributedFusedAdam
 from nxdt_nemo.apex.optimizers import FusedAdam
 from nxdt_nemo.errors import ConfigError
-from nxdt_nemo.megatron.optimizer.sharded_state import Tensors, load_pieces, state_template, whole_states
+from nxdt_nemo.megatron.optimizer.sharded_state import (
+    Loaded,
+    Tensors,
+    common_rate,
+    load_pieces,
+    state_template,
+    whole_states,
+)
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece, allocate, gather_parameters, reduce_gradients
 from nxdt_nemo.runtime.hosts import carries_host_memory
 
@@ -40,10 +47,11 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
     bucket_cap_mb     bytes of one reduce-scatter and all-gather, of float32 gradients, in MiB
     layout            Apex's arguments for where and when its buffers and copies are made (overlap_grad_sync,
                       contiguous_param_buffer, store_params, ...): here buffers are always contiguous, main parameters
-                      float32, and all buckets' collectives under way together; no result depends on them
+                      float32, and all buckets' collectives under way together; no result depends on them, nor on
+                      distribute_within_nodes and lock_timeout: all ranks of the group share the state
     Memory a rank, P parameters on d ranks: 8 P / d bytes of float32 state, 4 P of float32 gradients, and 4 P / d of
     main parameters where the model's are bf16.
-    Raises ConfigError for a state that is not float32 and for disable_distributed_parameters.
+    Raises ConfigError for a state that is not float32, for amsgrad and for disable_distributed_parameters.
     """
 
     overlap_grad_sync = False  # for NeMo: reduce nothing before the last backward pass
@@ -73,6 +81,8 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
             _stop("disable_distributed_parameters", True, "use optim.name=fused_adam, which shards nothing")
         if str_to_dtype(dtype) != torch.float32:
             _stop("dtype", dtype, "use fp32")
+        if amsgrad:
+            _stop("amsgrad", amsgrad, "use False")
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -84,7 +94,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         self._group = process_group or parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._sync_dtype = torch.float32 if grad_sync_dtype is None else str_to_dtype(grad_sync_dtype)
         self._bucket_elements = max(1, int(bucket_cap_mb * 2**20 / 4))
-        self._adam: dict[str, Any] = {"adam_w_mode": adam_w_mode, "amsgrad": amsgrad}
+        self._adam_w_mode = adam_w_mode
         self.buckets: list[Bucket] = []
         self._placed: set[nn.Parameter] = set()
         self.optimizer: FusedAdam | None = None
@@ -130,7 +140,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
                 {**group, "params": [pieces[param].main for param in group["params"] if param in pieces]}
                 for group in self.param_groups
             ]
-            self.optimizer = FusedAdam(groups, **self._adam)
+            self.optimizer = FusedAdam(groups, adam_w_mode=self._adam_w_mode)
         return self.optimizer
 
     def _pieces(self, params: Iterable[nn.Parameter] | None = None) -> list[Piece]:
@@ -198,7 +208,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         if self._norm is None or force:
             self.grad_sync()
             grads = [piece.grad for piece in self._pieces(parameters)]
-            total = norms(grads).square().sum() if grads else torch.zeros((), device=self.buckets[0].grads.device)
+            total = norms(grads).square().sum() if grads else torch.zeros((), device=next(self.parameters()).device)
             for group in (self._group, parallel_state.get_model_parallel_group()):
                 dist.all_reduce(total, group=group)
             self._norm = total.sqrt()
@@ -242,7 +252,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
     def _count(self, steps: int) -> None:
         """The number of steps made, in each group: one without pieces on this rank counts too."""
         self._steps = steps
-        for group in self.param_groups if steps else []:
+        for group in self.param_groups:
             group["step"] = steps
 
     # --- state ---------------------------------------------------------------------------------------
@@ -259,7 +269,11 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         """The groups, with parameters as numbers; no tensors, which sharded_state_dict has."""
         numbers = {param: place for place, param in enumerate(self.parameters())}
         groups = [{**group, "params": [numbers[param] for param in group["params"]]} for group in self.param_groups]
-        return {"state": {}, "param_groups": groups}
+        return self._wrapped({"state": {}, "param_groups": groups})
+
+    def _wrapped(self, inner: dict[str, Any]) -> dict[str, Any]:
+        """In NeMo's places: those of MainParamsOptimizerWrapper where parameters are bf16, else of FusedAdam."""
+        return {"optimizer": inner} if any(param.dtype != torch.float32 for param in self._placed) else inner
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], optimizer_state_dict: dict[str, Any] | None = None
@@ -272,26 +286,30 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         params = [param for param in self.parameters() if param in self._placed]
         if optimizer_state_dict is None:
             state = state_template(self.buckets, params, self._state_of, model_sharded_state_dict)
+            groups: list[dict[str, Any]] = [{} for _ in self.param_groups]
         else:
             host = _host_group(self._group)
             state = whole_states(self.buckets, params, self._state_of, model_sharded_state_dict, {self._group: host})
-        groups = [{**group, "params": LocalNonpersistentObject([])} for group in self.param_groups]
-        found = {"state": state, "param_groups": groups}
-        halves = any(param.dtype != torch.float32 for param in params)
-        return {"optimizer": found} if halves else found  # where MainParamsOptimizerWrapper has it, or FusedAdam
+            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self.param_groups]
+        return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what sharded_state_dict(model) gave, after it was loaded."""
-        inner = state_dict.get("optimizer", state_dict)
+        """Take up what sharded_state_dict(model) gave, after it was loaded.
+
+        Of groups that megatron-core's optimizer had saved, which holds other parameters in them, the learning rate.
+        """
+        loaded = Loaded.of(state_dict)
         self._stepper()
-        saved = inner["param_groups"]
+        saved = loaded.for_groups(len(self.param_groups))
+        if any("wd_mult" in group for group in saved):
+            saved = [common_rate(saved)] * len(self.param_groups)
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
-        self._count(max((int(group.get("step", 0)) for group in saved), default=0))
-        if inner.get("state"):
+        self._count(loaded.steps)
+        if loaded.state:
             params = [param for param in self.parameters() if param in self._placed]
-            load_pieces(self.buckets, params, self._state_of, inner["state"])
+            load_pieces(self.buckets, params, self._state_of, loaded.state)
 
 
 def _add_to_main_grad(param: Any) -> None:
