@@ -23,7 +23,9 @@ from nxdt_nemo.testing.reference import STOCK_ENV, Trained
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Errors", "Parity", "Row", "errors", "relative"]
+__all__ = ["NO_CLIPPING", "Errors", "Parity", "Row", "errors", "relative"]
+
+NO_CLIPPING = 1e9  # a recipe's clip that no norm reaches
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def relative(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
 
 
-def _bf16(recipe: Recipe) -> list[str]:
-    return ["bf16"] if recipe.dtype == "bfloat16" else []
+def _marks(recipe: Recipe) -> list[str]:
+    """What a row's name says of its recipe."""
+    marks = {"bf16": recipe.dtype == "bfloat16", "no clipping": recipe.clip >= NO_CLIPPING}
+    return [mark for mark, true in marks.items() if true]
 
 
 def errors(left: Trained, right: Trained, copies: float = 0.0) -> Errors:
@@ -204,7 +208,7 @@ class Parity:
         """The sharded optimizer, against the unsharded one in the same layout; with a fault the row must fail."""
         mine, copies = self.ours(recipe, replace(layout, zero=True), fault)
         plain, _ = self.ours(recipe, layout)
-        left = ", ".join([str(replace(layout, zero=True)), *_bf16(recipe), *filter(None, [fault])])
+        left = ", ".join([str(replace(layout, zero=True)), *_marks(recipe), *filter(None, [fault])])
         return Row(recipe.family, left, f"{layout}", tolerance, errors(mine, plain, copies), bool(fault))
 
     def nemo(
@@ -236,7 +240,7 @@ class Parity:
         mine, copies, _ = self.nemo(recipe, layout, model__optim__name=name, **changes)
         plain, _, _ = self.nemo(recipe, layout)
         keys = [key.split("__")[-1] for key in changes]
-        left = ", ".join([f"NeMo {layout}", name, *keys, *_bf16(recipe)])
+        left = ", ".join([f"NeMo {layout}", name, *keys, *_marks(recipe)])
         return Row(recipe.family, left, f"NeMo {layout}, fused_adam", tolerance, errors(mine, plain, copies))
 
     def nemo_against_stock(self, recipe: Recipe, tolerance: float) -> Row:
