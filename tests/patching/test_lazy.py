@@ -380,7 +380,7 @@ def plain_and_ours() -> tuple[Told, Told]:
 
 
 def _told(process: subprocess.Popen[str], asked: str) -> Told:
-    output, error = process.communicate(asked, timeout=300)
+    output, error = process.communicate(asked, timeout=500)
     assert process.returncode == 0, error[-3000:]
     return Told(json.loads(output.rpartition("RESULT ")[2]))
 
