@@ -1,6 +1,6 @@
 """The sharded optimizers in tables: memory, parity with the unsharded ones, checkpoints resumed in other layouts.
 
-    python tools/zero.py                   # everything, 15 minutes; writes docs/results/zero.md
+    python tools/zero.py                   # everything, 11 minutes; writes docs/results/zero.md
     python tools/zero.py --model gpt       # one model; prints only
     python tools/zero.py --level megatron  # without NeMo, 4 minutes; prints only
 
