@@ -26,10 +26,9 @@ def finish_step(fit_loop: Any) -> int:
 def finish_epoch(fit_loop: Any) -> None:
     """Begin the next epoch: the checkpoint was saved after the last step of one."""
     epoch_loop = fit_loop.epoch_loop
-    for progress in (epoch_loop.batch_progress, epoch_loop.scheduler_progress):
+    optimizers = epoch_loop.automatic_optimization.optim_progress
+    for progress in (epoch_loop.batch_progress, epoch_loop.scheduler_progress, optimizers):
         progress.reset_on_run()
-    epoch_loop.automatic_optimization.optim_progress.reset_on_run()
-    epoch_loop.batch_progress.is_last_batch = False
     if fit_loop.restarting:  # else Lightning knows that the epoch was finished
         for tracker in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
             _set(tracker, max(tracker.completed, tracker.processed) + 1)

@@ -64,7 +64,8 @@ _replaced: dict[str, Function] = {}  # upstream's own, by the names in KERNELS
 
 def jit_fuser(function: Function) -> Function:
     """Our kernel for this function of upstream's, or the function itself."""
-    kernel = KERNELS.get(f"{function.__module__}.{function.__qualname__}")
+    target = f"{function.__module__}.{function.__qualname__}"
+    kernel = KERNELS.get(target)
     if kernel is None:
         return function
     source = source_of(sys.modules[function.__module__])
@@ -74,7 +75,7 @@ def jit_fuser(function: Function) -> Function:
                 f"{function.__module__}.{name} is not the one that {kernel.replacement} was written for: "
                 f"{found}, expected {expected}"
             )
-    _replaced[f"{function.__module__}.{function.__qualname__}"] = function
+    _replaced[target] = function
     replacement: Function = load_object(kernel.replacement)
     return replacement
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches, transformer_fields
-from nxdt_nemo.testing.reference import Trained
+from nxdt_nemo.testing.reference import Trained, parameters_of
 from nxdt_nemo.testing.weights import Piece, global_names, load, merge, piece
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _save(model: Any, optimizer: Any, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    state = _parameters_of(model)
+    state = parameters_of(model)
     dist_checkpointing.save({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, str(folder))
 
 
@@ -180,19 +180,15 @@ def _load(model: Any, optimizer: Any, folder: Path, fault: Fault) -> None:
     """As a plain megatron-core loop resumes, or so that Adam's moments are zero."""
     from megatron.core import dist_checkpointing
 
-    state = _parameters_of(model)
+    state = parameters_of(model)
     wanted = {"model": state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True)}
     found = dist_checkpointing.load(wanted, str(folder))
     model.load_state_dict(found["model"], strict=False)
     if fault == "moments not resumed":
-        for state in found["optimizer"]["state"].values():
-            state["exp_avg"].zero_()
-            state["exp_avg_sq"].zero_()
+        for moments in found["optimizer"]["state"].values():
+            moments["exp_avg"].zero_()
+            moments["exp_avg_sq"].zero_()
     optimizer.load_state_dict(found["optimizer"])
-
-
-def _parameters_of(model: Any) -> dict[str, Any]:
-    return {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 
 def gather_gradients(optimizer: Any) -> None:

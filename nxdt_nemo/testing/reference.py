@@ -108,7 +108,7 @@ def _save(model: Any, optimizer: Any, folder: Path) -> None:
 
     torch.cuda.synchronize = lambda *_: None  # it waits for a device
     folder.mkdir(parents=True)
-    state = _parameters_of(model)
+    state = parameters_of(model)
     wanted = {"model": state, "optimizer": _upstreams(optimizer).sharded_state_dict(state)}
     dist_checkpointing.save(wanted, str(folder))
 
@@ -120,7 +120,7 @@ def _load(model: Any, optimizer: Any, folder: Path) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    state, upstreams = _parameters_of(model), _upstreams(optimizer)
+    state, upstreams = parameters_of(model), _upstreams(optimizer)
     wanted = {"model": state, "optimizer": upstreams.sharded_state_dict(state, is_loading=True)}
     found = dist_checkpointing.load(wanted, str(folder))
     states, groups = found["optimizer"]["state"], found["optimizer"]["param_groups"]
@@ -130,7 +130,8 @@ def _load(model: Any, optimizer: Any, folder: Path) -> None:
     upstreams.load_state_dict(found["optimizer"])
 
 
-def _parameters_of(model: Any) -> dict[str, Any]:
+def parameters_of(model: Any) -> dict[str, Any]:
+    """A model's sharded state dict without the empty states that are there for TransformerEngine's sake."""
     return {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 

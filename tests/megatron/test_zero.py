@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.parity import NO_CLIPPING, Parity, relative
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.recipe import FAMILIES, Recipe, layout
+from nxdt_nemo.testing.script_run import read_tensors
 
 pytestmark = pytest.mark.ranks
 
@@ -118,7 +118,7 @@ def test_saved_in_another_layout(parity, tmp_path, family, name):
         rest = parity.leg(recipe, layout(other), range(3, 6), resume=folder)
         assert relative(rest.losses, whole.losses[3:]) <= 1e-6, other
         assert relative(rest.grad_norms, whole.grad_norms[3:]) <= 1e-6, other
-    assert ("optimizer.state.exp_avg.output_layer.weight" in contents(folder)) == (family == "llama")
+    assert ("optimizer.state.exp_avg.output_layer.weight" in read_tensors(folder)) == (family == "llama")
 
 
 def test_resumed_without_its_moments_it_is_another_run(parity, saved):
@@ -182,7 +182,7 @@ def test_overlapped_collectives_change_nothing(parity, saved, dtype, tmp_path):
     run, folder = saved[dtype], tmp_path / "overlapped"
     mine = parity.leg(run.recipe, layout("dp2+zero"), range(3), save=folder, **OVERLAP)
     assert (mine.losses, mine.grad_norms) == (run.whole.losses[:3], run.whole.grad_norms[:3])
-    found, expected = contents(folder), contents(run.folder)
+    found, expected = read_tensors(folder), read_tensors(run.folder)
     assert found.keys() == expected.keys()
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
 
@@ -208,7 +208,7 @@ def test_two_instances_write_their_state_once(parity, tmp_path):
 def test_the_files_hold_each_parameters_state_by_name_in_its_shape(parity, saved, dtype):
     """Read by torch alone. The same tensors, to the bit, that upstream's unsharded optimizer writes."""
     run = saved[dtype]
-    found = contents(run.folder)
+    found = read_tensors(run.folder)
     state = {key: tensor for key, tensor in found.items() if key.startswith("optimizer.state.")}
     names = {"fp32_param", *MOMENTS} if dtype == "bfloat16" else MOMENTS
     weights = parity.weights(run.recipe)
@@ -216,7 +216,7 @@ def test_the_files_hold_each_parameters_state_by_name_in_its_shape(parity, saved
     for name in ("one", "tp2+zero", "pp2+zero"):  # read and written again
         again = run.folder.parent / f"{dtype} in {name}"
         parity.leg(run.recipe, layout(name), range(0), resume=run.folder, save=again)
-        expected = contents(again)
+        expected = read_tensors(again)
         assert found.keys() == expected.keys(), name
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), name
     for tensor in state.values():
@@ -226,27 +226,6 @@ def test_the_files_hold_each_parameters_state_by_name_in_its_shape(parity, saved
     assert all(tensor.dim() > 1 for key, tensor in state.items() if key.endswith("linear_fc2.weight"))
 
 
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    """Each tensor of a distributed checkpoint, whole, with torch's own reader."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    found: dict[str, Any] = {}
-    _load_state_dict(found, FileSystemReader(str(folder)), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    flat: dict[str, torch.Tensor] = {}
-    _flatten(found, "", flat)
-    return flat
-
-
-def _flatten(value: Any, key: str, into: dict[str, torch.Tensor]) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _flatten(inner, f"{key}.{name}" if key else str(name), into)
-    elif isinstance(value, torch.Tensor):
-        into[key] = value
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_vocabulary_padded_to_another_size(parity, saved, tmp_path, dtype):
     """Rows that the checkpoint has not are zero, as upstream makes them."""
@@ -254,11 +233,11 @@ def test_a_vocabulary_padded_to_another_size(parity, saved, tmp_path, dtype):
     recipe, found = replace(run.recipe, vocab=1152), {}
     for name in ("one", "dp2+zero"):
         parity.leg(recipe, layout(name), range(0), resume=run.folder, save=tmp_path / name)
-        found[name] = contents(tmp_path / name)
+        found[name] = read_tensors(tmp_path / name)
     assert found["one"].keys() == found["dp2+zero"].keys()
     assert [key for key, tensor in found["one"].items() if not torch.equal(tensor, found["dp2+zero"][key])] == []
     for key in ("output_layer.weight", "optimizer.state.exp_avg.output_layer.weight"):
-        assert torch.equal(found["dp2+zero"][key][:1024], contents(run.folder)[key])
+        assert torch.equal(found["dp2+zero"][key][:1024], read_tensors(run.folder)[key])
         assert not found["dp2+zero"][key][1024:].any()
 
 
@@ -268,7 +247,7 @@ def test_a_checkpoint_of_another_precision(parity, saved, tmp_path):
     with pytest.raises(RankError, match=r"optimizer\.state\.fp32_param\."):
         parity.leg(halves.recipe, layout("dp2+zero"), range(0), resume=fulls.folder)
     parity.leg(fulls.recipe, layout("dp2+zero"), range(0), resume=halves.folder, save=tmp_path / "full")
-    found, expected = contents(tmp_path / "full"), contents(halves.folder)
+    found, expected = read_tensors(tmp_path / "full"), read_tensors(halves.folder)
     weights = [key for key in found if not key.startswith("optimizer.")]
     assert {found[key].dtype for key in weights} == {torch.float32}
     assert all(torch.equal(tensor, expected[key].float()) for key, tensor in found.items())

@@ -2,7 +2,7 @@
 
 Room nemo/. Wraps nemo.utils.exp_manager.check_resume, which stops when a kill between two of its steps left two
 checkpoints that end with -last, and overlooks a newer one whose -last was not begun. Changes nothing on disk: on a
-torchrun job each rank comes here by itself. Proof: tests/nemo/test_exp_manager.py, tools/resume.py.
+torchrun job each rank comes here by itself. Proof: tests/nemo/test_resume.py, tools/resume.py.
 """
 
 from __future__ import annotations
