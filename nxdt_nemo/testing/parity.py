@@ -166,7 +166,7 @@ class Parity:
         if key not in self._ours:
             pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
             parts = pool.run("nxdt_nemo.testing.ours:train", recipe, self.weights(recipe), layout, fault)
-            self._ours[key] = ours.assemble(parts, layout)
+            self._ours[key] = ours.assemble(parts)
             self._bytes[recipe, layout] = [part.state_bytes for part in parts]
         return self._ours[key]
 
@@ -187,7 +187,7 @@ class Parity:
         """
         pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
         arguments = (recipe, self.weights(recipe), layout, fault, steps, resume, save, ddp)
-        return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments), layout)[0]
+        return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments))[0]
 
     def stock_leg(
         self, recipe: Recipe, steps: range, *, resume: Path | None = None, save: Path | None = None
@@ -224,7 +224,7 @@ class Parity:
             arguments = (recipe, self.weights(recipe), layout, self._text(recipe), dotted, split_sums)
             with RankPool(layout.world, env=ACTIVE_ENV, init=ACTIVE, group=False, timeout=self.timeout) as pool:
                 parts = pool.run("nxdt_nemo.testing.nemo_run:train", *arguments)
-            self._nemo[key] = (*ours.assemble(parts, layout), parts[0])
+            self._nemo[key] = (*ours.assemble(parts), parts[0])
             self._nemo_bytes[key] = [part.state_bytes for part in parts]
         return self._nemo[key]
 
