@@ -104,6 +104,69 @@ def pipeline_parallel(view: View) -> Errors:
         yield view.error(f"{written} as its uneven stages ask", f"leave {stages} stages a multiple of {stages} layers")
 
 
+def interleaved(view: View) -> Errors:
+    """What megatron-core's interleaved schedule and NeMo ask of a virtual pipeline size."""
+    chunks, stages = view.number(VPP), view.size(PP)
+    if chunks is None or chunks <= 1:
+        return
+    if stages == 1:
+        yield view.error(f"{VPP}={chunks} needs a pipeline, and {PP} is 1", f"use {VPP}=null")
+        return
+    if not _core_switch(view)[0].endswith("mcore_gpt"):
+        yield view.error(f"{VPP}={chunks}: only GPT models are built in chunks", "use null")
+    if view.training and not view.get("model.megatron_amp_O2", False):
+        yield view.error(
+            f"{VPP}={chunks} trains with model.megatron_amp_O2=True only, says NeMo", "set both or neither"
+        )
+    layers, uneven = view.number("model.num_layers"), _uneven(view)
+    if layers and not uneven and layers % (stages * chunks):
+        fits = or_list(part for part in divisors(layers // stages) if part > 1) if layers % stages == 0 else "null"
+        reason = f"{VPP}={chunks} x {PP}={stages} does not divide model.num_layers={layers}"
+        yield view.error(reason, f"use {VPP}={fits or 'null'}")
+    batches = _micro_batches(view)
+    if batches and batches % stages:
+        yield view.error(
+            f"{VPP}={chunks}: {PP}={stages} does not divide the {batches} micro-batches of a step",
+            f"use a {GLOBAL} that gives a multiple of {stages}",
+        )
+
+
+def _uneven(view: View) -> bool:
+    places = [view.get(f"model.num_layers_in_{place}_pipeline_stage") is not None for place in ("first", "last")]
+    counted = [view.get(f"model.account_for_{place}_in_pipeline_split", False) for place in ("embedding", "loss")]
+    return any(places + counted) or view.get("model.pipeline_model_parallel_layout") is not None
+
+
+def _micro_batches(view: View) -> int | None:
+    """A step's on one data-parallel rank; None where the configuration does not say."""
+    micro, whole, ranks = view.number(MICRO), view.number(GLOBAL), view.world_size
+    model = view.size(TP) * view.size(PP) * view.size(CP)
+    if not micro or not whole or ranks is None or ranks % model or whole % (micro * (ranks // model)):
+        return None
+    return whole // (micro * (ranks // model))
+
+
+def experts(view: View) -> Errors:
+    """Expert parallelism divides the experts, and the ranks that are not a model's own."""
+    ep, number = view.size(EP), view.number("model.num_moe_experts")
+    if ep == 1:
+        return
+    if number is None:
+        yield view.error(f"{EP}={ep} without model.num_moe_experts", f"use {EP}=1, or say how many experts there are")
+    elif number % ep:
+        yield view.error(
+            f"{EP}={ep} does not divide model.num_moe_experts={number}", f"use {or_list(divisors(number))}"
+        )
+    if view.training and not view.get("model.megatron_amp_O2", False):
+        yield view.error(f"{EP}={ep} trains with model.megatron_amp_O2=True only, says NeMo", "set both or neither")
+    ranks, model = view.world_size, view.size(TP) * view.size(PP)
+    if ranks is not None and ranks % (model * ep):
+        yield view.error(
+            f"{ranks} ranks are not divisible by {TP}={view.size(TP)} x {PP}={view.size(PP)} x {EP}={ep}",
+            f"use a multiple of {model * ep} ranks",
+        )
+
+
 def world(view: View) -> Errors:
     """TP x PP x CP divides the ranks, and the batch divides among the data-parallel ones."""
     degrees = {key: view.size(key) for key in (TP, PP, CP)}
@@ -134,13 +197,9 @@ def sequence_parallel(view: View) -> Errors:
 
 
 def not_yet(view: View) -> Errors:
-    """What a later release brings, and what NeMo itself refuses."""
-    vpp = view.number(VPP)
-    if vpp is not None and vpp > 1:
-        yield view.error(f"{VPP}={vpp}: NeMo 2.4 itself refuses interleaved pipelines for YAML models", "use null")
-    for key in (CP, EP):
-        if view.size(key) > 1:
-            yield view.error(f"{key}={view.size(key)} is not supported yet, a later release brings it", "use 1")
+    """What a later release brings."""
+    if view.size(CP) > 1:
+        yield view.error(f"{CP}={view.size(CP)} is not supported yet, a later release brings it", "use 1")
     if view.get("model.fsdp", False):
         yield view.error("model.fsdp=True is not supported", "use False: ranks beyond TP x PP are data parallel")
 
@@ -233,6 +292,8 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     megatron_core,
     tensor_parallel,
     pipeline_parallel,
+    interleaved,
+    experts,
     sequence_parallel,
     world,
     length,

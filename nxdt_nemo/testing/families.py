@@ -53,7 +53,9 @@ def stock_specs(block: str, config: Any, virtual: int | None) -> Any:
     if block == "gpt":
         return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization)
     layer = getattr(t5_spec, f"{block.removeprefix('t5 ')}_model_with_local_spec")()
-    return TransformerBlockSubmodules([layer] * (config.num_layers // config.pipeline_model_parallel_size), layer_norm=t5_spec.LNImpl)
+    return TransformerBlockSubmodules(
+        [layer] * (config.num_layers // config.pipeline_model_parallel_size), layer_norm=t5_spec.LNImpl
+    )
 
 
 def build(recipe: Recipe, config: Any, specs: Specs, stage: Stage | None = None) -> Any:

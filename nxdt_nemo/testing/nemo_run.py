@@ -76,7 +76,7 @@ def train(
         OmegaConf.update(cfg, key, value)
     trainer = MegatronTrainerBuilder(cfg).create_trainer(callbacks=[])
     model = Model(cfg.model, trainer)
-    load(_gpt(model), weights, recipe.gated, Ranks.here())
+    load(_chunks(model), weights, recipe.gated, Ranks.here())
     report = NemoPart(Ranks.here().tp[0])
     trainer.callbacks.append(_recorder(report, recipe, weights))
     with _split_sums() if split_sums else nullcontext():
@@ -108,7 +108,7 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
 
     class Recorder(Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            _gpt(module).register_forward_pre_hook(self.read, with_kwargs=True)
+            _chunks(module)[0].register_forward_pre_hook(self.read, with_kwargs=True)
 
         def on_train_batch_start(self, *_: Any) -> None:
             report.batches.append([])
@@ -125,7 +125,7 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
             if not report.grads:
                 _reduce(module._optimizer)
                 ranks = Ranks.here()
-                named = global_names(_gpt(module), weights, ranks)
+                named = global_names(_chunks(module), weights, ranks)
                 report.grads = [(n, piece(n, p, _gradient(p), recipe.gated, ranks)) for n, p in named]
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -137,7 +137,7 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             optimizer = module._optimizer
-            report.state_bytes = state_bytes(getattr(optimizer, "mcore_optimizer", optimizer), [_gpt(module)])
+            report.state_bytes = state_bytes(getattr(optimizer, "mcore_optimizer", optimizer), _chunks(module))
 
     return Recorder()
 
@@ -156,12 +156,14 @@ def _gradient(parameter: Any) -> torch.Tensor:
     return (main if main is not None else parameter.grad).float()  # type: ignore[no-any-return]
 
 
-def _gpt(model: Any) -> Any:
-    """The GPTModel inside NeMo's and megatron-core's wrappers."""
-    inner = model.model[0] if isinstance(model.model, list) else model.model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
+def _chunks(model: Any) -> list[Any]:
+    """The GPTModels inside NeMo's and megatron-core's wrappers: one, or a pipeline rank's chunks."""
+    found = []
+    for inner in model.model if isinstance(model.model, list) else [model.model]:
+        while hasattr(inner, "module"):
+            inner = inner.module
+        found.append(inner)
+    return found
 
 
 def settings(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Any]:
@@ -194,14 +196,27 @@ def settings(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    llama = recipe.family == "llama"
-    return {
+    llama = recipe.gated
+    experts = {
+        "num_moe_experts": recipe.experts,
+        "moe_router_topk": 2,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.02,
+        "moe_z_loss_coeff": 1e-3,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+    }
+    return (experts if recipe.experts else {}) | {
         "mcore_gpt": True,
         "micro_batch_size": recipe.micro_batch,
         "global_batch_size": recipe.micro_batch * recipe.micro_batches,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": None,
+        "virtual_pipeline_model_parallel_size": layout.vpp or None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "num_layers_in_first_pipeline_stage": layout.first or None,
         "sequence_parallel": layout.sp,
         "encoder_seq_length": recipe.seq,
         "max_position_embeddings": recipe.seq,

@@ -7,12 +7,12 @@ has changed them. Proof: tests/megatron/test_parity.py.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.testing.families import Stage, build, config_of, losses_of, mean_of, stock_specs
+from nxdt_nemo.testing.mistakes import Fault, Training, mistake
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
 from nxdt_nemo.testing.reference import Trained, parameters_of
 from nxdt_nemo.testing.weights import Piece, Ranks, global_names, load, merge, piece
@@ -22,14 +22,10 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ACTIVE", "ACTIVE_ENV", "Fault", "Part", "assemble", "train"]
+__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "our_specs", "train"]
 
 ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
-
-# Mistakes made on purpose, each of which must turn a table red.
-Fault = Literal["", "norm gradients not reduced", "one gradient x 1.01", "moments not resumed"]
-SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 @dataclass
@@ -72,17 +68,42 @@ def train(
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
+    from megatron.core.distributed import finalize_model_grads
+
     ddp = ddp or {}
     state = _model_parallel(recipe, layout, ddp.get("num_distributed_optimizer_instances", 1))
-    ranks, dp_rank = Ranks.here(), state.get_data_parallel_rank()
+    ranks = Ranks.here()
     model = _stages(recipe, layout, state)
     load(model, weights, recipe.gated, ranks)
     chunks, optimizer = _wrap(model, recipe, layout.zero, ddp)
-    model[0].config.finalize_model_grads_func = _finalizer(model, weights, fault)
+    model[0].config.finalize_model_grads_func = finalize_model_grads
+    named = list(global_names(model, weights, ranks))
     report = Part(ranks.tp[0])
     if resume is not None:
         _load(model, optimizer, resume, fault)
-    for step in range(recipe.steps) if steps is None else steps:
+    with mistake(fault, Training(model, chunks, optimizer, named)):
+        _steps(report, recipe, layout, chunks, optimizer, named, range(recipe.steps) if steps is None else steps)
+    report.state_bytes = state_bytes(optimizer, model)
+    if save is not None:
+        _save(model, optimizer, save)
+    report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in named]
+    return report
+
+
+def _steps(
+    report: Part,
+    recipe: Recipe,
+    layout: Layout,
+    chunks: list[Any],
+    optimizer: Any,
+    named: list[tuple[str, Any]],
+    steps: range,
+) -> None:
+    """Train, and write losses, norms and the first step's gradients down."""
+    from megatron.core import parallel_state
+
+    ranks, dp_rank = Ranks.here(), parallel_state.get_data_parallel_rank()
+    for step in steps:
         batches = micro_batches(recipe, step)[dp_rank :: layout.dp]
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -90,7 +111,6 @@ def train(
         losses = _forward_backward(chunks, recipe, batches)
         if losses:
             report.losses.append(sum(losses) / len(losses))
-        named = list(global_names(model, weights, ranks))
         if not report.grads:
             gather_gradients(optimizer)
             report.grads = [(name, piece(name, p, p.main_grad, recipe.gated, ranks)) for name, p in named]
@@ -98,11 +118,6 @@ def train(
             group["lr"] = recipe.lr_at(step)
             group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
         report.grad_norms.append(float(optimizer.step()[1]))
-    report.state_bytes = state_bytes(optimizer, model)
-    if save is not None:
-        _save(model, optimizer, save)
-    report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in named]
-    return report
 
 
 def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
@@ -323,26 +338,3 @@ def _zigzag(batch: Batch, cp: int, rank: int) -> tuple[Batch, torch.Tensor]:
     if cp > 1:
         batch = replace(batch, tokens=batch.tokens[:, mine], labels=batch.labels[:, mine])
     return batch, torch.from_numpy(mine)
-
-
-def _finalizer(model: list[Any], weights: dict[str, torch.Tensor], fault: Fault) -> Any:
-    """finalize_model_grads, or one that makes a mistake."""
-    # by name: the package's attribute of the same name is the function
-    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
-    plain, reduce_norms = module.finalize_model_grads, module._allreduce_non_tensor_model_parallel_grads
-
-    def unreduced(*args: Any, **named: Any) -> None:
-        module._allreduce_non_tensor_model_parallel_grads = lambda *_: None  # type: ignore[attr-defined]
-        try:
-            plain(*args, **named)
-        finally:
-            module._allreduce_non_tensor_model_parallel_grads = reduce_norms  # type: ignore[attr-defined]
-
-    def scaled(*args: Any, **named: Any) -> None:
-        plain(*args, **named)
-        for name, parameter in global_names(model, weights):
-            if name == SCALED:
-                parameter.main_grad.mul_(1.01)
-
-    faults = {"norm gradients not reduced": unreduced, "one gradient x 1.01": scaled}
-    return faults.get(fault, plain)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.testing import ours
+from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.nemo_run import NemoPart
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Fault
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.reference import STOCK_ENV, Trained

@@ -242,7 +242,7 @@ _LAYOUT = re.compile(
 
 
 def layout(text: str) -> Layout:
-    """`tp2sp`, `tp2pp2`, `pp2vpp2`, `cp2`, `ep2dp2`, `dp2+zero`, `one`, ... as a Layout. Raises ValueError otherwise."""
+    """`tp2sp`, `tp2pp2`, `pp2vpp2`, `cp2`, `ep2dp2`, `dp2+zero`, `one`, ... as a Layout; else ValueError."""
     found = _LAYOUT.fullmatch(text)
     if not text or text == "+zero" or found is None:
         raise ValueError(

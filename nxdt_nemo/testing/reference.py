@@ -1,8 +1,8 @@
 """The reference of every parity table: stock megatron-core on one CPU rank, trained by plain PyTorch.
 
 Room testing/. Imports torch, megatron-core, nxdt_nemo.testing.recipe (data) and .families (upstream's constructors);
-nothing else of ours, and the backend must not be active. Schedule, clipping and optimizer are torch's own, so a mistake that upstream's and our
-training loop share would show. Proof: tests/megatron/test_parity.py.
+nothing else of ours, and the backend must not be active. Loop, clipping and optimizer are torch's own, so a mistake
+that upstream's and our training loop share would show. Proof: tests/megatron/test_parity.py.
 
 Run it with RankPool(1, env=STOCK_ENV): `pool.run("nxdt_nemo.testing.reference:train", recipe)`.
 """

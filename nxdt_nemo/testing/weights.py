@@ -1,8 +1,8 @@
 """From the undivided model's tensors to each rank's and back, by the marks that upstream puts on parameters.
 
-Room testing/. Imports torch; the model is anything with names like GPTModel's. Reads tensor_model_parallel, partition_dim
-and partition_stride, as megatron.core.tensor_parallel.layers sets them. Written apart from the checkpoint room's
-tables, so that a mistake there is not repeated here. Proof: tests/testing/test_weights.py.
+Room testing/. Imports torch; the model is anything with names like GPTModel's. Reads tensor_model_parallel,
+partition_dim and partition_stride, as megatron.core.tensor_parallel.layers sets them. Written apart from the
+checkpoint room's tables, so that a mistake there is not repeated here. Proof: tests/testing/test_weights.py.
 """
 
 from __future__ import annotations
@@ -58,13 +58,12 @@ def global_names(model: Any, known: Iterable[str], ranks: Ranks | None = None) -
     Layers are renumbered from the stage's to the whole model's, and experts from the rank's to all; a tied output
     layer, which a last stage keeps as a copy of its own, is the embedding (known holds the undivided model's names).
     """
-    names, ranks = set(known), ranks or Ranks()
+    names, ep_rank = set(known), ranks.ep[0] if ranks else 0
     for chunk in model if isinstance(model, list) else [model]:
-        for name, parameter in chunk.named_parameters():
-            if name.startswith("lm_head.") and getattr(chunk, "decoder", True) is None:
+        for local, parameter in chunk.named_parameters():
+            if local.startswith("lm_head.") and getattr(chunk, "decoder", True) is None:
                 continue  # the last stage of a T5's encoder has a head that nothing uses
-            name = _LAYER.sub(lambda found: str(int(found[0]) + _offset(chunk, found.string)), name)
-            name = _EXPERT.sub(lambda found: str(int(found[0]) + _experts(chunk) * ranks.ep[0]), name)
+            name = _renumbered(chunk, local, ep_rank)
             if name.endswith("output_layer.weight") and name not in names:
                 name = "embedding.word_embeddings.weight"
             if name not in names:
@@ -74,6 +73,14 @@ def global_names(model: Any, known: Iterable[str], ranks: Ranks | None = None) -
 
 _LAYER = re.compile(r"(?<=coder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+def _renumbered(chunk: Any, name: str, ep_rank: int) -> str:
+    if _LAYER.search(name):
+        name = _LAYER.sub(lambda found: str(int(found[0]) + _offset(chunk, name)), name)
+    if _EXPERT.search(name):
+        name = _EXPERT.sub(lambda found: str(int(found[0]) + _experts(chunk) * ep_rank), name)
+    return name
 
 
 def _offset(chunk: Any, name: str) -> int:

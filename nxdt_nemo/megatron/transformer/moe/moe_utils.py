@@ -17,7 +17,7 @@ te_general_gemm = None
 
 
 def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """A tensor's values on the host, as a numpy array if asked; anything else as it is. Streams have no meaning here."""
+    """A tensor's values on the host, as a numpy array if asked; anything else as it is. Streams mean nothing here."""
     if not torch.is_tensor(tensor):
         return tensor
     return tensor.cpu().numpy() if as_numpy else tensor.cpu()

@@ -1,9 +1,9 @@
 """What an encoder-decoder's second set of embeddings lacks.
 
 Room megatron/. Wraps megatron.core.models.common.language_module.language_module.LanguageModule's
-setup_embeddings_and_output_layer. With pipeline parallelism the first stage of a T5's decoder has embeddings of its own,
-copies of the encoder's. Upstream leaves them unmarked, so that they count twice in the gradient norm; and where that
-stage is the last one too, the fused weight gradient drops what the embedding adds to the output layer's.
+setup_embeddings_and_output_layer. With pipeline parallelism the first stage of a T5's decoder has embeddings of its
+own, copies of the encoder's. Upstream leaves them unmarked, so that they count twice in the gradient norm; and where
+that stage is the last one too, the fused weight gradient drops what the embedding adds to the output layer's.
 Proof: tests/megatron/test_layouts.py (t5, pp2).
 """
 

@@ -1,18 +1,23 @@
-"""NeMo's spec names, answered with this backend's layers.
+"""NeMo's spec names, answered with this backend's layers; and interleaved pipelines where NeMo asserts against them.
 
-Room nemo/. Stands in for nemo.collections.nlp.models.language_modeling.megatron_gpt_model.get_specs, which
-builds every TransformerEngine spec before it picks one. Proof: tests/megatron/test_specs.py.
+Room nemo/. Stands in for nemo.collections.nlp.models.language_modeling.megatron_gpt_model.get_specs, which builds every
+TransformerEngine spec before it picks one. Wraps three of that file's functions which do what they should with a list
+of chunks, once they do not look for a virtual pipeline size. Proof: tests/megatron/test_specs.py,
+tests/nemo/test_layouts.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nxdt_nemo import console
 from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.megatron.models.gpt.gpt_layer_specs import get_gpt_block_spec
+from nxdt_nemo.megatron.models.gpt.gpt_model import virtual_stage
 
-__all__ = ["get_specs"]
+__all__ = ["get_specs", "in_chunks", "mcore_model_customize"]
 
 PLAIN = ("", "te_gpt", "megatron_gpt_full_te_layer_autocast")
 MIXED = "decoder_block_gpt"
@@ -34,4 +39,33 @@ def get_specs(
         )
     if use_te or spec_name in PLAIN[1:]:
         console.once("TransformerEngine layers are built from nxdt_nemo's own", key="te-layers")
-    return get_gpt_block_spec(transformer_config, mixed=spec_name == MIXED)
+    return get_gpt_block_spec(transformer_config, virtual_stage.get(), mixed=spec_name == MIXED)
+
+
+def mcore_model_customize(upstream: Any, cfg: Any, model: Any) -> None:
+    """Upstream's, for each chunk of an interleaved pipeline too."""
+    with _not_interleaved(cfg):
+        upstream(cfg, model)
+
+
+def in_chunks(upstream: Any, self: Any) -> Any:
+    """A method of MegatronGPTModel, run on a model of several chunks."""
+    with _not_interleaved(self.cfg):
+        return upstream(self)
+
+
+@contextmanager
+def _not_interleaved(cfg: Any) -> Iterator[None]:
+    from omegaconf import open_dict
+
+    key = "virtual_pipeline_model_parallel_size"
+    size = cfg.get(key)
+    if size is None:
+        yield
+        return
+    with open_dict(cfg):
+        cfg[key] = None
+    try:
+        yield
+    finally:
+        cfg[key] = size

@@ -1,0 +1,57 @@
+"""The layouts that every family is proven in, and the mistakes that must show.
+
+Room testing/. Plain data. Used by tests/megatron/test_layouts.py and tools/layouts.py.
+"""
+
+from __future__ import annotations
+
+from nxdt_nemo.testing.mistakes import Fault
+from nxdt_nemo.testing.recipe import Family, Layout, Recipe, layout
+
+__all__ = ["FAST", "LAYOUTS", "MISTAKES", "TOLERANCE", "recipe_of"]
+
+TOLERANCE = 1e-5
+
+LAYOUTS: dict[Family, str] = {
+    "gpt": (
+        "tp2 tp2sp tp4sp pp2 pp4 pp2first1 pp3account pp2vpp2 pp4vpp2 tp2pp2 tp2sppp2vpp2 dp2 dp2+zero tp2spdp2+zero"
+        " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero"
+    ),
+    "llama": "tp2 tp2sp tp4sp pp2 pp2vpp2 tp2pp2 dp2 dp4+zero tp2spdp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero",
+    "mixtral": (
+        "tp2 tp2sp pp2 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
+        " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero"
+    ),
+    "bert": "tp2 tp2sp pp2 pp2vpp2 dp2+zero",
+    "t5": "tp2 tp2sp pp2 pp4 dp2+zero",
+}
+
+FAST: dict[Family, str] = {
+    "gpt": "pp2vpp2 pp2first1 tp2sppp2vpp2",
+    "llama": "pp2vpp2dp2+zero",
+    "mixtral": "tp2sp ep2dp2+zero tp2spep2etp1 ep2pp2dp2",
+    "bert": "tp2sp pp2",
+    "t5": "tp2sp pp2",
+}
+
+MISTAKES: tuple[tuple[Family, str, Fault], ...] = (
+    ("gpt", "tp2sp", "norm gradients not reduced"),
+    ("gpt", "tp2", "input gradients not summed"),
+    ("gpt", "pp2", "tied embeddings not summed"),
+    ("gpt", "pp2", "norm of one rank"),
+    ("gpt", "dp2", "replicas not averaged"),
+    ("gpt", "dp2+zero", "replicas not averaged"),
+    ("mixtral", "ep2dp4", "experts not averaged"),
+    ("llama", "tp2", "one gradient x 1.01"),
+)
+
+
+def recipe_of(family: Family, name: str, steps: int = 20) -> tuple[Recipe, Layout]:
+    """A row's recipe and layout: with layers enough for its stages, and micro-batches for its schedule."""
+    place = layout(name)
+    recipe = Recipe.of(family, steps=steps)
+    layers = max(recipe.layers, place.pp * place.chunks)
+    if place.account:  # embedding and loss count as a layer each
+        layers = 2 * place.pp - 2
+    batches = max(recipe.micro_batches, place.dp * place.pp) if place.vpp else recipe.micro_batches
+    return Recipe.of(family, steps=steps, layers=layers, micro_batches=batches), place
