@@ -8,6 +8,9 @@ from nxdt_nemo.config import check, sanitise
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
+VPP = "model.virtual_pipeline_model_parallel_size"
+EP = "model.expert_model_parallel_size"
+FOUR = ["model.num_layers=4"]
 LATER = "is not supported yet, a later release brings it"
 
 MCORE_ZERO = [
@@ -69,12 +72,30 @@ WRONG = [  # overrides, ranks, the line
         f"model.sequence_parallel=True needs {TP}=2 to divide model.encoder_seq_length=63; use a multiple of 2",
     ),
     (["+model.context_parallel_size=2"], 2, f"model.context_parallel_size=2 {LATER}; use 1"),
-    (["+model.expert_model_parallel_size=2"], 2, f"model.expert_model_parallel_size=2 {LATER}; use 1"),
+    ([f"{VPP}=2"], 1, f"{VPP}=2 needs a pipeline, and {PP} is 1; use {VPP}=null"),
+    ([f"{PP}=2", f"{VPP}=3", *FOUR], 2, f"{VPP}=3 x {PP}=2 does not divide model.num_layers=4; use {VPP}=2"),
     (
-        ["model.virtual_pipeline_model_parallel_size=2"],
-        1,
-        "model.virtual_pipeline_model_parallel_size=2: NeMo 2.4 itself refuses interleaved pipelines for YAML models; "
-        "use null",
+        [f"{PP}=2", f"{VPP}=2", *FOUR, "model.megatron_amp_O2=False"],
+        2,
+        f"{VPP}=2 trains with model.megatron_amp_O2=True only, says NeMo; set both or neither",
+    ),
+    (
+        [f"{PP}=4", f"{VPP}=2", "model.num_layers=8", "model.global_batch_size=12"],
+        4,
+        f"{VPP}=2: {PP}=4 does not divide the 6 micro-batches of a step; "
+        "use a model.global_batch_size that gives a multiple of 4",
+    ),
+    ([f"+{EP}=2"], 2, f"{EP}=2 without model.num_moe_experts; use {EP}=1, or say how many experts there are"),
+    ([f"+{EP}=2", "+model.num_moe_experts=3"], 2, f"{EP}=2 does not divide model.num_moe_experts=3; use 1 or 3"),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=4", "model.megatron_amp_O2=False"],
+        2,
+        f"{EP}=2 trains with model.megatron_amp_O2=True only, says NeMo; set both or neither",
+    ),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=4", f"{TP}=2"],
+        2,
+        f"2 ranks are not divisible by {TP}=2 x {PP}=1 x {EP}=2; use a multiple of 4 ranks",
     ),
     (
         ["+model.fsdp=True"],
@@ -174,6 +195,9 @@ RIGHT = [  # overrides, ranks
     ([f"{PP}=2", "model.num_layers=5", "+model.num_layers_in_first_pipeline_stage=2"], 2),
     ([f"{PP}=2", "model.num_layers=5", "+model.account_for_embedding_in_pipeline_split=True"], 2),
     (["+model.context_parallel_size=1", "model.virtual_pipeline_model_parallel_size=1"], 2),
+    ([f"{PP}=2", f"{VPP}=2", *FOUR], 2),
+    ([f"{PP}=2", f"{VPP}=2", *FOUR, f"{TP}=2"], 4),
+    ([f"+{EP}=2", "+model.num_moe_experts=4"], 2),
     (["trainer.precision=32"], 1),
     (["trainer.precision=bf16-mixed"], 1),
     (["model.optim.name=adamw"], 1),
