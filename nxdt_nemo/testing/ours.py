@@ -27,7 +27,14 @@ ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
 
 # Mistakes made on purpose, each of which must turn a table red.
-Fault = Literal["", "norm gradients not reduced", "one gradient x 1.01", "moments not resumed"]
+Fault = Literal[
+    "",
+    "norm gradients not reduced",
+    "one gradient x 1.01",
+    "moments not resumed",
+    "KV copies not summed",
+    "KV copies counted in the norm",
+]
 SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
@@ -77,6 +84,9 @@ def train(
     gated = recipe.family == "llama"
     model = _stage(recipe, layout, state)
     load(model, weights, gated, layout.tp, tp_rank)
+    if fault == "KV copies counted in the norm":
+        for param in (param for param in model.parameters() if hasattr(param, "kv_heads")):
+            param.tensor_model_parallel = True
     chunk, optimizer = _wrap(model, recipe, layout.zero, ddp)
     finish = _finalizer(model, weights, fault)
     chunk.config.finalize_model_grads_func = finish
@@ -151,6 +161,7 @@ def _stage(recipe: Recipe, layout: Layout, state: Any) -> Any:
         gradient_accumulation_fusion=True,  # as NeMo's configurations have it, which stock cannot without CUDA
         apply_rope_fusion=llama,
     )
+    config.kv_head_order = layout.kv_head_order
     model = GPTModel(
         config,
         get_gpt_block_spec(config),
@@ -266,6 +277,7 @@ def _finalizer(model: Any, weights: dict[str, torch.Tensor], fault: Fault) -> An
     """finalize_model_grads, or one that makes a mistake."""
     # by name: the package's attribute of the same name is the function
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    copies = importlib.import_module("nxdt_nemo.megatron.distributed.finalize_model_grads")
     plain, reduce_norms = module.finalize_model_grads, module._allreduce_non_tensor_model_parallel_grads
 
     def unreduced(*args: Any, **named: Any) -> None:
@@ -281,5 +293,12 @@ def _finalizer(model: Any, weights: dict[str, torch.Tensor], fault: Fault) -> An
             if name == SCALED:
                 parameter.main_grad.mul_(1.01)
 
-    faults = {"norm gradients not reduced": unreduced, "one gradient x 1.01": scaled}
+    def unsummed(*args: Any, **named: Any) -> None:
+        summed, copies.sum_kv_copies = copies.sum_kv_copies, lambda *_: None  # type: ignore[attr-defined]
+        try:
+            plain(*args, **named)
+        finally:
+            copies.sum_kv_copies = summed  # type: ignore[attr-defined]
+
+    faults = {"norm gradients not reduced": unreduced, "one gradient x 1.01": scaled, "KV copies not summed": unsummed}
     return faults.get(fault, plain)

@@ -127,13 +127,17 @@ def transformer_fields(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are laid out: tensor x pipeline x data parallel sizes, sequence parallelism, ZeRO-1."""
+    """How the ranks are laid out: tensor x pipeline x data parallel sizes, sequence parallelism, ZeRO-1.
+
+    kv_head_order   where there are more tensor-parallel ranks than KV heads: which of their copies a rank has
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     sp: bool = False
     zero: bool = False
+    kv_head_order: Literal["trn2", "trn1"] = "trn2"
 
     @property
     def world(self) -> int:
@@ -142,7 +146,8 @@ class Layout:
     def __str__(self) -> str:
         parts = [f"tp{self.tp}{'sp' if self.sp else ''}", f"pp{self.pp}", f"dp{self.dp}"]
         sizes = "".join(part for part in parts if not part.endswith("1")) or "one"
-        return f"{sizes}+zero" if self.zero else sizes
+        order = "" if self.kv_head_order == "trn2" else f" {self.kv_head_order}"
+        return f"{sizes}{'+zero' if self.zero else ''}{order}"
 
 
 def layout(text: str) -> Layout:
