@@ -98,8 +98,8 @@ def merge(ranks: list[list[tuple[str, Piece]]], tp_size: int) -> tuple[dict[str,
     """Put the pieces of all ranks together.
 
     Returns the undivided tensors, and the largest difference between two copies of one piece (data-parallel
-    replicas, undivided parameters, a tied embedding's two ends, KV heads), relative to the piece's largest element: copies
-    that drift apart are an error too, even when the first of them is right.
+    replicas, undivided parameters, a tied embedding's two ends, KV heads), relative to the piece's largest element:
+    copies that drift apart are an error too, even when the first of them is right.
     """
     import torch
 
