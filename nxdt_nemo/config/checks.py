@@ -62,22 +62,27 @@ def accelerator(view: View) -> Errors:
 
 
 def tensor_parallel(view: View) -> Errors:
-    """TP divides attention heads, query groups and the feed-forward size."""
+    """TP divides attention heads and the feed-forward size; it divides the query groups or is a multiple of them."""
     tp = view.size(TP)
     heads = view.number("model.num_attention_heads")
     groups = view.number("model.num_query_groups")
     ffn = view.number("model.ffn_hidden_size")
     if heads and heads % tp:
-        fits = or_list(divisors(gcd(heads, groups or heads)))
-        yield view.error(f"{TP}={tp} does not divide model.num_attention_heads={heads}", f"use {fits}")
-    elif groups and groups % tp:
-        fits = or_list(divisors(gcd(heads or groups, groups)))
-        yield view.error(
-            f"{TP}={tp} does not divide model.num_query_groups={groups}, and KV heads are not replicated yet",
-            f"use {fits}",
-        )
+        yield view.error(f"{TP}={tp} does not divide model.num_attention_heads={heads}", _tp_sizes(heads, groups))
+    elif groups and groups % tp and tp % groups:
+        reason = f"{TP}={tp} neither divides model.num_query_groups={groups} nor is a multiple of it"
+        yield view.error(reason, _tp_sizes(heads or groups, groups))
+    elif groups and groups % tp and view.get("model.peft.peft_scheme") not in (None, "none"):
+        scheme = f"model.peft.peft_scheme={view.get('model.peft.peft_scheme')}"
+        reason = f"{scheme} with copies of KV heads ({TP}={tp}, model.num_query_groups={groups}) is not supported"
+        yield view.error(reason, f"use {TP} {or_list(divisors(gcd(heads or groups, groups)))}")
     elif ffn and ffn % tp:
         yield view.error(f"{TP}={tp} does not divide model.ffn_hidden_size={ffn}", f"use a multiple of {tp}")
+
+
+def _tp_sizes(heads: int, groups: int | None) -> str:
+    fits = [size for size in divisors(heads) if not groups or groups % size == 0 or size % groups == 0]
+    return f"use {or_list(fits)}"
 
 
 def pipeline_parallel(view: View) -> Errors:

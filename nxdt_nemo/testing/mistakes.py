@@ -25,6 +25,8 @@ Fault = Literal[
     "tied embeddings not summed",
     "input gradients not summed",
     "norm of one rank",
+    "KV copies not summed",
+    "KV copies counted in the norm",
 ]
 SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -49,6 +51,8 @@ def mistake(fault: Fault, training: Training) -> AbstractContextManager[None]:
         "tied embeddings not summed": _tied,
         "input gradients not summed": _inputs,
         "norm of one rank": _norm_alone,
+        "KV copies not summed": _kv_copies,
+        "KV copies counted in the norm": _kv_counted,
     }.get(fault)
     return made(training) if made is not None else nullcontext()
 
@@ -118,6 +122,21 @@ def _inputs(training: Training) -> Iterator[None]:
         layer.allreduce_dgrad = False  # then the layer leaves it to its input's own function
     with mock.patch.object(module, "copy_to_tensor_model_parallel_region", lambda x, group=None: x):
         yield
+
+
+def _kv_copies(_: Training) -> AbstractContextManager[Any]:
+    """Copies of a KV head keep their own gradients."""
+    module = importlib.import_module("nxdt_nemo.megatron.distributed.finalize_model_grads")
+    return mock.patch.object(module, "sum_kv_copies", _nothing)
+
+
+@contextmanager
+def _kv_counted(training: Training) -> Iterator[None]:
+    """The norm takes every copy of a KV head for a head of its own."""
+    for _, parameter in training.named:
+        if hasattr(parameter, "kv_heads"):
+            parameter.tensor_model_parallel = True
+    yield
 
 
 def _norm_alone(training: Training) -> AbstractContextManager[Any]:

@@ -190,6 +190,7 @@ def _stages(recipe: Recipe, layout: Layout, state: Any) -> list[Any]:
         apply_rope_fusion=recipe.gated,
         **({"moe_token_dispatcher_type": "alltoall"} if recipe.experts else {}),
     )
+    config.kv_head_order = layout.kv_head_order
     stages = [_stage_of(recipe, state, index if layout.vpp else None) for index in range(layout.chunks)]
     return [build(recipe, config, our_specs, stage).to(dtype) for stage in stages]
 

@@ -194,6 +194,7 @@ class Layout:
     first           layers in the first pipeline stage (0: as many as in the others)
     account         embedding and loss count as a layer each where layers are dealt out
     zero            ZeRO-1
+    kv_head_order   where there are more tensor-parallel ranks than KV heads: which of their copies a rank has
     """
 
     tp: int = 1
@@ -207,6 +208,7 @@ class Layout:
     vpp: int = 0
     first: int = 0
     account: bool = False
+    kv_head_order: Literal["trn2", "trn1"] = "trn2"
 
     @property
     def world(self) -> int:
@@ -231,7 +233,8 @@ class Layout:
             f"dp{self.dp}": self.dp > 1,
         }
         sizes = "".join(mark for mark, true in marks.items() if true) or "one"
-        return f"{sizes}+zero" if self.zero else sizes
+        order = "" if self.kv_head_order == "trn2" else f" {self.kv_head_order}"
+        return f"{sizes}{'+zero' if self.zero else ''}{order}"
 
 
 _LAYOUT = re.compile(

@@ -24,12 +24,18 @@ WRONG = [  # overrides, ranks, the line
     (
         [f"{TP}=3", "model.num_query_groups=2"],
         3,
-        f"{TP}=3 does not divide model.num_attention_heads=8; use 1 or 2",
+        f"{TP}=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
     ),
     (
-        [f"{TP}=4", "model.num_query_groups=2"],
+        [f"{TP}=4", "model.num_attention_heads=24", "model.num_query_groups=6", "model.hidden_size=192"],
         4,
-        f"{TP}=4 does not divide model.num_query_groups=2, and KV heads are not replicated yet; use 1 or 2",
+        f"{TP}=4 neither divides model.num_query_groups=6 nor is a multiple of it; use 1, 2, 3, 6, 12 or 24",
+    ),
+    (
+        [f"{TP}=4", "model.num_query_groups=2", "+model.peft.peft_scheme=lora"],
+        4,
+        f"model.peft.peft_scheme=lora with copies of KV heads ({TP}=4, model.num_query_groups=2) is not supported; "
+        f"use {TP} 1 or 2",
     ),
     (
         [f"{TP}=4", "model.ffn_hidden_size=130"],
@@ -192,6 +198,8 @@ RIGHT = [  # overrides, ranks
     ([f"{TP}=2", f"{PP}=2"], 4),
     ([f"{TP}=2", f"{PP}=2"], 8),
     ([f"{TP}=2", "model.num_query_groups=2"], 2),
+    ([f"{TP}=4", "model.num_query_groups=2"], 4),
+    ([f"{TP}=8", "model.num_query_groups=2"], 8),
     ([f"{PP}=2", "model.num_layers=5", "+model.num_layers_in_first_pipeline_stage=2"], 2),
     ([f"{PP}=2", "model.num_layers=5", "+model.account_for_embedding_in_pipeline_split=True"], 2),
     (["+model.context_parallel_size=1", "model.virtual_pipeline_model_parallel_size=1"], 2),
