@@ -33,6 +33,24 @@ def test_a_size_that_does_not_divide_is_refused():
         share(torch.zeros(6, 2), 0, True, 2, 0)
 
 
+def held(rank, run, value=0.0):
+    """What a rank has of w, rows run[0] .. run[1] of 0, 1, 2, ..."""
+    return [("w", Piece(torch.arange(*map(float, run)) + value, 0, False, rank, run))]
+
+
+def test_runs_of_rows_are_put_together_once():
+    whole, spread = merge([held(0, (0, 3)), held(1, (3, 5)), held(2, (0, 3)), held(3, (5, 9))], 4)
+    assert whole["w"].tolist() == list(range(9))
+    assert spread == 0.0
+    assert merge([held(0, (0, 3)), held(1, (0, 3), 0.2), held(2, (3, 4))], 3)[1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("second", [(4, 6), (2, 6)])
+def test_runs_that_leave_a_gap_or_overlap_are_refused(second):
+    with pytest.raises(ValueError, match="do not follow each other"):
+        merge([held(0, (0, 3)), held(1, second)], 2)
+
+
 def test_copies_that_drift_apart_are_measured():
     ranks = [[("n", Piece(torch.tensor([1.0, 2.0 + 0.2 * rank]), None, False, rank))] for rank in range(2)]
     merged, spread = merge(ranks, 2)

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention as _SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.utils import get_pg_size
 
 from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.megatron.tensor_parallel.layers import QKVParallelLinear
@@ -43,11 +44,11 @@ class SelfAttention(_SelfAttention):
         cp_comm_type: str | None = None,
         model_comm_pgs: Any = None,
     ) -> None:
-        group = model_comm_pgs.tp if model_comm_pgs else parallel_state.get_tensor_model_parallel_group()
-        kv_heads, built_for = KVHeads.of(config, group.size()), config
+        group = model_comm_pgs.tp if model_comm_pgs else parallel_state.get_tensor_model_parallel_group(False)
+        kv_heads, built_for = KVHeads.of(config, get_pg_size(group)), config
         if kv_heads is not None:
             built_for = copy.copy(config)
-            built_for.num_query_groups = group.size()
+            built_for.num_query_groups = kv_heads.ranks
             linear_qkv = ModuleSpec(module=QKVParallelLinear, params={"kv_heads": kv_heads})
             submodules = dataclasses.replace(submodules, linear_qkv=linear_qkv)
         super().__init__(built_for, submodules, layer_number, attn_mask_type, cp_comm_type, model_comm_pgs)
