@@ -20,7 +20,7 @@ from nxdt_nemo.testing.parity import Parity, Row, relative
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.script_run import read_tensors
-from nxdt_nemo.testing.weights import Piece, global_names, merge, piece
+from nxdt_nemo.testing.weights import Piece, Ranks, global_names, merge, piece
 
 pytestmark = pytest.mark.ranks
 
@@ -150,21 +150,21 @@ def test_copies_that_are_counted_turn_the_row_red(parity):
     assert max(row.errors.grad, row.errors.copies) <= 1e-6, row.errors
 
 
-def spread_of(parts: list[ours.Part], size: int) -> float:
+def spread_of(parts: list[ours.Part]) -> float:
     """How far copies of weights differ, over all ranks."""
-    return merge([part.weights for part in parts], size)[1]
+    return merge([part.weights for part in parts])[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("order", ["trn2", "trn1"])
 def test_copies_are_equal_to_the_bit_after_ten_steps(parity, ranks, dtype, order):
     recipe, layout = replace(LLAMA, steps=10, dtype=dtype), Layout(tp=4, sp=True, kv_head_order=order)
-    assert spread_of(ranks(4, ours.train, recipe, parity.weights(recipe), layout), 4) == 0.0
+    assert spread_of(ranks(4, ours.train, recipe, parity.weights(recipe), layout)) == 0.0
 
 
 def test_without_the_sums_they_would_not_be(parity, ranks):
     recipe = replace(LLAMA, steps=10)
-    assert spread_of(ranks(4, ours.train, recipe, parity.weights(recipe), TP4, "KV copies not summed"), 4) > 1e-3
+    assert spread_of(ranks(4, ours.train, recipe, parity.weights(recipe), TP4, "KV copies not summed")) > 1e-3
 
 
 # --- initial weights -----------------------------------------------------------------------------------------------
@@ -174,13 +174,14 @@ def initial(recipe: Recipe, layout: Layout, on_cpu: bool, names: dict[str, Any])
     """This rank's part of a fresh model."""
     from unittest import mock
 
+    from nxdt_nemo.testing import families
+
     state = ours._model_parallel(recipe, layout)
-    fields = {**ours.transformer_fields(recipe), "use_cpu_initialization": on_cpu}
+    fields = {**families.transformer_fields(recipe), "use_cpu_initialization": on_cpu}
     torch.manual_seed(recipe.seed)
-    with mock.patch.object(ours, "transformer_fields", return_value=fields):
-        model = ours._stage(recipe, layout, state)
-    rank = state.get_tensor_model_parallel_rank()
-    return [(name, piece(name, p, p, True, rank)) for name, p in global_names(model, names)]
+    with mock.patch.object(families, "transformer_fields", return_value=fields):
+        model = ours._stages(recipe, layout, state)
+    return [(name, piece(name, p, p, True, Ranks.here())) for name, p in global_names(model, names)]
 
 
 @pytest.mark.parametrize("order", ["trn2", "trn1"])
@@ -188,8 +189,8 @@ def initial(recipe: Recipe, layout: Layout, on_cpu: bool, names: dict[str, Any])
 def test_copies_begin_equal(parity, ranks, on_cpu, order):
     """With use_cpu_initialization all is as on one rank; else each rank's own parts are drawn from its own stream."""
     names = dict.fromkeys(parity.weights(LLAMA))
-    whole, _ = merge(ranks(1, initial, LLAMA, Layout(), on_cpu, names), 1)
-    mine, spread = merge(ranks(4, initial, LLAMA, Layout(tp=4, kv_head_order=order), on_cpu, names), 4)
+    whole, _ = merge(ranks(1, initial, LLAMA, Layout(), on_cpu, names))
+    mine, spread = merge(ranks(4, initial, LLAMA, Layout(tp=4, kv_head_order=order), on_cpu, names))
     assert spread == 0.0
     assert {name: tensor.shape for name, tensor in mine.items()} == {name: t.shape for name, t in whole.items()}
     other = [name for name in whole if not torch.equal(mine[name], whole[name]) and ".linear_fc1." not in name]
