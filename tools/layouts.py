@@ -42,15 +42,15 @@ def markdown(found: Sheet, command: str, steps: int) -> str:
 {heading(command)}
 Plain megatron-core loops. The models, the data and what an error is are those of parity.md: {steps} steps in float32 of
 4 layers (more where the stages need them), hidden size 64, learning rate 2e-3 (Llama, Mixtral and BERT 1e-3), clipping
-at 1.0, dropout 0. Mixtral: 4 experts, the best two of each token, none dropped, both auxiliary losses. BERT and T5: padded
-sequences; a T5's pipeline ranks are half its encoder's, half its decoder's. `vpp` model chunks a pipeline rank,
+at 1.0, dropout 0. Mixtral: 4 experts, the best two of each token, none dropped, both auxiliary losses. BERT and T5:
+padded sequences; a T5's pipeline ranks are half its encoder's, half its decoder's. `vpp` model chunks a pipeline rank,
 `first1` one layer in the first stage, `account` embedding and loss count as a layer, `etp` the experts' tensor parallel
 size, `+zero` ZeRO-1; the reference is always one rank with the unsharded optimizer.
 
 {found.markdown}
 
-"megatron-core" is the stock package on one rank, trained by torch's own autograd loop and AdamW. Rows with a mistake are
-negative controls: the error was put in on purpose, and a table that stayed green would prove nothing.
+"megatron-core" is the stock package on one rank, trained by torch's own autograd loop and AdamW. Rows with a mistake
+are negative controls: the error was put in on purpose, and a table that stayed green would prove nothing.
 """
 
 

@@ -2,7 +2,8 @@
 
 Room testing/. Imports torch; the model is anything with names like GPTModel's. Reads tensor_model_parallel,
 partition_dim and partition_stride, as megatron.core.tensor_parallel.layers sets them, and run, as our
-tensor_parallel/layers.py does where KV heads have copies. Written apart from the checkpoint room's tables, so that a mistake there is not repeated here. Proof: tests/testing/test_weights.py.
+tensor_parallel/layers.py does where KV heads have copies. Written apart from the checkpoint room's tables, so that a
+mistake there is not repeated here. Proof: tests/testing/test_weights.py.
 """
 
 from __future__ import annotations
