@@ -218,9 +218,7 @@ def attended(options: dict[str, Any], ours: bool = True) -> Found:
     from nxdt_nemo.megatron.transformer.dot_product_attention import DotProductAttention
 
     fields = {"attention_dropout": 0.0, "masked_softmax_fusion": False} | options.get("fields", {})
-    config = TransformerConfig(
-        num_layers=1, hidden_size=N * D, num_attention_heads=N, num_query_groups=G, **fields
-    )
+    config = TransformerConfig(num_layers=1, hidden_size=N * D, num_attention_heads=N, num_query_groups=G, **fields)
     kind = DotProductAttention if ours else DotProductAttention.__mro__[1]
     layer = kind(config, 1, AttnMaskType[options.get("mask_type", "causal")], "self")
     *leaves, direction = inputs(options)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.pytest_plugin import Gloo
 
 pytestmark = pytest.mark.ranks
@@ -201,3 +202,154 @@ def test_a_mistake_would_be_seen(gloo: Gloo, comm: str, fault: str, wrong: set[s
     case = Case(comm, groups=4, fault=fault)
     found = errors(gloo(2, attended, case), case)
     assert {name for name, error in found.items() if error > 1e-3} == wrong, found
+
+
+def kept(comm: str) -> tuple[int, int]:
+    """Bytes that a rank keeps for backward: of tensors as long as its own tokens, and of all."""
+    import torch.distributed as dist
+
+    from nxdt_nemo.megatron.transformer import context_parallel
+    from nxdt_nemo.megatron.transformer.blocked_attention import Rule
+    from nxdt_nemo.megatron.transformer.packed_sequences import chunks_of
+    from nxdt_nemo.runtime.select import current
+
+    group, sizes = current().group_of(dist.group.WORLD), {}
+    case = Case(comm, groups=4)
+    leaves = [mine(x, case, group.size, group.rank).clone().requires_grad_() for x in whole(case)[:3]]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    method = {"p2p": context_parallel.ring_attention, "all_gather": context_parallel.all_gather_attention}[comm]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chunks = chunks_of(None, None, S // (2 * group.size), group.size, torch.device("cpu"))
+        method(*leaves, Rule(right=0), SCALE, chunks, group)
+    return len(sizes), sum(sizes.values())
+
+
+@pytest.mark.parametrize("comm", ["p2p", "all_gather"])
+def test_a_rank_keeps_its_own_tokens_only(gloo: Gloo, comm: str) -> None:
+    """Query, key, value, result and one number a row, to the byte."""
+    for world in (2, 4):
+        tokens = B * S // world * 4
+        assert gloo(world, kept, comm) == [(5, tokens * (N * D + 4 * D + 4 * E + N * E + N))] * world
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+LENGTHS = (16, 32, 16)  # packed
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny GPT in context parallelism."""
+
+    family: Literal["gpt", "llama"] = "llama"
+    comm: str | None = None
+    packed: bool = False
+    recompute: bool = False
+    zigzag: bool = True
+
+
+def trained(model: Model) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of one batch and every gradient, summed over the ranks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from nxdt_nemo.testing.ours import _close_groups
+
+    parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
+    try:
+        made, (batch, extra) = gpt(model), share(model)
+        losses = made(batch["tokens"], batch["positions"], None, labels=batch["labels"], **extra)
+        loss = losses.sum() / (losses.numel() * dist.get_world_size())
+        loss.backward()
+        gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+        for x in (loss.detach(), *gradients.values()):
+            dist.all_reduce(x)
+        return float(loss.detach()), gradients
+    finally:
+        parallel_state.destroy_model_parallel()
+        _close_groups()
+
+
+def gpt(model: Model) -> Any:
+    """The model, from the backend's layers; weights from the seed."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nxdt_nemo.megatron.models.gpt.gpt_layer_specs import get_gpt_block_spec
+    from nxdt_nemo.testing.recipe import Recipe, transformer_fields
+
+    model_parallel_cuda_manual_seed(7)
+    torch.manual_seed(3)
+    llama = model.family == "llama"
+    config = TransformerConfig(
+        **transformer_fields(Recipe.of(model.family, layers=2)),
+        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        cp_comm_type=model.comm,
+        recompute_granularity="selective" if model.recompute else None,
+    )
+    return GPTModel(
+        config,
+        get_gpt_block_spec(config),
+        vocab_size=64,
+        max_sequence_length=S,
+        position_embedding_type="rope" if llama else "learned_absolute",
+    )
+
+
+def share(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """This rank's tokens, cut by upstream's own function; the one for packed sequences is TransformerEngine's."""
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    parts, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    text = torch.randint(64, (1 if model.packed else B, S + 1), generator=torch.Generator().manual_seed(4))
+    batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": torch.arange(S).expand_as(text[:, 1:])}
+    if model.packed:
+        starts, longest = cumulated(LENGTHS), max(LENGTHS)
+        batch = {key: x[:, places(Case(packed=LENGTHS), parts, rank)] for key, x in batch.items()}
+        return batch, {"packed_seq_params": PackedSeqParams("thd", starts, starts, None, None, longest, longest)}
+    if not model.zigzag:
+        return {key: x.chunk(parts, 1)[rank] for key, x in batch.items()}, {}
+    return get_batch_on_this_cp_rank({key: x.contiguous() for key, x in batch.items()}), {}
+
+
+def model_errors(gloo: Gloo, model: Model) -> tuple[float, float]:
+    """Loss and worst gradient of two ranks against one."""
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    one = replace(model, comm=None, zigzag=True, recompute=False)
+    (expected, reference), *_ = gloo(1, trained, one, init=ACTIVE, env=ACTIVE_ENV)
+    found = gloo(2, trained, model, init=ACTIVE, env=ACTIVE_ENV)
+    loss, gradients = found[0]
+    assert gradients.keys() == reference.keys() and len(reference) > 10
+    worst = max(float((gradients[name] - x).abs().max() / x.abs().max()) for name, x in reference.items())
+    return abs(loss - expected) / expected, worst
+
+
+MODELS = {
+    "p2p": Model(),
+    "a2a": Model(comm="a2a"),
+    "all_gather": Model(comm="all_gather"),
+    "recompute": Model(recompute=True),
+    "learned positions": Model("gpt"),
+    "packed": Model(packed=True),
+    "packed, a2a": Model(packed=True, comm="a2a"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_at_two_ranks_equals_one(gloo: Gloo, name: str) -> None:
+    loss, gradient = model_errors(gloo, MODELS[name])
+    assert loss <= 1e-6 and gradient <= 2e-6, (loss, gradient)
+
+
+def test_a_model_whose_batch_is_not_in_megatrons_order_would_be_seen(gloo: Gloo) -> None:
+    loss, gradient = model_errors(gloo, Model(zigzag=False))
+    assert loss > 1e-5 and gradient > 1e-2
