@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,7 +88,7 @@ def test_the_document_has_the_table() -> None:
     assert all(f"| {refusal.when} | `{refusal.key}` |" in text for refusal in REFUSALS)
 
 
-# --- NKI: what can be said without a Trainium --------------------------------------------------------------------------
+# --- NKI: what can be said without a Trainium ----------------------------------------------------------------------
 
 
 class Kernel:
@@ -214,7 +212,6 @@ def attended(options: dict[str, Any], ours: bool = True) -> Found:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnMaskType
 
-    from nxdt_nemo.megatron.transformer import attention_choice
     from nxdt_nemo.megatron.transformer.dot_product_attention import DotProductAttention
 
     fields = {"attention_dropout": 0.0, "masked_softmax_fusion": False} | options.get("fields", {})
