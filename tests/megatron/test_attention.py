@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,8 +244,8 @@ def test_the_softmax_is_plain_torch_whatever_masked_softmax_fusion_says(run: Run
 
 
 REFUSED = {
-    "Packed sequence is not supported": Case(extra={"packed_seq_params": "some"}),
-    "Attention bias is not supported": Case(extra={"attention_bias": torch.zeros(1)}),
+    "Packed sequence is not supported": Case(extra={"packed_seq_params": SimpleNamespace(qkv_format="sbhd")}),
+    "Attention bias is not supported": Case(fields=DROPPED, extra={"attention_bias": torch.zeros(1)}),
     "causal mask is only for self attention": Case(queries=2),
 }
 
