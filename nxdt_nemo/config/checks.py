@@ -201,10 +201,19 @@ def sequence_parallel(view: View) -> Errors:
         )
 
 
-def not_yet(view: View) -> Errors:
-    """What a later release brings."""
-    if view.size(CP) > 1:
-        yield view.error(f"{CP}={view.size(CP)} is not supported yet, a later release brings it", "use 1")
+def context_parallel(view: View) -> Errors:
+    """Each context-parallel rank takes two pieces of the sequence, one from each end."""
+    cp, length = view.size(CP), view.number("model.encoder_seq_length")
+    pieces = 2 * cp * (view.size(TP) if view.get("model.sequence_parallel", False) else 1)
+    if cp > 1 and length and length % pieces:
+        yield view.error(
+            f"{CP}={cp} cuts the sequence into {pieces} pieces, which do not divide model.encoder_seq_length={length}",
+            f"use a multiple of {pieces}",
+        )
+
+
+def not_here(view: View) -> Errors:
+    """What this backend does not do."""
     if view.get("model.fsdp", False):
         yield view.error("model.fsdp=True is not supported", "use False: ranks beyond TP x PP are data parallel")
 
@@ -292,7 +301,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     positive_sizes,
     accelerator,
     precision,
-    not_yet,
+    not_here,
     sharded_optimizers,
     megatron_core,
     tensor_parallel,
@@ -300,6 +309,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     interleaved,
     experts,
     sequence_parallel,
+    context_parallel,
     world,
     length,
     data_files,

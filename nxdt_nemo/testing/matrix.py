@@ -15,12 +15,15 @@ TOLERANCE = 1e-5
 LAYOUTS: dict[Family, str] = {
     "gpt": (
         "tp2 tp2sp tp4sp pp2 pp4 pp2first1 pp3account pp2vpp2 pp4vpp2 tp2pp2 tp2sppp2vpp2 dp2 dp2+zero tp2spdp2+zero"
-        " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero"
+        " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero cp2 cp2dp2+zero tp2spcp2pp2"
     ),
-    "llama": "tp2 tp2sp tp4sp pp2 pp2vpp2 tp2pp2 dp2 dp4+zero tp2spdp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero",
+    "llama": (
+        "tp2 tp2sp tp4sp pp2 pp2vpp2 tp2pp2 dp2 dp4+zero tp2spdp2+zero pp2vpp2dp2+zero"
+        " tp2sppp2vpp2dp2+zero cp2 cp4 tp2cp2 cp2pp2vpp2 tp2spcp2dp2+zero tp8"
+    ),
     "mixtral": (
         "tp2 tp2sp pp2 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
-        " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero"
+        " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2"
     ),
     "bert": "tp2 tp2sp pp2 pp2vpp2 dp2+zero",
     "t5": "tp2 tp2sp pp2 pp4 dp2+zero",
@@ -28,7 +31,7 @@ LAYOUTS: dict[Family, str] = {
 
 FAST: dict[Family, str] = {
     "gpt": "pp2vpp2 pp2first1 tp2sppp2vpp2",
-    "llama": "pp2vpp2dp2+zero",
+    "llama": "pp2vpp2dp2+zero cp2 tp2cp2",
     "mixtral": "tp2sp ep2dp2+zero tp2spep2etp1 ep2pp2dp2",
     "bert": "tp2sp pp2",
     "t5": "tp2sp pp2",
@@ -42,6 +45,8 @@ MISTAKES: tuple[tuple[Family, str, Fault], ...] = (
     ("gpt", "dp2", "replicas not averaged"),
     ("gpt", "dp2+zero", "replicas not averaged"),
     ("mixtral", "ep2dp4", "experts not averaged"),
+    ("llama", "cp2", "replicas not averaged"),
+    ("llama", "tp8", "KV copies not summed"),
     ("llama", "tp2", "one gradient x 1.01"),
 )
 

@@ -11,7 +11,7 @@ PP = "model.pipeline_model_parallel_size"
 VPP = "model.virtual_pipeline_model_parallel_size"
 EP = "model.expert_model_parallel_size"
 FOUR = ["model.num_layers=4"]
-LATER = "is not supported yet, a later release brings it"
+CP = "model.context_parallel_size"
 
 MCORE_ZERO = [
     "model.optim.name=mcore_distributed_optim",
@@ -77,7 +77,16 @@ WRONG = [  # overrides, ranks, the line
         2,
         f"model.sequence_parallel=True needs {TP}=2 to divide model.encoder_seq_length=63; use a multiple of 2",
     ),
-    (["+model.context_parallel_size=2"], 2, f"model.context_parallel_size=2 {LATER}; use 1"),
+    (
+        [f"+{CP}=2", "model.encoder_seq_length=66"],
+        2,
+        f"{CP}=2 cuts the sequence into 4 pieces, which do not divide model.encoder_seq_length=66; use a multiple of 4",
+    ),
+    (
+        [f"+{CP}=2", f"{TP}=2", "model.sequence_parallel=True", "model.encoder_seq_length=68"],
+        4,
+        f"{CP}=2 cuts the sequence into 8 pieces, which do not divide model.encoder_seq_length=68; use a multiple of 8",
+    ),
     ([f"{VPP}=2"], 1, f"{VPP}=2 needs a pipeline, and {PP} is 1; use {VPP}=null"),
     ([f"{PP}=2", f"{VPP}=3", *FOUR], 2, f"{VPP}=3 x {PP}=2 does not divide model.num_layers=4; use {VPP}=2"),
     (
@@ -206,6 +215,8 @@ RIGHT = [  # overrides, ranks
     ([f"{PP}=2", f"{VPP}=2", *FOUR], 2),
     ([f"{PP}=2", f"{VPP}=2", *FOUR, f"{TP}=2"], 4),
     ([f"+{EP}=2", "+model.num_moe_experts=4"], 2),
+    ([f"+{CP}=2"], 2),
+    ([f"+{CP}=2", f"{TP}=2", "model.sequence_parallel=True"], 4),
     (["trainer.precision=32"], 1),
     (["trainer.precision=bf16-mixed"], 1),
     (["model.optim.name=adamw"], 1),
