@@ -8,6 +8,7 @@ May import the standard library and nxdt_nemo.errors. Proof: tests/config/test_c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from math import gcd
 
 from nxdt_nemo.config import exp_manager
@@ -26,6 +27,18 @@ ACCELERATORS = ("neuron", "gpu", "cuda", "auto", "tpu", "cpu")
 FP16 = (16, "16", "16-mixed", "16-true", "fp16")
 BF16 = ("bf16", "bf16-mixed")
 FP32 = (32, "32", "32-true")
+
+OPTIMIZERS = (
+    *("fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "adamw", "adamw_fp32OptState", "adam", "sgd"),
+    *("adadelta", "adamax", "adagrad", "rmsprop", "rprop", "lamb", "adan", "megatron_fused_adam"),
+)
+UNSAVED = {"novograd": "one number a parameter", "adafactor": "rows and columns of its moments"}
+SCHEDULES = (
+    *("CosineAnnealing", "LinearAnnealingWithWarmUp", "WarmupPolicy", "WarmupHoldPolicy", "WarmupAnnealing"),
+    *("SquareAnnealing", "SquareRootAnnealing", "NoamAnnealing", "NoamHoldAnnealing", "InverseSquareRootAnnealing"),
+    *("T5InverseSquareRootAnnealing", "PolynomialDecayAnnealing", "PolynomialHoldDecayAnnealing", "StepLR"),
+    *("ExponentialLR", "ReduceLROnPlateau", "CyclicLR"),
+)
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
@@ -218,6 +231,19 @@ def not_here(view: View) -> Errors:
         yield view.error("model.fsdp=True is not supported", "use False: ranks beyond TP x PP are data parallel")
 
 
+def names(view: View) -> Errors:
+    """Optimizers and schedules by the names of NeMo and NxD Training; a script may register others."""
+    name = view.get("model.optim.name") if view.training else None
+    if name in UNSAVED:
+        reason = f"model.optim.name={name} keeps {UNSAVED[name]}, which a distributed checkpoint does not take"
+        yield view.error(reason, f"use {or_list(OPTIMIZERS)}")
+    elif isinstance(name, str) and name not in OPTIMIZERS and (near := get_close_matches(name, OPTIMIZERS)):
+        yield view.error(f"model.optim.name={name} is no optimizer", f"did you mean {near[0]}?")
+    sched = view.get("model.optim.sched.name") if view.training else None
+    if isinstance(sched, str) and sched not in SCHEDULES and (near := get_close_matches(sched, SCHEDULES)):
+        yield view.error(f"model.optim.sched.name={sched} is no schedule", f"did you mean {near[0]}?")
+
+
 def sharded_optimizers(view: View) -> Errors:
     """What NeMo reads without a default, or not at all, when the optimizer is sharded."""
     name = view.get("model.optim.name") if view.training else None
@@ -302,6 +328,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     accelerator,
     precision,
     not_here,
+    names,
     sharded_optimizers,
     megatron_core,
     tensor_parallel,

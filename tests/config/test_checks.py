@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nxdt_nemo.config import check, sanitise
+from nxdt_nemo.config.checks import OPTIMIZERS
+from nxdt_nemo.config.report import or_list
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
@@ -116,6 +118,18 @@ WRONG = [  # overrides, ranks, the line
         ["+model.fsdp=True"],
         1,
         "model.fsdp=True is not supported; use False: ranks beyond TP x PP are data parallel",
+    ),
+    (["model.optim.name=fusedadam"], 1, "model.optim.name=fusedadam is no optimizer; did you mean fused_adam?"),
+    (
+        ["model.optim.sched.name=CosineAnnealin"],
+        1,
+        "model.optim.sched.name=CosineAnnealin is no schedule; did you mean CosineAnnealing?",
+    ),
+    (
+        ["model.optim.name=novograd"],
+        1,
+        "model.optim.name=novograd keeps one number a parameter, which a distributed checkpoint does not take; "
+        f"use {or_list(OPTIMIZERS)}",
     ),
     (
         ["model.optim.name=distributed_fused_adam", "+model.optim.disable_distributed_parameters=True"],
