@@ -27,6 +27,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral", "tp2spep2dp2", {"model__optim__name": "mcore_distributed_optim"}),
 ]
 FAST = ROWS[:2]
+CONTEXT = [("gpt", "cp2"), ("llama", "tp2cp2")]
 
 
 @pytest.fixture(scope="module")
@@ -43,4 +44,13 @@ def test_a_layout_is_as_close_as_another_order_of_sums(parity, family, name, cha
     recipe, place = recipe_of(family, name)
     half = replace(recipe, dtype="bfloat16")
     row = parity.nemo_against_one_rank(half, place, parity.order_noise(half).times(2), **changes)
+    assert row.good, row
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [CONTEXT[0], *(pytest.param(*row, marks=pytest.mark.slow) for row in CONTEXT[1:])]
+)
+def test_context_parallel_ranks_equal_one(parity, family, name):
+    """In float32. NeMo scales the loss by the context parallel size, and megatron-core once more."""
+    row = parity.nemo_against_one_rank(*recipe_of(family, name), 1e-5)
     assert row.good, row

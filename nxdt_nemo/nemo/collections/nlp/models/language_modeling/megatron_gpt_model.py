@@ -2,13 +2,14 @@
 
 Room nemo/. Stands in for nemo.collections.nlp.models.language_modeling.megatron_gpt_model.get_specs, which builds every
 TransformerEngine spec before it picks one. Wraps three of that file's functions which do what they should with a list
-of chunks, once they do not look for a virtual pipeline size. Proof: tests/megatron/test_specs.py,
-tests/nemo/test_layouts.py.
+of chunks, once they do not look for a virtual pipeline size, and one that scales the loss twice.
+Proof: tests/megatron/test_specs.py, tests/nemo/test_layouts.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.megatron.models.gpt.gpt_layer_specs import get_gpt_block_spec
 from nxdt_nemo.megatron.models.gpt.gpt_model import virtual_stage
 
-__all__ = ["get_specs", "in_chunks", "mcore_model_customize"]
+__all__ = ["get_forward_output_and_loss_func", "get_specs", "in_chunks", "mcore_model_customize"]
 
 PLAIN = ("", "te_gpt", "megatron_gpt_full_te_layer_autocast")
 MIXED = "decoder_block_gpt"
@@ -69,3 +70,25 @@ def _not_interleaved(cfg: Any) -> Iterator[None]:
         yield
     finally:
         cfg[key] = size
+
+
+def get_forward_output_and_loss_func(upstream: Any, self: Any, *args: Any, **named: Any) -> Callable[..., Any]:
+    """Upstream's, with a loss that has not been multiplied by the context parallel size: the schedule does that."""
+    from megatron.core import parallel_state
+
+    step: Callable[..., Any] = upstream(self, *args, **named)
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return step
+
+    @functools.wraps(step)
+    def forward(*inputs: Any, **options: Any) -> tuple[Any, Callable[..., Any]]:
+        output, loss_func = step(*inputs, **options)
+
+        def loss_of(*found: Any, **wanted: Any) -> tuple[Any, ...]:
+            loss, *rest = loss_func(*found, **wanted)
+            return (loss / size, *rest)
+
+        return output, loss_of
+
+    return forward
