@@ -113,16 +113,13 @@ def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         _close_groups()
-        # Upstream leaves these as they were; a middle stage would take itself for the first one of before.
-        parallel_state._EMBEDDING_GLOBAL_RANKS = None
-        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     parallel_state.initialize_model_parallel(layout.tp, layout.pp, num_distributed_optimizer_instances=instances)
     model_parallel_cuda_manual_seed(recipe.seed)
     return parallel_state
 
 
 def _close_groups() -> None:
-    """Close every group but the world: upstream only forgets them, and each keeps gloo threads running."""
+    """Close every group but the world: a destroyed state only forgets them, and each keeps gloo threads running."""
     import torch.distributed as dist
 
     for group in list(dist.distributed_c10d._world.pg_map):
