@@ -26,9 +26,12 @@ class DotProductAttention(_DotProductAttention):
     `masked_softmax_fusion` says.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
+        """As upstream, and with what latent attention hands to TransformerEngine's: features of a key and a value."""
         super().__init__(*args, **kwargs)
         self.scale_mask_softmax.scaled_masked_softmax_fusion = False
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     def forward(
         self,
@@ -42,8 +45,8 @@ class DotProductAttention(_DotProductAttention):
     ) -> Tensor:
         """S queries, T keys, B micro-batch, N heads, G query groups (each a rank's own), D features a head.
 
-        query       [S, B, N, D]; key, value [T, B, G, D]; any strides
-        returns     [S, B, N * D]
+        query       [S, B, N, D]; key, value [T, B, G, D]; any strides; a value may have another D
+        returns     [S, B, N * D], D the value's
         """
         plain = attention_mask is None and attention_bias is None and packed_seq_params is None
         if plain and self._is_causal(query, key):
