@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from math import gcd
 
-from nxdt_nemo.config import exp_manager
+from nxdt_nemo.config import exp_manager, layers
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
 from nxdt_nemo.config.view import View
@@ -340,6 +340,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     world,
     length,
     data_files,
+    *layers.ERRORS,
     *exp_manager.ERRORS,
 )
 

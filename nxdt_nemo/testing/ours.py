@@ -128,9 +128,6 @@ def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         _close_groups()
-        # Upstream leaves these as they were; a middle stage would take itself for the first one of before.
-        parallel_state._EMBEDDING_GLOBAL_RANKS = None
-        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     apart = recipe.family == "t5" and layout.pp > 1  # the encoder has pipeline ranks, and embeddings, of its own
     parallel_state.initialize_model_parallel(
         layout.tp,
@@ -158,7 +155,7 @@ def _t5_positions(stages: list[int], _: int | None = None) -> list[int]:
 
 
 def _close_groups() -> None:
-    """Close every group but the world: upstream only forgets them, and each keeps gloo threads running."""
+    """Close every group but the world: a destroyed state only forgets them, and each keeps gloo threads running."""
     import torch.distributed as dist
 
     for group in list(dist.distributed_c10d._world.pg_map):

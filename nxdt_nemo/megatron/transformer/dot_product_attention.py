@@ -47,7 +47,11 @@ class DotProductAttention(_DotProductAttention):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         model_comm_pgs: Any = None,
+        *,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
+        """As upstream, and with what latent attention hands to TransformerEngine's: features of a key and a value."""
         modest = copy.copy(config)  # upstream's constructor asserts that nobody asks for these
         modest.context_parallel_size, modest.window_size = 1, None
         super().__init__(
@@ -58,6 +62,8 @@ class DotProductAttention(_DotProductAttention):
         self.scale_mask_softmax.scaled_masked_softmax_fusion = False
         self.cp_comm_type = cp_comm_type or "p2p"
         self.cp_group: Any = _cp_group(model_comm_pgs) if config.context_parallel_size > 1 else None
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     def forward(
         self,
@@ -71,11 +77,12 @@ class DotProductAttention(_DotProductAttention):
     ) -> Tensor:
         """S queries, T keys, B micro-batch, N heads, G query groups (each a rank's own), D features a head.
 
-        query            [S, B, N, D]; key, value [T, B, G, D]; any strides; packed: [S, N, D] and [T, G, D]
+        query            [S, B, N, D]; key, value [T, B, G, D]; any strides; packed: [S, N, D] and [T, G, D]; a value may
+                         have another D
         attention_mask   bool, broadcast to [B, N, S, T]; True hides
         attention_bias   [B or 1, N or 1, S, T], added to the scaled scores
         packed_seq_params  its qkv_format is "thd"
-        returns          [S, B, N * D]; packed: [S, N * D]
+        returns          [S, B, N * D], D the value's; packed: [S, N * D]
         With context parallelism S and T are this rank's tokens, in Megatron's order (packed_sequences.py).
         Raises ConfigError for what no implementation has, AssertionError for what upstream refuses.
         """
