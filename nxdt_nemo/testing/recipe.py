@@ -252,4 +252,5 @@ def layout(text: str) -> Layout:
             f"layout {text!r} is not like tp2, tp2sp, pp2, pp2vpp2, pp2first1, tp2pp2, cp2, ep2dp2, dp2+zero or one"
         )
     given = {name: value for name, value in found.groupdict().items() if value is not None}
-    return Layout(**{name: int(value) if value.isdigit() else True for name, value in given.items()})
+    fields: dict[str, Any] = {name: int(value) if value.isdigit() else True for name, value in given.items()}
+    return Layout(**fields)

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from nxdt_nemo._resources import folder
-from nxdt_nemo.patching.records import load
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups, _model_parallel
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.pytest_plugin import Gloo
@@ -202,15 +200,7 @@ def assert_good(found: list[Any], case: Case) -> None:
         assert error <= case.error and again == case.again and same_streams, (error, again, same_streams)
 
 
-def upstreams_router_runs() -> bool:
-    """It needs TransformerEngine's name; without a record for it no mixture of experts does."""
-    return any(record.target.endswith(".te_general_gemm") for record in load(folder("patches")))
-
-
-NEEDS_ROUTER = pytest.mark.skipif(not upstreams_router_runs(), reason="no record for moe_utils.te_general_gemm yet")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS_ROUTER if "expert" in name else ()) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_without(run: Run, name: str) -> None:
     assert_good(run(1, compared, CASES[name]), CASES[name])
 
