@@ -1,6 +1,7 @@
 """Every family in every layout against one rank, and a mistake for each kind of reduction: the matrix.
 
     python tools/layouts.py                              # everything; writes docs/results/layouts.md
+    python tools/layouts.py --level megatron             # without NeMo; prints only
     python tools/layouts.py --model gpt --layouts pp2vpp2,tp2sp   # some of it; prints only
 
 A row compares the loss and the grad norm of every step and each parameter's gradient of step 1, as tools/parity.py
@@ -18,7 +19,7 @@ from typing import get_args
 from parity_lib.sheet import PARITY_COLUMNS, Sheet, heading, parity_line, show
 from rich.console import Console
 
-from nxdt_nemo.testing.matrix import LAYOUTS, MISTAKES, TOLERANCE, recipe_of
+from nxdt_nemo.testing.matrix import LAYOUTS, MISTAKES, NEMO, TOLERANCE, recipe_of
 from nxdt_nemo.testing.parity import Parity, Row
 from nxdt_nemo.testing.recipe import Family, Recipe
 
@@ -35,6 +36,15 @@ def rows(parity: Parity, family: Family, names: list[str], steps: int) -> Iterat
         yield parity.against_one_rank(*recipe_of(family, name, steps), TOLERANCE, fault)
 
 
+def all_rows(parity: Parity, levels: list[str], args: argparse.Namespace) -> Iterator[Row]:
+    """What was asked for."""
+    for family in (args.model or LAYOUTS) if "megatron" in levels else ():
+        names = args.layouts.split(",") if args.layouts else LAYOUTS[family].split()
+        yield from rows(parity, family, names, args.steps)
+    for row in NEMO if "nemo" in levels else ():
+        yield parity.nemo_row(row)
+
+
 def markdown(found: Sheet, command: str, steps: int) -> str:
     """The file in docs/results."""
     return f"""# Layouts
@@ -46,6 +56,11 @@ at 1.0, dropout 0. Mixtral: 4 experts, the best two of each token, none dropped,
 padded sequences; a T5's pipeline ranks are half its encoder's, half its decoder's. `vpp` model chunks a pipeline rank,
 `first1` one layer in the first stage, `account` embedding and loss count as a layer, `etp` the experts' tensor parallel
 size, `+zero` ZeRO-1; the reference is always one rank with the unsharded optimizer.
+
+"NeMo" is MegatronGPTModel under trainer.fit, from YAML. It takes interleaved pipelines and experts with
+megatron_amp_O2 in bf16 only; such rows have a limit for each kind (loss, grad norm, gradient): twice what changes on
+one rank when each product with a weight is added up as two halves, each rounded to bf16. tp4 is a Llama with 2 KV
+heads, which has copies of them.
 
 {found.markdown}
 
@@ -59,14 +74,14 @@ def main() -> int:
     parser.add_argument("--model", choices=get_args(Family), action="append", help="default: all")
     parser.add_argument("--layouts", default="", help="comma separated; default: the whole matrix")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--level", choices=("megatron", "nemo"), action="append", help="default: both")
     args = parser.parse_args()
+    levels = args.level or (["megatron"] if args.layouts or args.model else ["megatron", "nemo"])
     console, found = Console(), Sheet(f"layouts, {args.steps} steps, relative errors", PARITY_COLUMNS)
     with Parity() as parity, console.status("starting ranks") as status:
-        for family in args.model or LAYOUTS:
-            names = args.layouts.split(",") if args.layouts else LAYOUTS[family].split()
-            for row in rows(parity, family, names, args.steps):
-                found.lines.append(parity_line(row))
-                status.update(f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}")
+        for row in all_rows(parity, levels, args):
+            found.lines.append(parity_line(row))
+            status.update(f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}")
     show([found], console)
     if len(sys.argv) == 1:
         RESULT.write_text(markdown(found, "python tools/layouts.py", args.steps))

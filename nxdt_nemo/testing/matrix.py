@@ -5,10 +5,12 @@ Room testing/. Plain data. Used by tests/megatron/test_layouts.py and tools/layo
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.recipe import Family, Layout, Recipe, layout
 
-__all__ = ["FAST", "LAYOUTS", "MISTAKES", "TOLERANCE", "recipe_of"]
+__all__ = ["FAST", "LAYOUTS", "MISTAKES", "NEMO", "TOLERANCE", "NemoRow", "recipe_of"]
 
 TOLERANCE = 1e-5
 
@@ -49,6 +51,44 @@ MISTAKES: tuple[tuple[Family, str, Fault], ...] = (
     ("llama", "tp8", "KV copies not summed"),
     ("llama", "tp2", "one gradient x 1.01"),
 )
+
+
+@dataclass(frozen=True)
+class NemoRow:
+    """A layout of NeMo's YAML model: in float32 against one rank, or in bf16 with megatron_amp_O2.
+
+    half       NeMo takes interleaved pipelines and experts with megatron_amp_O2 only; held to the dtype's own error
+    kv_groups  KV heads, where that is not the family's number
+    """
+
+    family: Family
+    name: str
+    half: bool = False
+    optimizer: str = "fused_adam"
+    kv_groups: int = 0
+
+    def recipe(self) -> tuple[Recipe, Layout]:
+        """Its recipe and layout."""
+        recipe, place = recipe_of(self.family, self.name)
+        if self.kv_groups:
+            recipe = replace(recipe, kv_groups=self.kv_groups)
+        return replace(recipe, dtype="bfloat16") if self.half else recipe, place
+
+
+NEMO = (
+    NemoRow("gpt", "pp2vpp2", half=True),
+    NemoRow("mixtral", "ep2dp2", half=True),
+    NemoRow("gpt", "cp2"),
+    NemoRow("llama", "pp2vpp2", half=True),
+    NemoRow("gpt", "tp2sppp2vpp2", half=True),
+    NemoRow("gpt", "pp2first1"),
+    NemoRow("llama", "tp2cp2"),
+    NemoRow("llama", "tp4", kv_groups=2),
+    NemoRow("mixtral", "tp2sp"),
+    NemoRow("mixtral", "ep2dp2", half=True, optimizer="mcore_distributed_optim"),
+    NemoRow("mixtral", "tp2spep2dp2", half=True, optimizer="mcore_distributed_optim"),
+)
+"""The first three are the fast ones."""
 
 
 def recipe_of(family: Family, name: str, steps: int = 20) -> tuple[Recipe, Layout]:

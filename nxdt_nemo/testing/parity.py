@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.testing import ours
+from nxdt_nemo.testing.matrix import TOLERANCE, NemoRow
 from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.nemo_run import NemoPart
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
@@ -258,6 +259,13 @@ class Parity:
         keys = "".join(f", {name.split('__')[-1]}" for name in changes)
         left = f"NeMo {layout}{keys}{', bf16' if recipe.dtype == 'bfloat16' else ''}"
         return Row(recipe.family, left, "NeMo, one rank", tolerance, errors(mine, one, copies))
+
+    def nemo_row(self, row: NemoRow) -> Row:
+        """A row of matrix.NEMO: in bf16 within twice what another order of sums changes."""
+        recipe, place = row.recipe()
+        limits = self.order_noise(recipe).times(2) if row.half else TOLERANCE
+        changes = {} if row.optimizer == "fused_adam" else {"model__optim__name": row.optimizer}
+        return self.nemo_against_one_rank(recipe, place, limits, **changes)
 
     def order_noise(self, recipe: Recipe) -> Errors:
         """What adding the same products up in another order changes on one rank: the dtype's own error."""

@@ -77,8 +77,8 @@ class DotProductAttention(_DotProductAttention):
     ) -> Tensor:
         """S queries, T keys, B micro-batch, N heads, G query groups (each a rank's own), D features a head.
 
-        query            [S, B, N, D]; key, value [T, B, G, D]; any strides; packed: [S, N, D] and [T, G, D]; a value may
-                         have another D
+        query            [S, B, N, D]; key, value [T, B, G, D]; any strides; packed: [S, N, D] and [T, G, D]; a value
+                         may have another D
         attention_mask   bool, broadcast to [B, N, S, T]; True hides
         attention_bias   [B or 1, N or 1, S, T], added to the scaled scores
         packed_seq_params  its qkv_format is "thd"
