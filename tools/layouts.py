@@ -81,7 +81,8 @@ def main() -> int:
     with Parity() as parity, console.status("starting ranks") as status:
         for row in all_rows(parity, levels, args):
             found.lines.append(parity_line(row))
-            status.update(f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}")
+            done = f"{row.family}: {row.left}, worst error {row.errors.worst:.1e}, {row.verdict}"
+            status.update(done) if console.is_terminal else console.print(done)
     show([found], console)
     if len(sys.argv) == 1:
         RESULT.write_text(markdown(found, "python tools/layouts.py", args.steps))

@@ -167,6 +167,9 @@ def _micro_batches(view: View) -> int | None:
 def experts(view: View) -> Errors:
     """Expert parallelism divides the experts, and the ranks that are not a model's own."""
     ep, number = view.size(EP), view.number("model.num_moe_experts")
+    if number and view.training and view.size(TP) > 1 and not view.get("model.sequence_parallel", False):
+        reason = f"model.num_moe_experts={number} with {TP}={view.size(TP)} trains with sequence parallelism only"
+        yield view.error(reason, "use model.sequence_parallel=True")
     if ep == 1:
         return
     if number is None:

@@ -110,7 +110,12 @@ WRONG = [  # overrides, ranks, the line
         f"{EP}=2 trains with model.megatron_amp_O2=True only, says NeMo; set both or neither",
     ),
     (
-        [f"+{EP}=2", "+model.num_moe_experts=4", f"{TP}=2"],
+        ["+model.num_moe_experts=4", f"{TP}=2"],
+        2,
+        f"model.num_moe_experts=4 with {TP}=2 trains with sequence parallelism only; use model.sequence_parallel=True",
+    ),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=4", f"{TP}=2", "model.sequence_parallel=True"],
         2,
         f"2 ranks are not divisible by {TP}=2 x {PP}=1 x {EP}=2; use a multiple of 4 ranks",
     ),
