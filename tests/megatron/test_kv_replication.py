@@ -125,7 +125,7 @@ def assert_good(row: Row) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "layout", "tolerance"),
-    [*LAYOUTS, *(pytest.param(*case, marks=[] if case[1] == TP8 else pytest.mark.slow) for case in LAYOUTS_8)],
+    [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in LAYOUTS_8)],
     ids=[f"{recipe.family} {recipe.kv_groups} {layout}" for recipe, layout, _ in [*LAYOUTS, *LAYOUTS_8]],
 )
 def test_a_layout_equals_one_rank(parity, recipe, layout, tolerance):

@@ -254,7 +254,9 @@ RUNS: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world", "sizes"), RUNS)
+@pytest.mark.parametrize(
+    ("world", "sizes"), [run if run[0] == 4 else pytest.param(*run, marks=pytest.mark.slow) for run in RUNS]
+)
 def test_each_group_of_upstreams_knows_its_whole_mesh(gloo: Gloo, world: int, sizes: dict[str, Any]) -> None:
     expected = meshes(world, **sizes)
     names = DESCRIPTIONS | {f"cp-L{level}": LEVEL.format(level) for level in (0, 1)}
