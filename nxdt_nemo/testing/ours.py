@@ -68,9 +68,24 @@ def train(
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
+    try:
+        return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {})
+    finally:
+        forget_groups()
+
+
+def _train(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    layout: Layout,
+    fault: Fault,
+    steps: range | None,
+    resume: Path | None,
+    save: Path | None,
+    ddp: Mapping[str, Any],
+) -> Part:
     from megatron.core.distributed import finalize_model_grads
 
-    ddp = ddp or {}
     state = _model_parallel(recipe, layout, ddp.get("num_distributed_optimizer_instances", 1))
     ranks = Ranks.here()
     model = _stages(recipe, layout, state)
@@ -125,9 +140,7 @@ def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        _close_groups()
+    forget_groups()
     apart = recipe.family == "t5" and layout.pp > 1  # the encoder has pipeline ranks, and embeddings, of its own
     parallel_state.initialize_model_parallel(
         layout.tp,
@@ -154,10 +167,16 @@ def _t5_positions(stages: list[int], _: int | None = None) -> list[int]:
     return [stages[0], stages[len(stages) // 2]]
 
 
-def _close_groups() -> None:
-    """Close every group but the world: a destroyed state only forgets them, and each keeps gloo threads running."""
-    import torch.distributed as dist
+def forget_groups() -> None:
+    """Close every group but the world, which a destroyed parallel state only forgets.
 
+    Each has a gloo thread that wakes up a hundred times a second: the groups of some pools at rest keep two cores busy.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups, _model_parallel
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
@@ -70,7 +70,7 @@ def leave() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _close_groups()
+    forget_groups()
 
 
 def layer_of(case: Case, ours: bool) -> Any:

@@ -14,7 +14,7 @@ import torch
 from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.megatron.transformer import attention_choice, nki_flash
 from nxdt_nemo.megatron.transformer.attention_choice import LONG, REFUSALS, ROWS, Call, choose
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups, _model_parallel
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
 
@@ -199,7 +199,7 @@ def leave() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _close_groups()
+    forget_groups()
 
 
 def attended(options: dict[str, Any], ours: bool = True) -> Found:

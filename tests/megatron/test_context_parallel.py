@@ -257,7 +257,7 @@ def trained(model: Model) -> tuple[float, dict[str, torch.Tensor]]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from nxdt_nemo.testing.ours import _close_groups
+    from nxdt_nemo.testing.ours import forget_groups
 
     parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
     try:
@@ -271,7 +271,7 @@ def trained(model: Model) -> tuple[float, dict[str, torch.Tensor]]:
         return float(loss.detach()), gradients
     finally:
         parallel_state.destroy_model_parallel()
-        _close_groups()
+        forget_groups()
 
 
 def gpt(model: Model) -> Any:

@@ -11,7 +11,7 @@ from nxdt_nemo.errors import LayoutError
 from nxdt_nemo.megatron.parallel_state import DESCRIPTIONS, LEFT, LEVEL, meshes
 from nxdt_nemo.runtime.groups import Mesh, Meshes, checked_mesh, completed
 from nxdt_nemo.runtime.placement import Placement
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Part, _close_groups, assemble, train
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Part, assemble, forget_groups, train
 from nxdt_nemo.testing.pool import function_name
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
@@ -220,7 +220,7 @@ def destroyed() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _close_groups()
+    forget_groups()
 
 
 def groups_seen(sizes: dict[str, Any]) -> Seen:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups, _model_parallel
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Family, Layout, Recipe, micro_batches, transformer_fields
@@ -180,7 +180,7 @@ def compared(case: Case, broken: bool = False) -> tuple[float, dict[str, int], b
     finally:
         random._set_all_rng_states = put_back
         state.destroy_model_parallel()
-        _close_groups()
+        forget_groups()
     errors = [float((found[name] - grad).abs().max() / grad.abs().max()) for name, grad in plain.items()]
     same = all(torch.equal(one, other) for one, other in zip(plain_streams, streams, strict=True))
     return max(errors), {name: ran[name] for name in case.again}, same
@@ -238,7 +238,7 @@ def saved(case: Case) -> int:
     finally:
         random.CheckpointFunction.forward = staticmethod(forward)
         state.destroy_model_parallel()
-        _close_groups()
+        forget_groups()
     return sum(kept)
 
 

@@ -296,7 +296,7 @@ def learned() -> list[torch.Tensor]:
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.transformer import TransformerConfig
 
-    from nxdt_nemo.testing.ours import _close_groups, _model_parallel
+    from nxdt_nemo.testing.ours import _model_parallel, forget_groups
     from nxdt_nemo.testing.recipe import Layout, Recipe
 
     state = _model_parallel(Recipe.of("gpt"), Layout())
@@ -309,7 +309,7 @@ def learned() -> list[torch.Tensor]:
     direction = torch.randn_like(plain)
     found = [torch.autograd.grad(one, (words, places), direction) for one in (ours, plain)]
     state.destroy_model_parallel()
-    _close_groups()
+    forget_groups()
     return [ours.detach(), *found[0], plain.detach(), *found[1]]
 
 
