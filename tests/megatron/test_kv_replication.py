@@ -181,7 +181,9 @@ def initial(recipe: Recipe, layout: Layout, on_cpu: bool, names: dict[str, Any])
     torch.manual_seed(recipe.seed)
     with mock.patch.object(families, "transformer_fields", return_value=fields):
         model = ours._stages(recipe, layout, state)
-    return [(name, piece(name, p, p, True, Ranks.here())) for name, p in global_names(model, names)]
+    found = [(name, piece(name, p, p, True, Ranks.here())) for name, p in global_names(model, names)]
+    ours.forget_groups()
+    return found
 
 
 @pytest.mark.parametrize("order", ["trn2", "trn1"])
@@ -315,6 +317,7 @@ def projected(sequence_parallel: bool, order: str, frozen: tuple[str, ...]) -> d
     (y * torch.cat([direction[rank]], -1)).sum().backward()
     config.finalize_model_grads_func([layer])
     grads = {name: None if param.grad is None else (param.run, param.grad) for name, param in layer.named_parameters()}
+    ours.forget_groups()
     return {"y": y.detach(), "dx": x.grad, **grads}
 
 

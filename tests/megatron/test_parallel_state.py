@@ -203,6 +203,7 @@ Seen = list[tuple[str, tuple[int, ...], Mesh]]
 def initialized(sizes: dict[str, Any]) -> None:
     from megatron.core import parallel_state
 
+    forget_groups()  # of another test in this pool
     parallel_state.initialize_model_parallel(
         sizes.get("tp", 1),
         sizes.get("pp", 1),
