@@ -155,8 +155,8 @@ def spread_of(parts: list[ours.Part]) -> float:
     return merge([part.weights for part in parts])[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("order", ["trn2", "trn1"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", [pytest.param("trn2", marks=pytest.mark.slow), "trn1"])
 def test_copies_are_equal_to_the_bit_after_ten_steps(parity, ranks, dtype, order):
     recipe, layout = replace(LLAMA, steps=10, dtype=dtype), Layout(tp=4, sp=True, kv_head_order=order)
     assert spread_of(ranks(4, ours.train, recipe, parity.weights(recipe), layout)) == 0.0
@@ -256,7 +256,7 @@ def test_the_files_hold_the_weights_that_were_trained(parity, saved):
         assert torch.equal(tensor, trained[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_sharded_state_with_copies(parity, tmp_path, dtype):
     """Saved by two tensor-parallel ranks for one KV head, twice, by a sharded optimizer; with main parameters, too."""
     recipe = replace(ONE_GROUP, steps=6, dtype=dtype)
