@@ -316,7 +316,8 @@ class _Rank:
         row = model.hidden * model.width
         if step.ep > 1:
             yield self._same("ep", "all_to_all", "tokens and probabilities to experts", rows * (row + LOSS) * passes)
-            yield self._same("ep", "all_to_all", "results back", rows * row * passes)
+            yield self._same("ep", "all_to_all", "results back", rows * row)
+            yield Term("ep", "all_to_all", "results of layers that run again", rows * row * (passes - 1), 0, NOT_READ)
             yield self._same("ep", "all_to_all", "gradients of both", rows * (2 * row + LOSS))
         if step.etp > 1:
             yield from self._expert_tensor_parallel(rows * step.etp, row, passes)
@@ -326,7 +327,9 @@ class _Rank:
         why = "" if exact == row else UPCAST
         gathered = "tokens and probabilities of all"
         yield self._same("expert-tp", "all_gather", gathered, rows * (row + LOSS) * passes)
-        yield Term("expert-tp", "reduce_scatter", "results", rows * exact * passes, rows * row * passes, why)
+        yield Term("expert-tp", "reduce_scatter", "results", rows * exact, rows * row, why)
+        again = rows * exact * (passes - 1)
+        yield Term("expert-tp", "reduce_scatter", "results of layers that run again", again, 0, NOT_READ)
         yield Term("expert-tp", "all_gather", "gradients of the results", rows * exact, rows * row, why)
         yield self._same("expert-tp", "reduce_scatter", f"gradients of {gathered}", rows * (row + LOSS))
 
@@ -359,7 +362,7 @@ class _Rank:
             yield Term(group, collective, what, padded * width, elements * width, PADDED)
 
     def _dense(self) -> list[list[list[int]]]:
-        """Parameters that are no experts'. A tied embedding has a bucket of its own where pipelines and ZeRO-1 meet."""
+        """All other parameters. A tied embedding has a bucket of its own where pipelines and ZeRO-1 meet."""
         model, found = self.model, []
         tied, word = model.tied and self.step.pp > 1, [self._word_embedding()]
         for chunk, layers in enumerate(self.step.stages[self.stage]):
@@ -374,10 +377,14 @@ class _Rank:
         return found
 
     def _expert(self) -> list[list[list[int]]]:
-        model, step = self.model, self.step
-        mlp = (2 if model.gated else 1) * model.ffn // step.etp * model.hidden, model.hidden * model.ffn // step.etp
-        each = [*mlp] * (model.experts // step.ep)
-        return [[[size for _ in range(layers) for size in each]] for layers in step.stages[self.stage]]
+        """Parameters of experts that ranks divide."""
+        if self.step.ep == 1:
+            return []
+        return [[self._experts_of_a_layer() * layers] for layers in self.step.stages[self.stage]]
+
+    def _experts_of_a_layer(self) -> list[int]:
+        model, rows = self.model, self.model.ffn // self.step.etp
+        return [(2 if model.gated else 1) * rows * model.hidden, model.hidden * rows] * (model.experts // self.step.ep)
 
     def _word_embedding(self) -> int:
         return self.model.vocab // self.step.tp * self.model.hidden
@@ -389,7 +396,7 @@ class _Rank:
         return [hidden] * (2 * self.model.norm + biases) + ([self.model.experts * hidden] if self.model.experts else [])
 
     def _layer(self) -> list[int]:
-        """Parameters of a layer but its experts'."""
+        """Parameters of a layer, but of experts that ranks divide."""
         model, tp = self.model, self.step.tp
         queries, keys = model.heads // tp * model.head, 2 * self.groups * model.head
         inner = 0 if model.experts else (2 if model.gated else 1) * model.ffn // tp
@@ -398,17 +405,15 @@ class _Rank:
         cut += [] if model.experts else [inner * model.hidden, model.ffn // tp * model.hidden]
         if model.biases:
             cut += [*split, *([] if model.experts else [inner])]
-        return [*cut, *self._copied()]
+        return [*cut, *self._copied(), *(self._experts_of_a_layer() if self.step.ep == 1 else [])]
 
     # --- control ----------------------------------------------------------------------------------------------------
 
     def norm(self) -> Iterator[Term]:
-        """The gradients' norm, one number; experts' apart from the rest but with the sharded optimizer."""
-        step = self.step
-        groups = {
-            "tp-pp": step.tp * step.pp,
-            **({"expert-tp-ep-pp": step.etp * step.ep * step.pp} if self.model.experts else {}),
-        }
+        """The gradients' norm, one number; that of divided experts apart, but with the sharded optimizer."""
+        step, groups = self.step, {"tp-pp": self.step.tp * self.step.pp}
+        if step.ep > 1:
+            groups["expert-tp-ep-pp"] = step.etp * step.ep * step.pp
         for group, ranks in ({"optimizer-instance": step.world} if step.zero else groups).items():
             if ranks > 1:
                 yield self._same(group, "all_reduce", "norm of the gradients", LOSS)
