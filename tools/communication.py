@@ -1,7 +1,7 @@
 """Bytes that a step sends, by process group and collective, against the least that its layout has to send.
 
-    python tools/communication.py                                  # 43 layouts; writes docs/results/communication.md
-    python tools/communication.py --model gpt --layouts tp2,pp2    # some of them; prints only
+    python tools/communication.py                                  # all; writes docs/results/communication.md
+    python tools/communication.py --model gpt --layouts tp2,pp2    # some; prints only
 
 A line is one collective in one kind of group, of all ranks together, in the second step of a tiny model; what is
 counted and what the least is: docs/communication.md. Exit code 1 when a line has bytes that nothing explains, or too

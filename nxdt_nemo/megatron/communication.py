@@ -123,7 +123,7 @@ class Term:
 
 def stages_of(
     layers: int, pp: int = 1, chunks: int = 1, *, first: int = 0, account: bool = False
-) -> Sequence[tuple[int, ...]]:
+) -> tuple[tuple[int, ...], ...]:
     """Layers of each chunk for each pipeline rank, as megatron-core deals them out.
 
     first    layers of the first stage, 0: as many as the others have

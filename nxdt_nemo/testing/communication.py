@@ -7,6 +7,7 @@ nxdt_nemo/megatron/communication.py. Used by tools/communication.py. Proof: test
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,9 @@ def rows(model: Model, step: Step, ranks: Sequence[Counted]) -> list[Communicati
 
 
 def _row(group: str, collective: str, terms: list[Term], reports: list[Sent]) -> CommunicationRow:
-    places = sum((report.places for report in reports), start=Sent().places)
+    places = Counter[str]()
+    for report in reports:
+        places.update(report.places)
     reasons = {term.why: None for term in terms if term.bytes > LIMIT * term.least}
     return CommunicationRow(
         group,
