@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## the pinned stack in .venv, about 8.6 GB: the registry's torch carries CUDA
@@ -53,6 +53,10 @@ test-slow: $(STAMP) ## the slow ones
 .PHONY: test-layouts
 test-layouts: $(STAMP) ## every model family in every parallel layout against one rank, at most 8 ranks; writes docs/results/layouts.md
 	@$(PY) tools/layouts.py
+
+.PHONY: test-communication
+test-communication: $(STAMP) ## bytes of a step by process group and collective, against the least that the layout has to send
+	@$(PY) tools/communication.py
 
 .PHONY: test-upstream
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes

@@ -1,7 +1,7 @@
 """Calls and bytes of each collective, while somebody asks.
 
 Room runtime/. Swaps the functions in a lane's table, so that nothing of this runs otherwise. What upstream
-sends by torch.distributed itself is not seen. Imports torch for type checking only.
+sends by torch.distributed itself is not seen: see traffic.py. Imports torch for type checking only.
 Proof: tests/runtime/test_counting.py.
 """
 

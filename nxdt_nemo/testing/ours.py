@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "our_specs", "train"]
+__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "gradients_of", "our_specs", "set_up", "train", "update"]
 
 ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
@@ -85,55 +85,73 @@ def _train(
     save: Path | None,
     ddp: Mapping[str, Any],
 ) -> Part:
-    from megatron.core.distributed import finalize_model_grads
-
-    state = _model_parallel(recipe, layout, ddp.get("num_distributed_optimizer_instances", 1))
-    ranks = Ranks.here()
-    model = _stages(recipe, layout, state)
-    load(model, weights, recipe.gated, ranks)
-    chunks, optimizer = _wrap(model, recipe, layout.zero, ddp)
-    model[0].config.finalize_model_grads_func = finalize_model_grads
-    named = list(global_names(model, weights, ranks))
-    report = Part(ranks.tp[0])
+    training = set_up(recipe, weights, layout, ddp)
+    ranks, report = Ranks.here(), Part(Ranks.here().tp[0])
     if resume is not None:
-        _load(model, optimizer, resume, fault)
-    with mistake(fault, Training(model, chunks, optimizer, named)):
-        _steps(report, recipe, layout, chunks, optimizer, named, range(recipe.steps) if steps is None else steps)
-    report.state_bytes = state_bytes(optimizer, model)
+        _load(training.model, training.optimizer, resume, fault)
+    with mistake(fault, training):
+        _steps(report, recipe, layout, training, range(recipe.steps) if steps is None else steps)
+    report.state_bytes = state_bytes(training.optimizer, training.model)
     if save is not None:
-        _save(model, optimizer, save)
-    report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in named]
+        _save(training.model, training.optimizer, save)
+    report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in training.named]
     return report
 
 
-def _steps(
-    report: Part,
+def set_up(
     recipe: Recipe,
+    weights: dict[str, torch.Tensor] | None,
     layout: Layout,
-    chunks: list[Any],
-    optimizer: Any,
-    named: list[tuple[str, Any]],
-    steps: range,
-) -> None:
-    """Train, and write losses, norms and the first step's gradients down."""
-    from megatron.core import parallel_state
+    ddp: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Training:
+    """Parallel state, this rank's part of the model, its gradient buffers and optimizer.
 
-    ranks, dp_rank = Ranks.here(), parallel_state.get_data_parallel_rank()
+    weights  None: as upstream initializes them; parameters then have no names in the undivided model
+    fields   further ones of the TransformerConfig
+    """
+    from megatron.core.distributed import finalize_model_grads
+
+    state = _model_parallel(recipe, layout, (ddp or {}).get("num_distributed_optimizer_instances", 1))
+    model = _stages(recipe, layout, state, fields)
+    if weights is not None:
+        load(model, weights, recipe.gated, Ranks.here())
+    chunks, optimizer = _wrap(model, recipe, layout.zero, ddp)
+    model[0].config.finalize_model_grads_func = finalize_model_grads
+    named = [] if weights is None else list(global_names(model, weights, Ranks.here()))
+    return Training(model, chunks, optimizer, named)
+
+
+def _steps(report: Part, recipe: Recipe, layout: Layout, training: Training, steps: range) -> None:
+    """Train, and write losses, norms and the first step's gradients down."""
+    ranks = Ranks.here()
     for step in steps:
-        batches = micro_batches(recipe, step)[dp_rank :: layout.dp]
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        losses = _forward_backward(chunks, recipe, batches)
+        losses = gradients_of(training, recipe, layout, step)
         if losses:
             report.losses.append(sum(losses) / len(losses))
         if not report.grads:
-            gather_gradients(optimizer)
-            report.grads = [(name, piece(name, p, p.main_grad, recipe.gated, ranks)) for name, p in named]
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(step)
-            group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
-        report.grad_norms.append(float(optimizer.step()[1]))
+            gather_gradients(training.optimizer)
+            report.grads = [(name, piece(name, p, p.main_grad, recipe.gated, ranks)) for name, p in training.named]
+        report.grad_norms.append(update(training.optimizer, recipe, step))
+
+
+def gradients_of(training: Training, recipe: Recipe, layout: Layout, step: int) -> list[float]:
+    """A step's forward and backward passes; returns the losses of this rank's micro-batches, see _forward_backward."""
+    from megatron.core import parallel_state
+
+    batches = micro_batches(recipe, step)[parallel_state.get_data_parallel_rank() :: layout.dp]
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    return _forward_backward(training.chunks, recipe, batches)
+
+
+def update(optimizer: Any, recipe: Recipe, step: int) -> float:
+    """The optimizer's step; returns the gradients' norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr_at(step)
+        group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
+    return float(optimizer.step()[1])
 
 
 def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
@@ -186,7 +204,7 @@ def forget_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def _stages(recipe: Recipe, layout: Layout, state: Any) -> list[Any]:
+def _stages(recipe: Recipe, layout: Layout, state: Any, fields: Mapping[str, Any] | None = None) -> list[Any]:
     """This rank's pipeline stage, or its chunks, built from the backend's layer specs."""
     import torch
 
@@ -209,6 +227,7 @@ def _stages(recipe: Recipe, layout: Layout, state: Any) -> list[Any]:
         gradient_accumulation_fusion=True,  # as NeMo's configurations have it, which stock cannot without CUDA
         apply_rope_fusion=recipe.gated,
         **({"moe_token_dispatcher_type": "alltoall"} if recipe.experts else {}),
+        **(fields or {}),
     )
     config.kv_head_order = layout.kv_head_order
     stages = [_stage_of(recipe, state, index if layout.vpp else None) for index in range(layout.chunks)]

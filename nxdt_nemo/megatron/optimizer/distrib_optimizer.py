@@ -104,9 +104,19 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         if not self.is_stub_optimizer:
             self._count(self._steps + 1)
         if not self.ddp_config.overlap_param_gather:
-            for chunk in self.model_chunks:
-                chunk.start_param_sync()
+            self._gather()
         return done
+
+    def _gather(self) -> None:
+        """Give each rank what the others have stepped, of this optimizer's own buckets.
+
+        A chunk's start_param_sync gathers all it has: a model with experts has two optimizers, and would send twice.
+        """
+        mine = {bucket for buffer in self.buffers for bucket in buffer.buckets}
+        for chunk in self.model_chunks:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                if not mine.isdisjoint(group.buckets):
+                    group.start_param_sync()
 
     def _count(self, steps: int) -> None:
         """The number of steps made, in each group: the inner optimizer does not count one without pieces here."""

@@ -17,7 +17,7 @@ are calls of c queries and c keys without a causal mask, and no rank waits for a
 
 L = 2c a rank's tokens, early chunk first. Bytes received a rank in forward, n those of its K and V: p2p and all_gather
 n * (p - 1); a2a those of Q, K, V and the result * (p - 1) / p. Backward: K/V again, and dK/dV in the dtype of the
-arithmetic (p2p: p times); a2a as in forward.
+arithmetic, as often; a2a as in forward.
 """
 
 from __future__ import annotations
@@ -89,13 +89,18 @@ class _Ring(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         rule, scale, chunks, group = ctx.rest
         rows = lse, row_products(grad, out, lse.dtype), grad
-        of_query, travelling = None, None
+        of_query, mine, travelling = None, None, None
         for pieces, here in _visits(torch.cat((key, value), -1), rule, chunks, group):
             for_query, terms = _backward(query, here, key.shape[-1], rows, pieces, scale)
             of_query = for_query if of_query is None else of_query + for_query
-            travelling = terms if travelling is None else _next(travelling, group) + terms
-        assert of_query is not None and travelling is not None, "a group has a rank"
-        return _given(ctx, of_query, _next(travelling, group))  # the last step of the round takes them home
+            if mine is None:  # these need no journey
+                mine = terms
+            else:
+                travelling = terms if travelling is None else _next(travelling, group) + terms
+        assert of_query is not None and mine is not None, "a group has a rank"
+        if travelling is not None:  # the last step of the round takes them home
+            mine = mine + _next(travelling, group)
+        return _given(ctx, of_query, mine)
 
 
 class _AllGather(torch.autograd.Function):

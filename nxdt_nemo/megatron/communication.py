@@ -1,0 +1,423 @@
+"""What a layout has to send in a step, and what is sent: arithmetic, before there are ranks.
+
+Room megatron/. Stands in for nothing of upstream's; its numbers are those of megatron-core 0.13.1's schedules, layers,
+gradient buffers and optimizers with this backend's attention, and of a decoder (GPT, Llama, Mixtral). No torch.
+Derivations: docs/communication.md. Proof: tests/megatron/test_communication.py, tools/communication.py, which hold it
+against what runtime/traffic.py counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+from nxdt_nemo.errors import LayoutError
+
+__all__ = ["Model", "Step", "Term", "sent", "stages_of"]
+
+GRADIENT = 4  # bytes of a gradient where it is reduced: float32 (grad_reduce_in_fp32)
+LOSS = 4  # and of the loss, of a router's probability, of a norm
+COUNT = 8  # of a number of tokens
+
+NOT_READ = "upstream's checkpoint runs whole layers again, also the last sum, which nobody reads"
+NOT_CUT = (
+    "upstream adds learned positions before it cuts the sequence, so it all-reduces where a reduce-scatter would do"
+)
+WHOLE = "with ZeRO-1 a rank needs the sum of its own part only; upstream sums the whole gradient"
+PADDED = "megatron-core pads parameters to 64 elements and buckets to a multiple of 128 and of the ranks"
+EXACT = "gradients of keys and values are added up in float32, whatever the model's dtype is"
+UPCAST = "upstream sends the experts' results in the router's dtype"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder's sizes; vocab is the padded one.
+
+    head     features of a head
+    gated    SwiGLU: the MLP's first projection is twice as wide
+    biases   of the linear layers
+    norm     vectors of a norm: 1 RMSNorm, 2 LayerNorm
+    learned  rows of learned positions, 0 without
+    tied     the output layer's weight is the embedding's
+    experts  of size ffn each, of which a token sees topk; 0: one MLP
+    width    bytes of a parameter and of an activation
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_groups: int
+    head: int
+    ffn: int
+    vocab: int
+    gated: bool = False
+    biases: bool = True
+    norm: int = 2
+    learned: int = 0
+    tied: bool = True
+    experts: int = 0
+    topk: int = 2
+    width: int = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layout and what goes through it in a step.
+
+    stages         layers of each model chunk, for each pipeline rank (stages_of)
+    micro_batches  of a data-parallel rank
+    etp            the experts' tensor parallel size
+    recompute      full, layer by layer
+    """
+
+    seq: int
+    micro_batch: int
+    micro_batches: int
+    stages: tuple[tuple[int, ...], ...]
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sp: bool = False
+    zero: bool = False
+    cp_comm: Literal["p2p", "a2a", "all_gather"] = "p2p"
+    recompute: bool = False
+
+    @property
+    def pp(self) -> int:
+        """Pipeline ranks."""
+        return len(self.stages)
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // (self.etp * self.ep * self.pp)
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one rank sends in a step for one purpose.
+
+    group       key of parallel_state.DESCRIPTIONS, or "kv copies"
+    collective  and bytes as runtime/traffic.py counts them: the whole tensor's
+    least       bytes that the layout cannot do without
+    why         the difference, where there is one
+    """
+
+    group: str
+    collective: str
+    what: str
+    bytes: int
+    least: int
+    why: str = ""
+
+
+def stages_of(
+    layers: int, pp: int = 1, chunks: int = 1, *, first: int = 0, account: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """Layers of each chunk for each pipeline rank, as megatron-core deals them out.
+
+    first    layers of the first stage, 0: as many as the others have
+    account  the embedding and the loss count as a layer each
+    Raises LayoutError if they do not come out even.
+    """
+    rest, ranks = (layers - first, pp - 1) if first else (layers + 2 * account, pp)
+    each, odd = divmod(rest, max(ranks, 1))
+    held = [first, *[each] * ranks] if first else [each] * ranks
+    if odd or any(count % chunks for count in held):
+        raise LayoutError(f"{layers} layers cannot be dealt out to {pp} pipeline ranks of {chunks} chunks")
+    dealt = [[count // chunks] * chunks for count in held]
+    if account:
+        dealt[0][0] -= 1
+        dealt[-1][-1] -= 1
+    return tuple(tuple(one) for one in dealt)
+
+
+def sent(model: Model, step: Step, stage: int) -> list[Term]:
+    """Everything that a rank of this pipeline stage sends in a step; groups of one rank send nothing.
+
+    Between experts' ranks it depends on the routing how much a rank sends; what stands there is the mean over the
+    ranks of the stage, to which without dropped tokens they add up.
+    """
+    rank = _Rank(model, step, stage)
+    parts = rank.layers(), rank.ends(), rank.pipeline(), rank.attention(), rank.experts(), rank.gradients(), rank.norm()
+    return [term for term in chain(*parts) if term.bytes]
+
+
+def _bucket(sizes: Sequence[int], ranks: int) -> int:
+    """Elements of a bucket of megatron-core's distributed optimizer."""
+    aligned = sum(-(-size // 64) * 64 for size in sizes[:-1]) + sum(sizes[-1:])
+    unit = math.lcm(ranks, 128)
+    return -(-aligned // unit) * unit
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A rank of a pipeline stage."""
+
+    model: Model
+    step: Step
+    stage: int
+
+    # --- sizes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.step.pp - 1
+
+    @property
+    def runs(self) -> int:
+        """Layers times micro-batches."""
+        return sum(self.step.stages[self.stage]) * self.step.micro_batches
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on a context-parallel rank."""
+        return self.step.seq // self.step.cp * self.step.micro_batch
+
+    @property
+    def activation(self) -> int:
+        """Bytes of [S, B, H]."""
+        return self.tokens * self.model.hidden * self.model.width
+
+    @property
+    def groups(self) -> int:
+        """KV heads of a tensor-parallel rank."""
+        return max(self.model.kv_groups // self.step.tp, 1)
+
+    # --- tensor parallelism -----------------------------------------------------------------------------------------
+
+    def layers(self) -> Iterator[Term]:
+        """Of the layers' linear layers; experts bring their own (see experts)."""
+        if self.step.tp == 1:
+            return
+        n = self.activation * self.runs
+        blocks = 1 if self.model.experts else 2
+        if not self.step.sp:
+            yield self._same("tp", "all_reduce", "results of row-parallel layers", blocks * n)
+            yield self._same("tp", "all_reduce", "gradients of column-parallel layers' inputs", blocks * n)
+            if self.step.recompute:
+                yield Term("tp", "all_reduce", "results once more", blocks * n, n, NOT_READ)
+            return
+        yield self._same("tp", "all_gather", "inputs of column-parallel layers", blocks * n)
+        yield self._same("tp", "reduce_scatter", "results of row-parallel layers", blocks * n)
+        yield self._same("tp", "all_gather", "gradients of these results", blocks * n)
+        yield self._same("tp", "all_gather", "inputs once more, for weight gradients", blocks * n)
+        yield self._same("tp", "reduce_scatter", "gradients of the inputs", blocks * n)
+        if self.step.recompute:
+            yield self._same("tp", "all_gather", "inputs of layers that run again", blocks * n)
+            yield Term(
+                "tp",
+                "reduce_scatter",
+                "results of layers that run again",
+                blocks * n,
+                n,
+                NOT_READ if blocks > 1 else "",
+            )
+
+    def ends(self) -> Iterator[Term]:
+        """Of the embedding, the output layer and the loss."""
+        if self.step.tp == 1:
+            return
+        n, batches = self.activation * self.step.micro_batches, self.step.micro_batches
+        if self.first:
+            yield from self._embedding(n)
+        if self.last:
+            yield from self._output(n)
+            three = 3 * self.tokens * LOSS * batches
+            yield self._same("tp", "all_reduce", "largest logit, the target's, sum of exponents", three)
+
+    def _embedding(self, n: int) -> Iterator[Term]:
+        if not self.step.sp:
+            yield self._same("tp", "all_reduce", "embeddings", n)
+            return
+        if self.model.learned:  # what an all-reduce moves of n bytes, a reduce-scatter does of 2 n
+            yield Term("tp", "all_reduce", "embeddings", n, n // 2, NOT_CUT)
+        else:
+            yield self._same("tp", "reduce_scatter", "embeddings", n)
+        yield self._same("tp", "all_gather", "gradients of the embeddings", n)
+
+    def _output(self, n: int) -> Iterator[Term]:
+        if not self.step.sp:
+            yield self._same("tp", "all_reduce", "gradients of the output layer's input", n)
+            return
+        yield self._same("tp", "all_gather", "input of the output layer, twice", 2 * n)
+        yield self._same("tp", "reduce_scatter", "gradients of the output layer's input", n)
+
+    # --- pipeline ---------------------------------------------------------------------------------------------------
+
+    def pipeline(self) -> Iterator[Term]:
+        """Activations to the next stage, their gradients to the one before, and a tied embedding's two gradients."""
+        pp, chunks = self.step.pp, len(self.step.stages[0])
+        if pp == 1:
+            return
+        n = self.activation * self.step.micro_batches // (self.step.tp if self.step.sp else 1)
+        places = [chunk * pp + self.stage for chunk in range(chunks)]
+        yield self._same("pp", "send", "activations", n * sum(place < pp * chunks - 1 for place in places))
+        yield self._same("pp", "send", "gradients of activations", n * sum(place > 0 for place in places))
+        if self.model.tied and (self.first or self.last):
+            weight = self._word_embedding() * GRADIENT
+            ranks = self.step.dp * self.step.cp if self.step.zero else 1
+            yield Term("embedding", "all_reduce", "tied weights' gradients", weight, weight // ranks, WHOLE)
+
+    # --- context parallelism ----------------------------------------------------------------------------------------
+
+    def attention(self) -> Iterator[Term]:
+        """Keys and values, see nxdt_nemo/megatron/transformer/context_parallel.py."""
+        ranks = self.step.cp
+        if ranks == 1:
+            return
+        forwards = 2 if self.step.recompute else 1
+        both = 2 * self.groups * self.model.head * self.tokens * self.runs
+        kv, exact = both * self.model.width, both * max(self.model.width, 4)
+        if self.step.cp_comm == "a2a":
+            heads = self.model.heads // self.step.tp
+            each = (2 * heads * self.model.head * self.tokens * self.runs + both) * self.model.width
+            yield self._same("cp", "all_to_all", "query, key, value and result", each * forwards)
+            yield self._same("cp", "all_to_all", "their gradients", each)
+        elif self.step.cp_comm == "all_gather":
+            yield self._same("cp", "all_gather", "keys and values", ranks * kv * forwards)
+            yield self._same("cp", "all_gather", "keys and values once more, in backward", ranks * kv)
+            yield Term("cp", "reduce_scatter", "their gradients", ranks * exact, ranks * kv, EXACT)
+        else:
+            yield self._same("cp", "send", "keys and values", (ranks - 1) * kv * forwards)
+            yield self._same("cp", "send", "keys and values once more, in backward", (ranks - 1) * kv)
+            yield Term("cp", "send", "their gradients", (ranks - 1) * exact, (ranks - 1) * kv, EXACT)
+
+    # --- experts ----------------------------------------------------------------------------------------------------
+
+    def experts(self) -> Iterator[Term]:
+        """Tokens to their experts and back, by upstream's all-to-all dispatcher, none dropped."""
+        model, step = self.model, self.step
+        if not model.experts:
+            return
+        passes = 2 if step.recompute else 1
+        if step.tp * step.cp > 1:
+            yield self._same(
+                "tp-cp", "all_reduce", "tokens of each expert, for the loss", model.experts * COUNT * self.runs
+            )
+        if step.ep * step.etp > 1:
+            counts = step.ep * step.etp * model.experts * COUNT * self.runs * passes
+            yield self._same("expert-tp-ep", "all_gather", "tokens of each expert", counts)
+        rows = self.tokens // (step.tp if step.sp else 1) * model.topk * self.runs
+        row = model.hidden * model.width
+        if step.ep > 1:
+            yield self._same("ep", "all_to_all", "tokens and probabilities to experts", rows * (row + LOSS) * passes)
+            yield self._same("ep", "all_to_all", "results back", rows * row)
+            yield Term("ep", "all_to_all", "results of layers that run again", rows * row * (passes - 1), 0, NOT_READ)
+            yield self._same("ep", "all_to_all", "gradients of both", rows * (2 * row + LOSS))
+        if step.etp > 1:
+            yield from self._expert_tensor_parallel(rows * step.etp, row, passes)
+
+    def _expert_tensor_parallel(self, rows: int, row: int, passes: int) -> Iterator[Term]:
+        exact = self.model.hidden * LOSS
+        why = "" if exact == row else UPCAST
+        gathered = "tokens and probabilities of all"
+        yield self._same("expert-tp", "all_gather", gathered, rows * (row + LOSS) * passes)
+        yield Term("expert-tp", "reduce_scatter", "results", rows * exact, rows * row, why)
+        again = rows * exact * (passes - 1)
+        yield Term("expert-tp", "reduce_scatter", "results of layers that run again", again, 0, NOT_READ)
+        yield Term("expert-tp", "all_gather", "gradients of the results", rows * exact, rows * row, why)
+        yield self._same("expert-tp", "reduce_scatter", f"gradients of {gathered}", rows * (row + LOSS))
+
+    # --- gradients --------------------------------------------------------------------------------------------------
+
+    def gradients(self) -> Iterator[Term]:
+        """Once a step: of what ranks have copies of."""
+        yield from self._replicas("dp-cp", self.step.dp * self.step.cp, self._dense())
+        yield from self._replicas("expert-dp", self.step.expert_dp, self._expert())
+        layers, tp = sum(self.step.stages[self.stage]), self.step.tp
+        if self.step.sp and tp > 1:
+            copied = layers * sum(self._copied()) + self.model.norm * self.model.hidden * self.last
+            yield self._same("tp", "all_reduce", "gradients of norms, biases and routers", copied * GRADIENT)
+        if tp > self.model.kv_groups:
+            each = 2 * self.model.head * (self.model.hidden + self.model.biases)
+            yield self._same("kv copies", "all_reduce", "gradients of copies of KV heads", layers * each * GRADIENT)
+
+    def _replicas(self, group: str, ranks: int, chunks: list[list[list[int]]]) -> Iterator[Term]:
+        """Of data-parallel ranks. chunks: for each model chunk the parameters' sizes in each bucket."""
+        if ranks == 1:
+            return
+        elements = sum(sum(bucket) for chunk in chunks for bucket in chunk)
+        if not self.step.zero:
+            yield self._same(group, "all_reduce", "gradients", elements * GRADIENT)
+            return
+        padded = sum(_bucket(bucket, ranks) for chunk in chunks for bucket in chunk if bucket)
+        for collective, what, width in (
+            ("reduce_scatter", "gradients", GRADIENT), ("all_gather", "parameters", self.model.width)
+        ):  # fmt: skip
+            yield Term(group, collective, what, padded * width, elements * width, PADDED)
+
+    def _dense(self) -> list[list[list[int]]]:
+        """All other parameters. A tied embedding has a bucket of its own where pipelines and ZeRO-1 meet."""
+        model, found = self.model, []
+        tied, word = model.tied and self.step.pp > 1, [self._word_embedding()]
+        for chunk, layers in enumerate(self.step.stages[self.stage]):
+            params, alone = [size for _ in range(layers) for size in self._layer()], []
+            if self.first and chunk == 0:
+                params += [model.learned * model.hidden] if model.learned else []
+                alone += word
+            if self.last and chunk == len(self.step.stages[self.stage]) - 1:
+                params += [model.hidden] * model.norm
+                alone += word if tied or not model.tied else []
+            found.append([params, alone] if tied else [[*params, *alone]])
+        return found
+
+    def _expert(self) -> list[list[list[int]]]:
+        """Parameters of experts that ranks divide."""
+        if self.step.ep == 1:
+            return []
+        return [[self._experts_of_a_layer() * layers] for layers in self.step.stages[self.stage]]
+
+    def _experts_of_a_layer(self) -> list[int]:
+        model, rows = self.model, self.model.ffn // self.step.etp
+        return [(2 if model.gated else 1) * rows * model.hidden, model.hidden * rows] * (model.experts // self.step.ep)
+
+    def _word_embedding(self) -> int:
+        return self.model.vocab // self.step.tp * self.model.hidden
+
+    def _copied(self) -> list[int]:
+        """Parameters of a layer that tensor-parallel ranks have alike: norms, row-parallel layers' biases, routers."""
+        hidden = self.model.hidden
+        biases = (1 if self.model.experts else 2) * self.model.biases
+        return [hidden] * (2 * self.model.norm + biases) + ([self.model.experts * hidden] if self.model.experts else [])
+
+    def _layer(self) -> list[int]:
+        """Parameters of a layer, but of experts that ranks divide."""
+        model, tp = self.model, self.step.tp
+        queries, keys = model.heads // tp * model.head, 2 * self.groups * model.head
+        inner = 0 if model.experts else (2 if model.gated else 1) * model.ffn // tp
+        split = [queries, keys] if tp > model.kv_groups else [queries + keys]
+        cut = [rows * model.hidden for rows in split] + [queries * model.hidden]
+        cut += [] if model.experts else [inner * model.hidden, model.ffn // tp * model.hidden]
+        if model.biases:
+            cut += [*split, *([] if model.experts else [inner])]
+        return [*cut, *self._copied(), *(self._experts_of_a_layer() if self.step.ep == 1 else [])]
+
+    # --- control ----------------------------------------------------------------------------------------------------
+
+    def norm(self) -> Iterator[Term]:
+        """The gradients' norm, one number; that of divided experts apart, but with the sharded optimizer."""
+        step, groups = self.step, {"tp-pp": self.step.tp * self.step.pp}
+        if step.ep > 1:
+            groups["expert-tp-ep-pp"] = step.etp * step.ep * step.pp
+        for group, ranks in ({"optimizer-instance": step.world} if step.zero else groups).items():
+            if ranks > 1:
+                yield self._same(group, "all_reduce", "norm of the gradients", LOSS)
+
+    @staticmethod
+    def _same(group: str, collective: str, what: str, sent: int) -> Term:
+        return Term(group, collective, what, sent, sent)

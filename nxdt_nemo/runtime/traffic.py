@@ -1,0 +1,130 @@
+"""Calls and bytes of everything that a rank sends, where its process groups are.
+
+Room runtime/. Beside counting.py, which counts a lane's own table: upstream's layers, pipelines, gradient buffers and
+norms call torch.distributed themselves, some by names that they bound at import. All of it, and the cpu lane's table
+too, comes down to methods of torch's ProcessGroup, which are swapped on the class while somebody asks; so autograd's
+threads, asynchronous calls and coalesced ones are seen, and nothing of this runs otherwise. Not seen: a backend whose
+ProcessGroup has methods of its own (torch_xla's). Proof: tests/runtime/test_traffic.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CONTROL", "Sent", "Traffic", "count_traffic"]
+
+# By method of ProcessGroup: the name in torch.distributed, and the place of the argument whose bytes count.
+METHODS = {
+    "allreduce": ("all_reduce", 0),
+    "allreduce_coalesced": ("all_reduce", 0),
+    "reduce": ("reduce", 0),
+    "broadcast": ("broadcast", 0),
+    "allgather": ("all_gather", 0),
+    "_allgather_base": ("all_gather", 0),
+    "allgather_coalesced": ("all_gather", 0),
+    "allgather_into_tensor_coalesced": ("all_gather", 0),
+    "gather": ("gather", 1),
+    "scatter": ("scatter", 0),
+    "reduce_scatter": ("reduce_scatter", 1),
+    "_reduce_scatter_base": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
+    "alltoall": ("all_to_all", 1),
+    "alltoall_base": ("all_to_all", 1),
+    "send": ("send", 0),
+    "recv": ("recv", 0),
+    "recv_anysource": ("recv", 0),
+    "barrier": ("barrier", None),
+    "monitored_barrier": ("barrier", None),
+}
+OBJECTS = (
+    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+    "recv_object_list",
+)  # fmt: skip
+CONTROL = frozenset({*OBJECTS, "barrier"})
+"""What moves no tensor of the caller's. An object collective is counted under its own name, not that of its parts."""
+
+
+@dataclass
+class Sent:
+    """calls, and bytes: the whole tensor's, as in counting.py, before what an algorithm makes of it.
+
+    That is the output of an all-gather and of a scatter, what a send sends and a recv receives, and the input of all
+    others. A barrier has none.
+    places   bytes by the line that called, "file.py:123", outside of torch.distributed and of the runtime
+    """
+
+    calls: int = 0
+    bytes: int = 0
+    places: Counter[str] = field(default_factory=Counter)
+
+
+Traffic = dict[tuple[str, str], Sent]
+"""By collective ("all_gather") and name of the group ("TENSOR_MODEL_PARALLEL_GROUP", or what lane.groups was told)."""
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this process sends and receives inside the block, in groups of more than one rank."""
+    from torch.distributed import ProcessGroup
+
+    found: Traffic = {}
+    lock = threading.Lock()
+    before = {name: ProcessGroup.__dict__[name] for name in METHODS}
+    for name, method in before.items():
+        setattr(ProcessGroup, name, _counted(method, *METHODS[name], found, lock))
+    try:
+        yield found
+    finally:
+        for name, method in before.items():
+            setattr(ProcessGroup, name, method)
+
+
+def _counted(
+    method: Callable[..., Any], collective: str, place: int | None, found: Traffic, lock: threading.Lock
+) -> Callable[..., Any]:
+    inside = _inside()
+
+    @functools.wraps(method)
+    def call(group: Any, *args: Any, **named: Any) -> Any:
+        if group.size() > 1:
+            sent = 0 if place is None else _bytes([*args, *named.values()][place])
+            part_of, where = _caller(inside)
+            with lock:
+                count = found.setdefault((part_of or collective, group.group_desc), Sent())
+                count.calls += 1
+                count.bytes += sent
+                count.places[where] += sent
+        return method(group, *args, **named)
+
+    return call
+
+
+def _bytes(given: Any) -> int:
+    """Of a tensor, a list of them, or a list of lists."""
+    return int(given.nbytes) if hasattr(given, "nbytes") else sum(_bytes(one) for one in given)
+
+
+def _inside() -> tuple[str, ...]:
+    """Files of torch.distributed and of the runtime, and what a context manager's exit runs through."""
+    import torch.distributed
+
+    return str(Path(torch.distributed.__file__).parent), str(Path(__file__).parent), contextlib.__file__
+
+
+def _caller(inside: tuple[str, ...]) -> tuple[str, str]:
+    """The object collective that a call is a part of, "" if it is none, and the line that asked for it."""
+    part_of, frame = "", sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        if frame.f_code.co_name in OBJECTS:
+            part_of = frame.f_code.co_name
+        frame = frame.f_back
+    return part_of, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
