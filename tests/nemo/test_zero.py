@@ -136,6 +136,35 @@ def test_what_comes_from_elsewhere(gloo):
         }
 
 
+def in_buckets(megabytes: float) -> tuple[int, list[list[float]]]:
+    """How many buckets distributed_fused_adam makes, and the parameters after two steps."""
+    import torch
+    from megatron.core import parallel_state
+
+    from nxdt_nemo.nemo.core.optim.distributed_adam import MegatronDistributedFusedAdam
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    torch.manual_seed(3)
+    layers = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    optimizer = MegatronDistributedFusedAdam(layers.parameters(), lr=1e-2, bucket_cap_mb=megabytes)
+    optimizer.init_params()
+    torch.manual_seed(4 + torch.distributed.get_rank())
+    for _ in range(2):
+        optimizer.zero_grad()
+        layers(torch.randn(2, 5)).square().sum().backward()
+        optimizer.step()
+    return len(optimizer.buckets), [param.flatten().tolist() for param in layers.parameters()]
+
+
+def test_the_size_of_a_bucket_changes_nothing_but_their_number(gloo):
+    """bucket_cap_mb: room for 40 float32 gradients, of 35, 7, 21 and 3."""
+    pytest.importorskip("nemo", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    one, several = (gloo(2, in_buckets, size, init=ACTIVE, env=ACTIVE_ENV)[0] for size in (100, 40 * 4 / 2**20))
+    assert (one[0], several[0]) == (1, 2)
+    assert one[1] == several[1]
+
+
 # what it is resumed with: other sizes, the other sharded optimizer, and the ones that shard nothing
 OTHERS = {
     "one rank with fused_adam": ("trainer.devices=1", "model.optim.name=fused_adam"),
