@@ -25,7 +25,7 @@ LAYOUTS: dict[Family, str] = {
         " tp2sppp2vpp2dp2+zero cp2 cp4 tp2cp2 cp2pp2vpp2 tp2spcp2dp2+zero tp8"
     ),
     "mixtral": (
-        "tp2sp tp4sp pp2 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
+        "tp2sp tp4sp pp2 pp2cut1-3 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
         " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2"
     ),
     "bert": "tp2 tp2sp pp2 pp2vpp2 dp2+zero",
@@ -33,7 +33,7 @@ LAYOUTS: dict[Family, str] = {
 }
 
 FAST: dict[Family, str] = {
-    "gpt": "pp2vpp2 pp2first1",
+    "gpt": "pp2cut1-0-2-1vpp2 pp2first1",
     "llama": "cp2",
     "mixtral": "ep2dp2+zero tp2spep2etp1",
     "bert": "tp2sp",

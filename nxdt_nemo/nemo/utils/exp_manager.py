@@ -29,7 +29,8 @@ def exp_manager(original: Callable[..., Any], trainer: Any, cfg: Any = None) -> 
     """As upstream, which makes callbacks of its keys; and the one of NORMS."""
     if cfg is None or not any(key in cfg for key in NORMS):
         return original(trainer, cfg)
-    keys: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)  # upstream's next step
+    # resolved, as upstream does next
+    keys: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
     wanted = [bool(keys.pop(key, False)) for key in NORMS]
     folder = original(trainer, OmegaConf.create(keys))
     if any(wanted):
