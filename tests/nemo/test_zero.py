@@ -228,6 +228,37 @@ def test_main_parameters_are_resumed(train: Callable[..., Run], tmp_path: Path, 
     assert all(errors[0] == 0.0 and max(errors) <= 1e-4 for errors in found.values()), found
 
 
+MOE = (
+    *DP2,
+    *O2,
+    "model.optim.name=mcore_distributed_optim",
+    "model.bias=False",
+    "+model.num_moe_experts=4",
+    "+model.moe_router_topk=2",
+    "+model.moe_router_dtype=fp32",
+    "+model.moe_token_dispatcher_type=alltoall",
+    "+model.moe_grouped_gemm=False",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("home", "other"), [(2, 1), (1, 2)])
+def test_resumed_at_another_expert_parallel_size(
+    train: Callable[..., Run], tmp_path: Path, home: int, other: int
+) -> None:
+    """Experts' optimizer and parameter groups come or go; a rate that stayed behind would show in the losses."""
+    saved = (*STEPS, *MOE, f"+model.expert_model_parallel_size={home}")
+    whole = train(*saved, name="whole")
+    assert whole.code == 0, whole.output[-3000:]
+    killed = train(*saved, name="killed", script=DIES, environment={"DIE_AT": "6"})
+    assert killed.code != 0
+    rest = train(*STEPS, *MOE, f"+model.expert_model_parallel_size={other}", name="killed")
+    assert rest.code == 0, rest.output[-3000:]
+    expected, found = whole.curve(), rest.curve()
+    errors = [abs(found[step] - expected[step]) / expected[step] for step in range(4, 8)]
+    assert errors[0] <= 1e-6 and max(errors) <= 1e-4, errors
+
+
 @pytest.mark.slow
 def test_another_number_of_groups_is_refused(train: Callable[..., Run]) -> None:
     """A resumed scheduler would leave the rate of the group that it does not know as it is."""
