@@ -87,7 +87,7 @@ def cases(*names: str) -> list[Any]:
         "gpt cp2dp2+zero",
         "llama tp4 2",
         "mixtral ep2dp2",
-        "mixtral tp2spep2dp2+zero",
+        "mixtral tp2spep2etp1dp2+zero",
         "gpt tp2spdp2+zero",
     ),
 )
