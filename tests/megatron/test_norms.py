@@ -67,22 +67,23 @@ def norms_of(recipe: Recipe, weights: dict[str, torch.Tensor], place: Layout, bl
         ours.forget_groups()
 
 
+QUICK = ("gpt pp2", "llama tp2+zero 1", "mixtral ep2dp2+zero")
+
+
 def cases(*names: str) -> list[Any]:
     found = []
     for name in names:
         family, text, *groups = name.split()
         recipe, place = recipe_of(family, text)
         recipe = replace(recipe, clip=NO_CLIPPING, **({"kv_groups": int(groups[0])} if groups else {}))
-        found.append(pytest.param(recipe, place, id=name, marks=[] if place.world <= 2 else pytest.mark.slow))
+        found.append(pytest.param(recipe, place, id=name, marks=[] if name in QUICK else pytest.mark.slow))
     return found
 
 
 @pytest.mark.parametrize(
     ("recipe", "place"),
     cases(
-        "gpt pp2",
-        "llama tp2+zero 1",
-        "mixtral ep2dp2+zero",
+        *QUICK,
         "gpt pp2vpp2",
         "gpt cp2dp2+zero",
         "llama tp4 2",
