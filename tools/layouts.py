@@ -54,7 +54,8 @@ Plain megatron-core loops. The models, the data and what an error is are those o
 4 layers (more where the stages need them), hidden size 64, learning rate 2e-3 (Llama, Mixtral and BERT 1e-3), clipping
 at 1.0, dropout 0. Mixtral: 4 experts, the best two of each token, none dropped, both auxiliary losses. BERT and T5:
 padded sequences; a T5's pipeline ranks are half its encoder's, half its decoder's. `vpp` model chunks a pipeline rank,
-`first1` one layer in the first stage, `account` embedding and loss count as a layer, `etp` the experts' tensor parallel
+`first1`, `last1` one layer in that stage, `cut1-3` layers of each stage (pipeline_model_parallel_layout), `account`
+embedding and loss count as a layer, `etp` the experts' tensor parallel
 size, `+zero` ZeRO-1; the reference is always one rank with the unsharded optimizer.
 
 "NeMo" is MegatronGPTModel under trainer.fit, from YAML. It takes interleaved pipelines and experts with

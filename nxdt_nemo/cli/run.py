@@ -100,7 +100,7 @@ def _activate(main: ModuleType) -> None:
 def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     """What can be checked before ranks and models exist: all findings, then exit code 2.
 
-    The lane that the configuration names is handed on in the environment, to children too.
+    The lane that the configuration names, and how it rounds, are handed on in the environment, to children too.
     """
     from nxdt_nemo.config import precheck
     from nxdt_nemo.runtime.select import VARIABLE
@@ -110,6 +110,8 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
         return
     if report.neuron is not None and report.neuron.runtime is not None:
         os.environ[VARIABLE] = report.neuron.runtime
+    if report.neuron is not None and report.neuron.stochastic_rounding is not None:
+        os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(report.neuron.stochastic_rounding))
     if not report.errors:
         return
     *first, last = report.errors

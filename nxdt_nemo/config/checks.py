@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from math import gcd
 
-from nxdt_nemo.config import exp_manager, layers
+from nxdt_nemo.config import exp_manager, layers, pipeline_layout
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
 from nxdt_nemo.config.view import View
@@ -100,7 +100,7 @@ def _tp_sizes(heads: int, groups: int | None) -> str:
 
 def pipeline_parallel(view: View) -> Errors:
     """PP divides the layers, less those of a first and last stage of their own."""
-    if view.get("model.pipeline_model_parallel_layout") is not None:
+    if pipeline_layout.given(view):
         return
     stages, layers = view.size(PP), view.number("model.num_layers")
     if layers is None:
@@ -152,7 +152,7 @@ def interleaved(view: View) -> Errors:
 def _uneven(view: View) -> bool:
     places = [view.get(f"model.num_layers_in_{place}_pipeline_stage") is not None for place in ("first", "last")]
     counted = [view.get(f"model.account_for_{place}_in_pipeline_split", False) for place in ("embedding", "loss")]
-    return any(places + counted) or view.get("model.pipeline_model_parallel_layout") is not None
+    return any(places + counted) or pipeline_layout.given(view)
 
 
 def _micro_batches(view: View) -> int | None:
@@ -336,6 +336,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     megatron_core,
     tensor_parallel,
     pipeline_parallel,
+    *pipeline_layout.ERRORS,
     interleaved,
     experts,
     sequence_parallel,
@@ -389,4 +390,23 @@ def data_as_list(view: View) -> Changes:
         yield Change(key, value, listed, "NeMo expects a list and reads text letter by letter")
 
 
-CHANGES: tuple[Callable[[View], Changes], ...] = (half_to_bf16, o2_needs_half, asynchronous_gradients, data_as_list)
+def bucket_bytes(view: View) -> Changes:
+    """The size of a bucket in bytes, which megatron-core counts in elements; without overlap it makes one bucket."""
+    key, size = "model.optim.ddp_bucket_size", view.get("model.optim.bucket_cap_mb")
+    sharded = view.training and view.get("model.optim.name") == "mcore_distributed_optim"
+    if not sharded or not view.get("model.optim.overlap_grad_sync", False) or view.get(key) is not None:
+        return
+    if isinstance(size, int | float) and size > 0:
+        bytes_each = 4 if view.get("model.optim.grad_sync_dtype", "fp32") == "fp32" else 2
+        elements = max(1, int(size * 2**20 / bytes_each))
+        yield Change(key, None, elements, f"model.optim.bucket_cap_mb={size}, in elements of {bytes_each} bytes")
+
+
+CHANGES: tuple[Callable[[View], Changes], ...] = (
+    half_to_bf16,
+    o2_needs_half,
+    asynchronous_gradients,
+    data_as_list,
+    bucket_bytes,
+    *pipeline_layout.CHANGES,
+)

@@ -33,6 +33,8 @@ class NeuronConfig(BaseModel):
     runtime       the lane to run on; None leaves it to the environment (NXDT_NEMO_RUNTIME)
     instance      the instance type of the nodes, to compare trainer.devices with
     strict_keys   a key that nobody reads is an error, not a warning
+    stochastic_rounding   sets NEURON_RT_STOCHASTIC_ROUNDING_EN to 1 or 0; None leaves it to the environment. NxD
+                          Training's precision.type mixed_precision_SR, with megatron_amp_O2
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -40,6 +42,7 @@ class NeuronConfig(BaseModel):
     runtime: Literal["auto", "cpu", "xla", "neuron"] | None = None
     instance: str | None = None
     strict_keys: bool = False
+    stochastic_rounding: bool | None = None
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["finish_epoch", "finish_step", "set_fetched"]
+__all__ = ["finish_epoch", "finish_step", "rate_for_each_group", "set_fetched"]
 
 COUNTS = ("ready", "started", "processed", "completed")
 
@@ -39,6 +39,17 @@ def set_fetched(fit_loop: Any, batches: int) -> None:
     progress = fit_loop.epoch_loop.batch_progress
     progress.is_last_batch = False
     fit_loop._data_fetcher.fetched = batches - progress.current.ready  # the loop adds its steps to it
+
+
+def rate_for_each_group(scheduler: Any) -> None:
+    """Fit a scheduler that was saved with another number of parameter groups to those of its optimizer.
+
+    Experts have groups of their own with expert parallelism, and none without. It would leave groups that it has no
+    rate for as they are. Rates that differ are left alone: nothing says which belongs where.
+    """
+    rates, groups = getattr(scheduler, "base_lrs", []), scheduler.optimizer.param_groups
+    if len(set(rates)) == 1 and len(rates) != len(groups):
+        scheduler.base_lrs = rates[:1] * len(groups)
 
 
 def _set(tracker: Any, count: int) -> None:

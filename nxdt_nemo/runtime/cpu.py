@@ -201,6 +201,12 @@ class CpuLane(Lane):
             raise LaneError(f"group {name} needs ranks, and none are up", fix="call init_ranks first")
         return dist.get_rank()
 
+    @property
+    def emulates_rounding(self) -> bool:
+        from nxdt_nemo.runtime.rounding import asked
+
+        return asked()
+
     @cached_property
     def ops(self) -> Ops:
         from nxdt_nemo.runtime.gloo import table

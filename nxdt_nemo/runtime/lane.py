@@ -194,6 +194,11 @@ class Lane(ABC):
     ) -> AbstractContextManager[Any]:
         """torch.distributed._coalescing_manager for upstream's calls."""
 
+    @property
+    def emulates_rounding(self) -> bool:
+        """Is stochastic rounding asked for, and this lane's device has none? See rounding.py."""
+        return False
+
     @abstractmethod
     def step_boundary(self) -> None:
         """The end of a training step: a traced lane cuts its graph here."""

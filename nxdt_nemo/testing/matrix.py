@@ -16,7 +16,8 @@ TOLERANCE = 1e-5
 
 LAYOUTS: dict[Family, str] = {
     "gpt": (
-        "tp2 tp2sp tp4sp pp2 pp4 pp2first1 pp3account pp2vpp2 pp4vpp2 tp2pp2 tp2sppp2vpp2 dp2 dp2+zero tp2spdp2+zero"
+        "tp2 tp2sp tp4sp pp2 pp4 pp2first1 pp3first1last1 pp3account pp2cut0-4"
+        " pp2cut1-0-2-1vpp2 pp2vpp2 pp4vpp2 tp2pp2 tp2sppp2vpp2 dp2 dp2+zero tp2spdp2+zero"
         " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero cp2 cp2dp2+zero tp2spcp2pp2"
     ),
     "llama": (
@@ -24,7 +25,7 @@ LAYOUTS: dict[Family, str] = {
         " tp2sppp2vpp2dp2+zero cp2 cp4 tp2cp2 cp2pp2vpp2 tp2spcp2dp2+zero tp8"
     ),
     "mixtral": (
-        "tp2sp tp4sp pp2 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
+        "tp2sp tp4sp pp2 pp2cut1-3 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
         " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2"
     ),
     "bert": "tp2 tp2sp pp2 pp2vpp2 dp2+zero",
@@ -32,7 +33,7 @@ LAYOUTS: dict[Family, str] = {
 }
 
 FAST: dict[Family, str] = {
-    "gpt": "pp2vpp2 pp2first1",
+    "gpt": "pp2cut1-0-2-1vpp2 pp2first1",
     "llama": "cp2",
     "mixtral": "ep2dp2+zero tp2spep2etp1",
     "bert": "tp2sp",
@@ -82,6 +83,7 @@ NEMO = (
     NemoRow("llama", "pp2vpp2", half=True),
     NemoRow("gpt", "tp2sppp2vpp2", half=True),
     NemoRow("gpt", "pp2first1"),
+    NemoRow("gpt", "pp2cut1-0-2-1vpp2", half=True),
     NemoRow("llama", "tp2cp2"),
     NemoRow("llama", "tp4", kv_groups=2),
     NemoRow("mixtral", "tp2sp"),
@@ -96,7 +98,9 @@ def recipe_of(family: Family, name: str, steps: int = 20) -> tuple[Recipe, Layou
     place = layout(name)
     recipe = Recipe.of(family, steps=steps)
     layers = max(recipe.layers, place.pp * place.chunks)
-    if place.account:  # embedding and loss count as a layer each
+    if place.cut:
+        layers = sum(int(count) for count in place.cut.split("-"))
+    elif place.account:  # embedding and loss count as a layer each
         layers = 2 * place.pp - 2
     batches = max(recipe.micro_batches, place.dp * place.pp) if place.vpp else recipe.micro_batches
     return Recipe.of(family, steps=steps, layers=layers, micro_batches=batches), place

@@ -217,6 +217,8 @@ def _model(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "num_layers_in_first_pipeline_stage": layout.first or None,
+        "num_layers_in_last_pipeline_stage": layout.last or None,
+        "pipeline_model_parallel_layout": layout.pipeline_layout,
         "sequence_parallel": layout.sp,
         "encoder_seq_length": recipe.seq,
         "max_position_embeddings": recipe.seq,

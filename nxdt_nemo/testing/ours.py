@@ -219,6 +219,8 @@ def _stages(recipe: Recipe, layout: Layout, state: Any, fields: Mapping[str, Any
         expert_tensor_parallel_size=layout.etp or layout.tp,
         sequence_parallel=layout.sp,
         num_layers_in_first_pipeline_stage=layout.first or None,
+        num_layers_in_last_pipeline_stage=layout.last or None,
+        pipeline_model_parallel_layout=layout.pipeline_layout,
         account_for_embedding_in_pipeline_split=layout.account,
         account_for_loss_in_pipeline_split=layout.account,
         pipeline_dtype=dtype,

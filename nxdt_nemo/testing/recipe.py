@@ -191,7 +191,8 @@ class Layout:
     sp              sequence parallelism
     ep, etp         expert parallel size, and the experts' tensor parallel size (0: tp)
     vpp             model chunks a pipeline rank has (0: one, not interleaved)
-    first           layers in the first pipeline stage (0: as many as in the others)
+    first, last     layers in the first and in the last pipeline stage (0: as many as in the others)
+    cut             layers of each stage, or chunk, in their order: "1-3"
     account         embedding and loss count as a layer each where layers are dealt out
     zero            ZeRO-1
     kv_head_order   where there are more tensor-parallel ranks than KV heads: which of their copies a rank has
@@ -207,12 +208,19 @@ class Layout:
     etp: int = 0
     vpp: int = 0
     first: int = 0
+    last: int = 0
+    cut: str = ""
     account: bool = False
     kv_head_order: Literal["trn2", "trn1"] = "trn2"
 
     @property
     def world(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def pipeline_layout(self) -> str | None:
+        """`cut` as megatron-core writes it: Et|tttL."""
+        return f"E{'|'.join('t' * int(layers) for layers in self.cut.split('-'))}L" if self.cut else None
 
     @property
     def chunks(self) -> int:
@@ -228,6 +236,8 @@ class Layout:
             f"etp{self.etp}": self.etp > 0,
             f"pp{self.pp}": self.pp > 1,
             f"first{self.first}": self.first > 0,
+            f"last{self.last}": self.last > 0,
+            f"cut{self.cut}": bool(self.cut),
             "account": self.account,
             f"vpp{self.vpp}": self.vpp > 0,
             f"dp{self.dp}": self.dp > 1,
@@ -239,18 +249,20 @@ class Layout:
 
 _LAYOUT = re.compile(
     r"(?:one|(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:cp(?P<cp>\d+))?(?:ep(?P<ep>\d+))?(?:etp(?P<etp>\d+))?"
-    r"(?:pp(?P<pp>\d+)(?:first(?P<first>\d+)|(?P<account>account))?(?:vpp(?P<vpp>\d+))?)?(?:dp(?P<dp>\d+))?)"
+    r"(?:pp(?P<pp>\d+)(?:first(?P<first>\d+))?(?:last(?P<last>\d+))?(?:cut(?P<cut>\d+(?:-\d+)+))?"
+    r"(?P<account>account)?(?:vpp(?P<vpp>\d+))?)?(?:dp(?P<dp>\d+))?)"
     r"(?P<zero>\+zero)?"
 )
 
 
 def layout(text: str) -> Layout:
-    """`tp2sp`, `tp2pp2`, `pp2vpp2`, `cp2`, `ep2dp2`, `dp2+zero`, `one`, ... as a Layout; else ValueError."""
+    """`tp2sp`, `pp2vpp2`, `pp2cut1-3`, `cp2`, `ep2dp2`, `dp2+zero`, `one`, ... as a Layout; else ValueError."""
     found = _LAYOUT.fullmatch(text)
     if not text or text == "+zero" or found is None:
         raise ValueError(
             f"layout {text!r} is not like tp2, tp2sp, pp2, pp2vpp2, pp2first1, tp2pp2, cp2, ep2dp2, dp2+zero or one"
         )
     given = {name: value for name, value in found.groupdict().items() if value is not None}
+    cut = given.pop("cut", "")
     fields: dict[str, Any] = {name: int(value) if value.isdigit() else True for name, value in given.items()}
-    return Layout(**fields)
+    return Layout(**fields, cut=cut)

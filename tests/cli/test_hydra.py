@@ -66,3 +66,16 @@ def test_what_the_config_shows_is_said_before_the_script_starts(ours, tmp_path) 
     lines = done.stderr.splitlines()
     assert all(line.startswith("nxdt-nemo: conf.yaml: ") for line in lines)
     assert [line for line in lines if "model.tensor_model_parallel_size=3" in line and "32" in line]
+
+
+@pytest.mark.parametrize(("value", "told"), [("true", "1"), ("null", "unset")])
+def test_how_weights_are_rounded_is_handed_on(ours, tmp_path, value, told) -> None:
+    (tmp_path / "conf.yaml").write_text(f"neuron:\n  stochastic_rounding: {value}\n")
+    (tmp_path / "script.py").write_text(
+        "import os\nprint(os.environ.get('NEURON_RT_STOCHASTIC_ROUNDING_EN', 'unset'))\nimport hydra\n"
+        "@hydra.main(version_base=None, config_path='.', config_name='conf')\n"
+        "def main(cfg):\n    pass\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+    done = ours("run", "script.py", *QUIET)
+    assert (done.returncode, done.stdout) == (0, f"{told}\n"), done.stderr

@@ -295,3 +295,20 @@ def test_overlapped_gradients_are_turned_off_where_nemo_would_use_them(gpt, over
     keys = [change.key for change in sanitise(cfg).changes]
     assert ("model.async_grad_allreduce" in keys) is changed
     assert cfg.model.get("async_grad_allreduce", "absent") in ((False,) if changed else (False, "absent"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "elements"),
+    [
+        (["+model.optim.overlap_grad_sync=True"], 400 * 2**18),
+        (["+model.optim.overlap_grad_sync=True", "+model.optim.grad_sync_dtype=bf16"], 400 * 2**19),
+        (["+model.optim.overlap_grad_sync=True", "+model.optim.ddp_bucket_size=7"], None),
+        ([], None),  # without overlap megatron-core has one bucket
+    ],
+)
+def test_the_bytes_of_a_bucket_become_elements(gpt, overrides, elements):
+    """megatron-core counts elements, so that NeMo passes ddp_bucket_size and leaves bucket_cap_mb out."""
+    cfg = gpt(*MCORE_ZERO, "+model.optim.bucket_cap_mb=400", *overrides)
+    found = [change.new for change in sanitise(cfg).changes if change.key == "model.optim.ddp_bucket_size"]
+    assert found == ([] if elements is None else [elements])
+    assert cfg.model.optim.get("ddp_bucket_size") == (7 if "ddp_bucket_size" in "".join(overrides) else elements)

@@ -42,7 +42,8 @@ def test_it_is_frozen():
         ({"runtme": "cpu"}, "unknown key neuron.runtme; did you mean runtime?"),
         (
             {"zzz": 1},
-            "unknown key neuron.zzz; write its keys: neuron.runtime, neuron.instance or neuron.strict_keys",
+            "unknown key neuron.zzz; write its keys: "
+            "neuron.runtime, neuron.instance, neuron.strict_keys or neuron.stochastic_rounding",
         ),
         ({"runtime": "gpu"}, "neuron.runtime=gpu is not a lane; use auto, cpu, xla or neuron"),
         ({"strict_keys": "maybe"}, "neuron.strict_keys=maybe is wrong (input should be a valid boolean)"),

@@ -87,3 +87,18 @@ def test_after_an_epochs_last_step_the_next_one_begins(active: Any, hook: str) -
     assert seen["epochs"] == [(1, 4), (2, 8)]
     assert seen["validated"][-4:] == [6, 8, 10, 12]
     assert seen["ended"] == 12
+
+
+@pytest.mark.parametrize(
+    ("rates", "groups", "expected"),
+    [([0.1, 0.1], 3, [0.1] * 3), ([0.1] * 3, 2, [0.1] * 2), ([0.1, 0.2], 2, [0.1, 0.2]), ([0.1, 0.2], 3, [0.1, 0.2])],
+)
+def test_a_resumed_schedule_has_a_rate_for_each_group(rates, groups, expected):
+    """Experts have groups of their own with expert parallelism, and none without."""
+    from types import SimpleNamespace
+
+    from nxdt_nemo.lightning.loops import rate_for_each_group
+
+    scheduler = SimpleNamespace(base_lrs=rates, optimizer=SimpleNamespace(param_groups=[{}] * groups))
+    rate_for_each_group(scheduler)
+    assert scheduler.base_lrs == expected

@@ -201,6 +201,35 @@ def test_a_transposed_target(on_ranks: OnRanks) -> None:
     assert torch.equal(turned["loss"], straight["loss"]) and torch.equal(turned["gradient"], straight["gradient"])
 
 
+def without_writes(*args: Any) -> Found:
+    """As a device that traces takes it; what the backward pass runs, too."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from nxdt_nemo.megatron.tensor_parallel import cross_entropy
+
+    seen: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    before, cross_entropy._BLOCKED_DEVICES = cross_entropy._BLOCKED_DEVICES, frozenset()
+    try:
+        with Names():
+            return computed("plain", *args) | {"operations": seen}
+    finally:
+        cross_entropy._BLOCKED_DEVICES = before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mask_in_place_of_a_write_at_an_index(on_ranks: OnRanks, ranks: int) -> None:
+    given = inputs(F32)
+    found, usual = on_ranks(ranks, without_writes, *given), on_ranks(ranks, computed, "plain", *given)
+    assert torch.equal(found["loss"], usual["loss"]) and torch.equal(found["gradient"], usual["gradient"])
+    assert not [name for name in found["operations"] if "scatter" in name or "index_put" in name]
+
+
 # --- blocks, memory, collectives ---------------------------------------------------------------------------------
 
 

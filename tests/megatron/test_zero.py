@@ -5,6 +5,7 @@ A plain megatron-core loop. The same through NeMo: tests/nemo/test_zero.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo.testing.matrix import recipe_of
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.parity import NO_CLIPPING, Parity, relative
 from nxdt_nemo.testing.pool import RankError
@@ -121,6 +123,53 @@ def test_saved_in_another_layout(parity, tmp_path, family, name):
     assert ("optimizer.state.exp_avg.output_layer.weight" in read_tensors(folder)) == (family == "llama")
 
 
+RESHARDED = [("mixtral", "ep2dp2+zero", "dp2+zero")]  # family, saved in, resumed in
+RESHARDED_4 = [
+    ("gpt", "pp2vpp2+zero", "tp2+zero"),
+    ("gpt", "pp2vpp2dp2+zero", "tp2spdp2+zero"),
+    ("gpt", "pp2+zero", "one"),  # tied embeddings
+    ("gpt", "cp2dp2+zero", "dp4+zero"),
+    ("llama", "cp2dp2+zero", "tp2cp2"),
+    ("mixtral", "dp2+zero", "ep2dp2+zero"),
+    ("mixtral", "ep2dp2+zero", "one+zero"),
+    ("mixtral", "ep4dp4+zero", "ep2dp4+zero"),
+    ("mixtral", "tp2spep2etp1dp2+zero", "pp2vpp2+zero"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "home", "other"), [*RESHARDED, *(pytest.param(*case, marks=pytest.mark.slow) for case in RESHARDED_4)]
+)
+def test_resharded(parity, tmp_path, family, home, other):
+    """Pipelines, their chunks, contexts and experts: the run goes on where it was, and no tensor of it is lost."""
+    recipe, place = recipe_of(family, home, steps=4)
+    there = layout(other)
+    whole = parity.leg(recipe, place, range(4))
+    parity.leg(recipe, place, range(2), save=tmp_path / "saved")
+    rest = parity.leg(recipe, there, range(2, 4), resume=tmp_path / "saved")
+    assert relative(rest.losses, whole.losses[2:]) <= 1e-6
+    assert relative(rest.grad_norms, whole.grad_norms[2:]) <= 1e-6
+    parity.leg(recipe, there, range(0), resume=tmp_path / "saved", save=tmp_path / "again")
+    found, expected = (by_plain_name(read_tensors(tmp_path / folder)) for folder in ("again", "saved"))
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+
+
+def test_another_number_of_unsharded_optimizers_is_refused(parity, tmp_path):
+    """Experts have one of their own with expert parallelism."""
+    recipe, place = recipe_of("mixtral", "ep2dp2+zero", steps=4)
+    parity.leg(recipe, place, range(0), save=tmp_path / "saved")
+    with pytest.raises(
+        RankError, match="saved with another expert_model_parallel_size, and the optimizer is not shard"
+    ):
+        parity.leg(recipe, layout("dp2"), range(0), resume=tmp_path / "saved")
+
+
+def by_plain_name(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the number of the optimizer, of which there are two with expert parallelism."""
+    return {re.sub(r"^chained_\d\.", "", key): tensor for key, tensor in tensors.items()}
+
+
 def test_resumed_without_its_moments_it_is_another_run(parity, saved):
     """Else the test above says nothing about them."""
     run = saved["float32"]
@@ -186,6 +235,31 @@ def test_overlapped_collectives_change_nothing(parity, saved, dtype, tmp_path):
     found, expected = read_tensors(folder), read_tensors(run.folder)
     assert found.keys() == expected.keys()
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+
+
+def buckets_of(recipe: Recipe, size: int) -> int:
+    """Buckets of this rank's gradients, at most `size` elements each unless a parameter has more."""
+    from nxdt_nemo.testing import ours
+
+    place = layout("dp2+zero")
+    try:
+        model = ours._stages(recipe, place, ours._model_parallel(recipe, place))
+        [_, optimizer] = ours._wrap(model, recipe, True, {"overlap_grad_reduce": True, "bucket_size": size})
+        return len(optimizer.chained_optimizers[0].buckets)
+    finally:
+        ours.forget_groups()
+
+
+def test_the_size_of_a_bucket_changes_nothing_but_their_number(parity, gloo):
+    """megatron-core's bucket_size; in NeMo optim.ddp_bucket_size, or optim.bucket_cap_mb, in bytes."""
+    recipe = Recipe.of("gpt", steps=3, clip=NO_CLIPPING)
+    sizes, place = (10**9, 30_000), layout("dp2+zero")
+    runs = [parity.leg(recipe, place, range(3), overlap_grad_reduce=True, bucket_size=size) for size in sizes]
+    one, several = (gloo(2, buckets_of, recipe, size, init=ACTIVE, env=ACTIVE_ENV)[0] for size in sizes)
+    assert one == 1 and several > 4
+    assert runs[0].losses == runs[1].losses
+    assert all(torch.equal(runs[0].weights[name], runs[1].weights[name]) for name in runs[0].weights)
+    assert relative(runs[1].grad_norms, runs[0].grad_norms) <= 1e-6  # a sum over pieces, which are others
 
 
 @pytest.mark.slow

@@ -80,6 +80,8 @@ def test_when_what_and_where_to_save_and_log(train: Train) -> None:
         f"+{EXP}.create_early_stopping_callback=true",
         f"+{EXP}.early_stopping_callback_params={{monitor: val_loss, stopping_threshold: 100}}",
         f"+{EXP}.log_delta_step_timing=true",
+        f"+{EXP}.log_parameter_norm=true",
+        f"+{EXP}.log_gradient_norm=true",
         f"{EXP}.create_wandb_logger=true",
         f"+{EXP}.wandb_logger_kwargs={{project: p, name: n}}",
         environment={"WANDB_MODE": "offline"},
@@ -94,6 +96,9 @@ def test_when_what_and_where_to_save_and_log(train: Train) -> None:
     assert list((run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert "train_step_timing in s" in run.output
     assert not run.curve("train_step_timing in s")  # printed, not logged
+    assert run.curve("gradient_norm") == pytest.approx(run.curve("grad_norm"), rel=1e-6)  # NeMo's own
+    norms = run.curve("parameter_norm")
+    assert norms.keys() == losses.keys() and len(set(norms.values())) == 5
 
 
 def test_nemo_files_and_dropped_optimizer_states(train: Train) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -229,6 +230,37 @@ def test_refusals_and_reloading(ranks):
     assert values == "{0.25}"
     assert "closure" in closure
     assert "fp32 only" in half
+
+
+def rounded(inner: str) -> list[tuple[bool, bool]]:
+    """After each step: are the weights what stochastic rounding makes of the main parameters, and the nearest?"""
+    from nxdt_nemo.apex.optimizers import FusedAdam
+    from nxdt_nemo.nemo.core.optim.optimizer_with_main_params import MainParamsOptimizerWrapper
+    from nxdt_nemo.nemo.core.optim.optimizers import AdamW
+    from nxdt_nemo.runtime.rounding import SEED, SWITCH, stochastic
+
+    groups()
+    net, kinds = Net(), {"fused_adam": FusedAdam, "adamw": AdamW}
+    optimizer = MainParamsOptimizerWrapper(kinds[inner](net.parameters(), lr=1e-2), fp32_grad_accum=True)
+    found = []
+    os.environ.update({SWITCH: "1", SEED: "4"})
+    try:
+        for step, batches in enumerate(data()[:2], start=1):
+            optimizer.zero_grad()
+            backward(net, optimizer, batches)
+            optimizer.step()
+            [mains], [halves] = optimizer.fp32_from_float16_groups, optimizer.float16_groups
+            pairs = list(zip(mains, halves, strict=True))
+            ours = all(torch.equal(stochastic(main, 4, step), half) for main, half in pairs)
+            found.append((ours, all(torch.equal(main.bfloat16(), half) for main, half in pairs)))
+    finally:
+        del os.environ[SWITCH], os.environ[SEED]
+    return found
+
+
+@pytest.mark.parametrize("inner", ["fused_adam", "adamw"])
+def test_weights_are_rounded_as_asked(ranks, inner):
+    assert ranks(1, rounded, inner) == [[(True, False)] * 2]
 
 
 # --- gradients -----------------------------------------------------------------------------------------

@@ -136,6 +136,35 @@ def test_what_comes_from_elsewhere(gloo):
         }
 
 
+def in_buckets(megabytes: float) -> tuple[int, list[list[float]]]:
+    """How many buckets distributed_fused_adam makes, and the parameters after two steps."""
+    import torch
+    from megatron.core import parallel_state
+
+    from nxdt_nemo.nemo.core.optim.distributed_adam import MegatronDistributedFusedAdam
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    torch.manual_seed(3)
+    layers = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    optimizer = MegatronDistributedFusedAdam(layers.parameters(), lr=1e-2, bucket_cap_mb=megabytes)
+    optimizer.init_params()
+    torch.manual_seed(4 + torch.distributed.get_rank())
+    for _ in range(2):
+        optimizer.zero_grad()
+        layers(torch.randn(2, 5)).square().sum().backward()
+        optimizer.step()
+    return len(optimizer.buckets), [param.flatten().tolist() for param in layers.parameters()]
+
+
+def test_the_size_of_a_bucket_changes_nothing_but_their_number(gloo):
+    """bucket_cap_mb: room for 40 float32 gradients, of 35, 7, 21 and 3."""
+    pytest.importorskip("nemo", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    one, several = (gloo(2, in_buckets, size, init=ACTIVE, env=ACTIVE_ENV)[0] for size in (100, 40 * 4 / 2**20))
+    assert (one[0], several[0]) == (1, 2)
+    assert one[1] == several[1]
+
+
 # what it is resumed with: other sizes, the other sharded optimizer, and the ones that shard nothing
 OTHERS = {
     "one rank with fused_adam": ("trainer.devices=1", "model.optim.name=fused_adam"),
@@ -197,6 +226,37 @@ def test_main_parameters_are_resumed(train: Callable[..., Run], tmp_path: Path, 
         found[other] = [abs(curve[step] - expected[step]) / expected[step] for step in range(4, 8)]
     assert found[name] == [0.0] * 4
     assert all(errors[0] == 0.0 and max(errors) <= 1e-4 for errors in found.values()), found
+
+
+MOE = (
+    *DP2,
+    *O2,
+    "model.optim.name=mcore_distributed_optim",
+    "model.bias=False",
+    "+model.num_moe_experts=4",
+    "+model.moe_router_topk=2",
+    "+model.moe_router_dtype=fp32",
+    "+model.moe_token_dispatcher_type=alltoall",
+    "+model.moe_grouped_gemm=False",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("home", "other"), [(2, 1), (1, 2)])
+def test_resumed_at_another_expert_parallel_size(
+    train: Callable[..., Run], tmp_path: Path, home: int, other: int
+) -> None:
+    """Experts' optimizer and parameter groups come or go; a rate that stayed behind would show in the losses."""
+    saved = (*STEPS, *MOE, f"+model.expert_model_parallel_size={home}")
+    whole = train(*saved, name="whole")
+    assert whole.code == 0, whole.output[-3000:]
+    killed = train(*saved, name="killed", script=DIES, environment={"DIE_AT": "6"})
+    assert killed.code != 0
+    rest = train(*STEPS, *MOE, f"+model.expert_model_parallel_size={other}", name="killed")
+    assert rest.code == 0, rest.output[-3000:]
+    expected, found = whole.curve(), rest.curve()
+    errors = [abs(found[step] - expected[step]) / expected[step] for step in range(4, 8)]
+    assert errors[0] <= 1e-6 and max(errors) <= 1e-4, errors
 
 
 @pytest.mark.slow

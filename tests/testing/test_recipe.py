@@ -48,7 +48,10 @@ def test_the_learning_rate_rises_twice_then_falls_to_the_least(family):
     assert recipe.warmup <= 2
 
 
-@pytest.mark.parametrize("text", ["one", "tp2", "tp2sp", "pp2", "tp2pp2", "dp2", "tp2sppp2dp2"])
+TEXTS = ["one", "tp2", "tp2sp", "pp2", "tp2pp2", "dp2", "tp2sppp2dp2", "pp3first1last1", "pp2cut1-0-2-1vpp2"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_layout_prints_as_it_is_read(text):
     assert str(layout(text)) == text
 
@@ -56,6 +59,7 @@ def test_a_layout_prints_as_it_is_read(text):
 def test_a_layouts_sizes():
     assert layout("tp2sppp2") == Layout(tp=2, pp=2, sp=True)
     assert layout("tp2pp2dp2").world == 8
+    assert layout("pp2cut1-0-2-1vpp2").pipeline_layout == "Et||tt|tL"
 
 
 @pytest.mark.parametrize("text", ["", "tp", "sp", "pp2tp2", "two"])

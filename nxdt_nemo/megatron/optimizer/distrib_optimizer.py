@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer, param_gro
 from torch import Tensor, nn
 
 from nxdt_nemo.errors import NotOnNeuron
+from nxdt_nemo.megatron.optimizer.norms import counted
 from nxdt_nemo.megatron.optimizer.sharded_state import (
     Loaded,
     Tensors,
@@ -27,6 +28,9 @@ from nxdt_nemo.megatron.optimizer.sharded_state import (
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
 
 __all__ = ["DistributedOptimizer"]
+
+EXPERT = ("is_expert_parallel", "pre_is_expert_parallel")
+"""A group's mark that it is of experts in expert parallelism: a matter of this run, not of the checkpoint."""
 
 
 class DistributedOptimizer(MixedPrecisionOptimizer):
@@ -124,6 +128,11 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         for group in self.optimizer.param_groups:
             group["step"] = steps
 
+    def counted_gradients(self) -> list[Tensor]:
+        """This rank's pieces of the gradients that count in a norm."""
+        pieces = [] if self.is_stub_optimizer else self._pieces
+        return [piece.grad for piece in pieces if counted([piece.param])]
+
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
         return [piece.main.grad for piece in self._pieces if piece.main.grad is not None]
 
@@ -133,7 +142,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
     def _copy_main_params_to_model_params(self) -> None:
         for piece in self._pieces:
-            piece.publish()
+            piece.publish(self._steps + 1)
 
     def _copy_model_params_to_main_params(self) -> None:
         for piece in self._pieces:
@@ -196,22 +205,26 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         if self.is_stub_optimizer:
             return
         loaded = Loaded.of(state_dict)
-        self._take_groups(loaded.for_groups(len(self.optimizer.param_groups)))
+        self._take_groups(loaded)
         self._count(loaded.steps)
         if loaded.state:
-            load_pieces(self.buckets, self.model_params, self._state_of, loaded.state)
+            load_pieces(self.buckets, self.model_params, self._state_of, loaded)
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
-    def _take_groups(self, saved: list[dict[str, Any]]) -> None:
-        """Hyper-parameters of the saved group of the same kind, in any order.
+    def _take_groups(self, loaded: Loaded) -> None:
+        """Hyper-parameters of the saved group of the same kind, in any order; of an expert's, of the others' like it.
 
         Where there is none, an optimizer that groups its parameters in another way saved them: the learning rate.
         """
-        known = {_kind(group): group for group in saved}
-        for group in self.optimizer.param_groups:
-            values = known.get(_kind(group), common_rate(saved))
-            group.update({name: value for name, value in values.items() if name != "params"})
+        known = {_kind(group, apart): group for apart in (False, True) for group in loaded.groups}
+        mine = self.optimizer.param_groups
+        found = [known.get(_kind(group, True), known.get(_kind(group, False))) for group in mine]
+        if None in found:
+            loaded.for_groups(len(mine))
+        for group, saved in zip(mine, found, strict=True):
+            values = common_rate(loaded.groups) if saved is None else saved
+            group.update({name: value for name, value in values.items() if name not in ("params", *EXPERT)})
 
     def save_parameter_state(self, filename: str) -> None:
         """Upstream's file of one data-parallel rank's making. Raises NotOnNeuron."""
@@ -222,9 +235,10 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         raise NotOnNeuron(f"{filename}: optimizer state is not kept in a file of its own; use ckpt_format torch_dist")
 
 
-def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+def _kind(group: dict[str, Any], experts_apart: bool) -> tuple[Any, ...]:
     """What makes megatron-core put parameters into one group. NeMo renames a scheduler's keys to pre_*."""
-    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
+    keys = [key for key in param_group_identifier_keys if experts_apart or key not in EXPERT]
+    return (experts_apart, *(group.get(key, group.get(f"pre_{key}")) for key in keys))
 
 
 def _bucket(bucket: Any, buffer: Any) -> Bucket:

@@ -1,25 +1,37 @@
-"""megatron-core's bf16 optimizer with float32 main parameters, without CUDA's type names.
+"""megatron-core's bf16 optimizer with float32 main parameters, without CUDA's type names; and chains of optimizers.
 
 Room megatron/. Stands in for the constructor of megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params;
-everything else of that class is upstream's. Proof: tests/megatron/test_zero.py.
+everything else of that class is upstream's. Wraps ChainedOptimizer.load_state_dict, which counts optimizers: with
+expert parallelism there are two, without it one. Proof: tests/megatron/test_zero.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 
-__all__ = ["init_float16_optimizer"]
+from nxdt_nemo.errors import UserError
+from nxdt_nemo.megatron.optimizer.distrib_optimizer import DistributedOptimizer
+from nxdt_nemo.megatron.optimizer.sharded_state import groups_of, states_of
+from nxdt_nemo.runtime.rounding import SWITCH
+from nxdt_nemo.runtime.select import current
+
+__all__ = ["init_float16_optimizer", "load_chained_state_dict"]
 
 
 def init_float16_optimizer(self: Any, optimizer: Any, config: Any, grad_scaler: Any, init_state_fn: Any) -> None:
     """Put a float32 copy in the place of each half precision parameter; float32 ones stay as they are.
 
-    Raises TypeError naming the dtype of a parameter that is neither.
+    Raises TypeError naming the dtype of a parameter that is neither, and UserError where stochastic rounding is asked
+    for on a lane without it: this optimizer is for loops of one's own, and NeMo's are rounded in all of theirs.
     """
+    if current().emulates_rounding:
+        reason = f"{SWITCH}=1 is not emulated in megatron-core's unsharded optimizer"
+        raise UserError(reason, fix="use use_distributed_optimizer=True, or unset it")
     MixedPrecisionOptimizer.__init__(self, optimizer, config, grad_scaler, init_state_fn)
     self.is_stub_optimizer = not optimizer
     if not optimizer:
@@ -47,3 +59,25 @@ def init_float16_optimizer(self: Any, optimizer: Any, config: Any, grad_scaler: 
         self.float16_groups.append(halves)
         self.fp32_from_float16_groups.append(mains)
         self.fp32_from_fp32_groups.append(fulls)
+
+
+def load_chained_state_dict(upstream: Callable[..., None], self: Any, state_dict: Any) -> None:
+    """As upstream; and what one optimizer has saved into several, or several into one, where they are sharded ones.
+
+    Each takes the hyper-parameters of the saved group of its kind, see DistributedOptimizer.load_state_dict.
+    Raises UserError for optimizers that are not sharded.
+    """
+    several = len(self.chained_optimizers) > 1
+    numbers = [key for key in state_dict if isinstance(key, int)] if isinstance(state_dict, dict) else []
+    others = {key: value for key, value in state_dict.items() if key not in numbers} if numbers else {}
+    saved_by_one, saved_by_several = bool(others), any(groups_of(state_dict[number]) for number in numbers)
+    if (several and not saved_by_one) or (not several and not saved_by_several):
+        upstream(self, state_dict)
+        return
+    if not all(isinstance(one, DistributedOptimizer) for one in self.chained_optimizers):
+        reason = "the checkpoint was saved with another expert_model_parallel_size, and the optimizer is not sharded"
+        raise UserError(reason, fix="use optim.name=mcore_distributed_optim, or the size that it was saved with")
+    parts = [state_dict[number] for number in sorted(numbers)]
+    groups = groups_of(others) if several else [group for part in parts for group in groups_of(part)]
+    for one, part in zip(self.chained_optimizers, parts if several else [others], strict=True):
+        one.load_state_dict({"state": states_of(part), "param_groups": groups})

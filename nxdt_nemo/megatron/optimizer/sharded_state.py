@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from nxdt_nemo.errors import UserError
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
 
-__all__ = ["PREFIX", "Loaded", "Tensors", "common_rate", "load_pieces", "state_template", "whole_states"]
+__all__ = [
+    "PREFIX",
+    "Loaded",
+    "Tensors",
+    "common_rate",
+    "groups_of",
+    "load_pieces",
+    "state_template",
+    "states_of",
+    "whole_states",
+]
 
 PREFIX = "optimizer.state"
 Tensors = dict[str, Tensor]  # fp32_param (of half precision parameters), exp_avg, exp_avg_sq
@@ -79,17 +89,15 @@ def state_template(
     return sharded
 
 
-def load_pieces(
-    buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Mapping[int, Tensors]
-) -> None:
-    """Copy loaded tensors, of the parameters' shapes, into this rank's pieces of them."""
+def load_pieces(buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded) -> None:
+    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them."""
     pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
     for place, param in enumerate(params):
         if param in pieces:
             piece = pieces[param]
             for name, tensor in state_of(piece).items():
-                tensor.copy_(piece.cut(loaded[place][name]))
-            piece.publish()
+                tensor.copy_(piece.cut(loaded.state[place][name]))
+            piece.publish(loaded.steps)
 
 
 @dataclass(frozen=True)
@@ -112,10 +120,7 @@ class Loaded:
         Apex's and TransformerEngine's FusedAdam count steps in a group's `step`, as here; megatron-core with torch's
         Adam in the state's `common_step`; NeMo with Apex's DistributedFusedAdam in the state's `step`.
         """
-        parts = (state_dict, state_dict.get("optimizer", {}))
-        states = {key: value for part in parts for key, value in (part.get("state") or {}).items()}
-        found = (part["param_groups"] for part in parts if any(part.get("param_groups", [])))
-        groups: list[dict[str, Any]] = next(found, [])
+        states, groups = states_of(state_dict), groups_of(state_dict)
         counts = [*(group.get("step") for group in groups), states.get("common_step"), states.get("step")]
         steps = max((int(count) for count in counts if count is not None), default=0)
         return cls({key: value for key, value in states.items() if isinstance(key, int)}, groups, steps)
@@ -126,6 +131,18 @@ class Loaded:
             reason = f"parameter groups: {len(self.groups)} in the checkpoint, {count} in this optimizer"
             raise UserError(reason, fix="resume with the optimizer that saved it")
         return self.groups
+
+
+def states_of(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """An optimizer's `state`, at the top of its state dict and under `optimizer`."""
+    parts = (state_dict, state_dict.get("optimizer", {}))
+    return {key: value for part in parts for key, value in (part.get("state") or {}).items()}
+
+
+def groups_of(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Its `param_groups`, from the first of these places that has any."""
+    parts = (state_dict, state_dict.get("optimizer", {}))
+    return next((part["param_groups"] for part in parts if any(part.get("param_groups", []))), [])
 
 
 def common_rate(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

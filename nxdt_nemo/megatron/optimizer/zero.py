@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from nxdt_nemo.runtime.rounding import copy_rounded_
+
 __all__ = ["Bucket", "Piece", "allocate", "gather_parameters", "reduce_gradients"]
 
 Span = tuple[nn.Parameter, int, int]
@@ -48,10 +50,10 @@ class Piece:
         if self.main is not self.model:
             self.main.copy_(self.model)
 
-    def publish(self) -> None:
-        """Put the main parameter into the model's."""
+    def publish(self, step: int) -> None:
+        """Put the main parameter into the model's, as it is after `step` steps."""
         if self.main is not self.model:
-            self.model.copy_(self.main)
+            copy_rounded_(self.model, self.main, step)
 
 
 @dataclass(frozen=True, eq=False)

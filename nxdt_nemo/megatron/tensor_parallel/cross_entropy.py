@@ -2,7 +2,8 @@
 
 Room megatron/. Wraps megatron.core.tensor_parallel.cross_entropy.vocab_parallel_cross_entropy and replaces
 megatron.core.fusions.fused_cross_entropy.fused_vocab_parallel_cross_entropy (whose gradient is rounded to bfloat16,
-whatever the logits are). May import torch and upstream's parallel state. Proof: tests/megatron/test_cross_entropy.py.
+whatever the logits are). May import torch, upstream's parallel state and nxdt_nemo.runtime.
+Proof: tests/megatron/test_cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor
+
+from nxdt_nemo.megatron.tensor_parallel.vocab_embedding import first_id
 
 __all__ = ["fused_vocab_parallel_cross_entropy", "vocab_parallel_cross_entropy"]
 
@@ -54,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows = logits.view(-1, logits.shape[-1])
         largest = rows.amax(-1, keepdim=True)
         _reduce(largest, dist.ReduceOp.MAX, group)
-        index = target.reshape(-1, 1) - group.rank() * rows.shape[1]
+        index = target.reshape(-1, 1) - first_id(rows.shape[1], group, target.device)
         elsewhere = (index < 0) | (index >= rows.shape[1])
         index = index.masked_fill(elsewhere, 0)
         chosen = (rows.gather(1, index) - largest).masked_fill(elsewhere, 0.0)
@@ -72,8 +75,17 @@ class _CrossEntropy(torch.autograd.Function):
         exponents, total, index, elsewhere = ctx.saved_tensors
         gradient = grad_outputs[0].reshape(-1, 1)
         rows = exponents.view(-1, exponents.shape[-1]).mul_(gradient / total)
-        rows.scatter_add_(1, index, gradient.masked_fill(elsewhere, 0.0).neg())
+        _take_from(rows, index, gradient.masked_fill(elsewhere, 0.0))
         return exponents.to(ctx.dtype), None, None
+
+
+def _take_from(rows: Tensor, index: Tensor, amount: Tensor) -> None:
+    """rows[i, index[i]] -= amount[i]. A compiler that traces gets a mask, which it fuses, and no write at an index."""
+    if rows.device.type in _BLOCKED_DEVICES:
+        rows.scatter_add_(1, index, amount.neg())
+    else:
+        chosen = torch.arange(rows.shape[1], device=rows.device) == index
+        rows.sub_(torch.where(chosen, amount, 0.0))
 
 
 def _reduce(tensor: Tensor, op: Any, group: Any) -> None:

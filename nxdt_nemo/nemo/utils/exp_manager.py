@@ -1,8 +1,9 @@
-"""Which checkpoint a run goes on from after a kill at any moment.
+"""Which checkpoint a run goes on from after a kill at any moment; and two of NxD Training's keys.
 
-Room nemo/. Wraps nemo.utils.exp_manager.check_resume, which stops when a kill between two of its steps left two
-checkpoints that end with -last, and overlooks a newer one whose -last was not begun. Changes nothing on disk: on a
-torchrun job each rank comes here by itself. Proof: tests/nemo/test_resume.py, tools/resume.py.
+Room nemo/. Wraps nemo.utils.exp_manager.exp_manager, which refuses keys that it does not know, and check_resume, which
+stops when a kill between two of its steps left two checkpoints that end with -last, and overlooks a newer one whose
+-last was not begun. Changes nothing on disk: on a torchrun job each rank comes here by itself.
+Proof: tests/nemo/test_resume.py, tools/resume.py, tests/nemo/test_exp_manager.py.
 """
 
 from __future__ import annotations
@@ -13,12 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from omegaconf import OmegaConf
 
 from nxdt_nemo import console
+from nxdt_nemo.nemo.utils.callbacks.norms import NormLogger
 
-__all__ = ["check_resume", "newest"]
+__all__ = ["check_resume", "exp_manager", "newest"]
 
+NORMS = ("log_parameter_norm", "log_gradient_norm")
 STEP = re.compile(r"step=(\d+)")
+
+
+def exp_manager(original: Callable[..., Any], trainer: Any, cfg: Any = None) -> Any:
+    """As upstream, which makes callbacks of its keys; and the one of NORMS."""
+    if cfg is None or not any(key in cfg for key in NORMS):
+        return original(trainer, cfg)
+    # resolved, as upstream does next
+    keys: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
+    wanted = [bool(keys.pop(key, False)) for key in NORMS]
+    folder = original(trainer, OmegaConf.create(keys))
+    if any(wanted):
+        trainer.callbacks.append(NormLogger(*wanted))
+    return folder
 
 
 def check_resume(

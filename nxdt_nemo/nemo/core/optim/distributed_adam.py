@@ -244,7 +244,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         inner.step()
         for piece in pieces:
             piece.main.grad = None
-            piece.publish()
+            piece.publish(self._steps + 1)
         self._count(self._steps + 1)
         gather_parameters(self.buckets)
         return loss
@@ -309,7 +309,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         self._count(loaded.steps)
         if loaded.state:
             params = [param for param in self.parameters() if param in self._placed]
-            load_pieces(self.buckets, params, self._state_of, loaded.state)
+            load_pieces(self.buckets, params, self._state_of, loaded)
 
 
 def _add_to_main_grad(param: Any) -> None:

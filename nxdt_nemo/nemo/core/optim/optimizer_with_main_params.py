@@ -18,6 +18,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from nxdt_nemo.runtime.rounding import copy_rounded_
+from nxdt_nemo.runtime.select import current
+
 __all__ = ["MainParamsOptimizerWrapper"]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -155,8 +158,20 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
             raise ValueError("the precision plugin runs the closure; step() takes none")
         self._finish_reduction()
         self.optimizer.step(**kwargs)
-        self._copy(self.fp32_from_float16_groups, self.float16_groups)
+        if current().emulates_rounding:
+            self._round()
+        else:
+            self._copy(self.fp32_from_float16_groups, self.float16_groups)
         return True
+
+    def _round(self) -> None:
+        """Copy, rounded by the number of steps made, which the inner optimizer keeps in its groups or its states."""
+        counts = [group["step"] for group in self.optimizer.param_groups if "step" in group]
+        counts = counts or [state["step"] for state in self.optimizer.state.values() if "step" in state]
+        step = max(map(int, counts), default=0)
+        for mains, halves in zip(self.fp32_from_float16_groups, self.float16_groups, strict=True):
+            for main, half in zip(mains, halves, strict=True):
+                copy_rounded_(half.detach(), main, step)
 
     @torch.no_grad()
     def reload_model_params(self) -> None:

@@ -59,6 +59,8 @@ class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):
         """As upstream; and Lightning's counters agree with the sampler's place in the epoch."""
         super().on_train_start()
         module, sampler = self.lightning_module, self._sampler
+        for config in module.trainer.lr_scheduler_configs:
+            loops.rate_for_each_group(config.scheduler)
         if sampler is None:
             return
         fit_loop = module.trainer.fit_loop

@@ -1,0 +1,140 @@
+"""Word embeddings on ranks that divide the vocabulary, against megatron-core's own forward pass, to the bit."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
+from nxdt_nemo.testing.recipe import Layout, Recipe
+
+pytestmark = pytest.mark.ranks
+
+B, S, V, H = 3, 8, 48, 6
+
+
+def upstreams() -> Any:
+    """The forward pass that megatron-core's source has, whatever is in its place now."""
+    from megatron.core.tensor_parallel import layers
+
+    source = textwrap.dedent(inspect.getsource(layers))
+    [made] = [node for node in ast.parse(source).body if getattr(node, "name", "") == "VocabParallelEmbedding"]
+    [forward] = [node for node in made.body if getattr(node, "name", "") == "forward"]
+    names: dict[str, Any] = dict(vars(layers))
+    exec(compile(ast.Module([forward], []), layers.__file__, "exec"), names)
+    return names["forward"]
+
+
+def embedded(scattered: bool, deterministic: bool, dtype: str, ids: str) -> dict[str, Any]:
+    """One rank's outputs and weight gradients, ours and upstream's."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+    _model_parallel(Recipe.of("gpt"), Layout(tp=dist.get_world_size()))
+    try:
+        torch.manual_seed(5)
+        whole = torch.randn(V, H)
+        tokens = {
+            "all": torch.randint(0, V, (B, S)),
+            "first rank's": torch.randint(0, V // 4, (B, S)),
+            "ends": torch.tensor([0, V // 2 - 1, V // 2, V - 1]).repeat(B, S // 4),
+        }[ids]
+        layer = VocabParallelEmbedding(
+            V,
+            H,
+            init_method=torch.nn.init.zeros_,
+            reduce_scatter_embeddings=scattered,
+            config=SimpleNamespace(
+                deterministic_mode=deterministic,
+                use_cpu_initialization=True,
+                perform_initialization=True,
+                params_dtype=getattr(torch, dtype),
+            ),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        with torch.no_grad():
+            layer.weight.copy_(whole[layer.vocab_start_index : layer.vocab_end_index])
+        found: dict[str, Any] = {}
+        for name, forward in {"ours": layer.forward, "upstream's": upstreams().__get__(layer)}.items():
+            layer.weight.grad = None
+            output = forward(tokens)
+            torch.manual_seed(7)
+            output.backward(torch.randn(output.shape).to(output.dtype))
+            found[name] = (output.detach(), layer.weight.grad)
+        found["expected"] = torch.nn.functional.embedding(tokens, whole)
+        found["class"] = type(layer).forward.__module__
+        return found
+    finally:
+        forget_groups()
+
+
+CASES = [  # ranks, scattered over the sequence, deterministic_mode, dtype, ids
+    (1, False, False, "float32", "all"),
+    (2, False, False, "float32", "all"),
+    (2, True, False, "float32", "all"),
+    (2, True, True, "bfloat16", "all"),
+    (2, False, False, "float32", "first rank's"),
+    (2, True, False, "float32", "ends"),
+    pytest.param(4, True, False, "float32", "all", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ranks", "scattered", "deterministic", "dtype", "ids"), CASES)
+def test_equal_to_upstreams_to_the_bit(gloo, ranks, scattered, deterministic, dtype, ids):
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    parts = gloo(ranks, embedded, scattered, deterministic, dtype, ids, init=ACTIVE, env=ACTIVE_ENV)
+    for part in parts:
+        assert part["class"] == "nxdt_nemo.megatron.tensor_parallel.vocab_embedding"
+        for mine, theirs in zip(part["ours"], part["upstream's"], strict=True):
+            assert torch.equal(mine, theirs)
+        assert part["ours"][1].any() or ids == "first rank's"
+    found = torch.cat([part["ours"][0] for part in parts]) if scattered else parts[-1]["ours"][0].transpose(0, 1)
+    expected = parts[0]["expected"].transpose(0, 1)
+    assert torch.equal(found.float(), expected.to(found.dtype).float())
+
+
+def test_no_write_at_an_index_is_in_the_graph(gloo):
+    """The control: upstream's has one."""
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    for way, written in (("ours", False), ("upstream's", True)):
+        found, _ = gloo(2, operations, way, init=ACTIVE, env=ACTIVE_ENV)
+        assert any("index_put" in name for name in found) is written, (way, found)
+
+
+def operations(way: str) -> list[str]:
+    """Names of the operations that one forward and backward pass runs."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    _model_parallel(Recipe.of("gpt"), Layout(tp=dist.get_world_size()))
+    try:
+        config = SimpleNamespace(
+            deterministic_mode=False,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            params_dtype=torch.float32,
+        )
+        group = parallel_state.get_tensor_model_parallel_group()
+        layer = VocabParallelEmbedding(V, H, init_method=torch.nn.init.zeros_, config=config, tp_group=group)
+        forward = layer.forward if way == "ours" else upstreams().__get__(layer)
+        with Names():
+            forward(torch.arange(S).repeat(B, 1)).sum().backward()
+        return seen
+    finally:
+        forget_groups()
