@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from math import gcd
 
 from nxdt_nemo.config import exp_manager, layers
+from nxdt_nemo.config import experts as expert_rules
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
 from nxdt_nemo.config.view import View
@@ -344,6 +345,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     length,
     data_files,
     *layers.ERRORS,
+    *expert_rules.ERRORS,
     *exp_manager.ERRORS,
 )
 
@@ -389,4 +391,10 @@ def data_as_list(view: View) -> Changes:
         yield Change(key, value, listed, "NeMo expects a list and reads text letter by letter")
 
 
-CHANGES: tuple[Callable[[View], Changes], ...] = (half_to_bf16, o2_needs_half, asynchronous_gradients, data_as_list)
+CHANGES: tuple[Callable[[View], Changes], ...] = (
+    half_to_bf16,
+    o2_needs_half,
+    asynchronous_gradients,
+    data_as_list,
+    *expert_rules.CHANGES,
+)
