@@ -120,7 +120,9 @@ def router_in_float32(view: View) -> Iterator[Change]:
     """Upstream's default is the activations' dtype, whose rounding changes which experts a token goes to."""
     half = view.get("trainer.precision", view.get("model.precision")) in ("bf16", "bf16-mixed")
     if view.number(NUMBER) is not None and half and not view.has(DTYPE):
-        yield Change(DTYPE, "null (default)", "fp32", "bf16 rounds away which expert is better; null in the file keeps it")
+        yield Change(
+            DTYPE, "null (default)", "fp32", "bf16 rounds away which expert is better; null in the file keeps it"
+        )
 
 
 CHANGES: tuple[Callable[[View], Iterator[Change]], ...] = (router_in_float32,)

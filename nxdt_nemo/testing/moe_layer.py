@@ -36,7 +36,7 @@ class Case:
     marks    attributes of our config: moe_dropless_bound, token_shuffle_group_size
     dtype    of weights and activations
     training what the layer is in
-    alike    tokens of a rank resemble each other, so that a capacity drops more of them
+    alike    all tokens of a rank want the same two experts, those of another rank other ones
     fault    a mistake of ours
     """
 
@@ -190,14 +190,14 @@ def weights_of(config: Any) -> dict[str, Any]:
     return weights
 
 
-def tokens_of(case: Case, rank: int) -> tuple[Any, Any]:
+def tokens_of(case: Case, rank: int, router: torch.Tensor) -> tuple[Any, Any]:
     """A rank's own tokens [S, B, H] and the gradient of its output."""
     import torch
 
     draw = torch.Generator().manual_seed(100 + rank)
     x, dy = (torch.randn(TOKENS, BATCH, HIDDEN, generator=draw) for _ in range(2))
     if case.alike:
-        x = x.mul(0.3) + torch.randn(HIDDEN, generator=draw)
+        x = x.mul(0.3) + router.roll(-2 * rank, 0)[:2].sum(0)
     dtype = getattr(torch, case.dtype)
     return x.to(dtype).requires_grad_(), dy.to(dtype)
 
@@ -216,21 +216,20 @@ def run(case: Case, layout: Layout, side: Side) -> Found:
     holder = layer_of(case, layout, side)
     layer = holder.layer.mlp
     layer.set_layer_number(1)
-    fused = layer.config.gradient_accumulation_fusion
-    for parameter in layer.parameters() if fused else ():
+    for parameter in layer.parameters() if layer.config.gradient_accumulation_fusion else ():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     routed: list[Any] = []
     layer.router.register_forward_hook(lambda _, __, found: routed.append(found[1].detach().clone()))
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
-    x, dy = tokens_of(case, dist.get_rank())
+    x, dy = tokens_of(case, dist.get_rank(), layer.router.weight.detach())
     with fault_of(case.fault):
         y, bias = layer(x)
         assert bias is None
         y.backward(dy)
     found = {"output": y.detach(), "input gradient": x.grad, "routed": routed[0]}
     for name, parameter in global_names(holder, weights_of(layer.config), Ranks.here()):
-        grad = parameter.grad if parameter.grad is not None and not fused else parameter.main_grad
+        grad = parameter.grad if parameter.grad is not None else parameter.main_grad
         found[name.removeprefix("layer.mlp.")] = grad.detach().clone().contiguous()
     for name, entry in moe_utils.get_moe_layer_wise_logging_tracker().items():
         found[name] = entry["values"].clone()

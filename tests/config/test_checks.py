@@ -104,7 +104,11 @@ WRONG = [  # overrides, ranks, the line
         "use a model.global_batch_size that gives a multiple of 4",
     ),
     ([f"+{EP}=2"], 2, f"{EP}=2 without model.num_moe_experts; use {EP}=1, or say how many experts there are"),
-    ([f"+{EP}=2", "+model.num_moe_experts=3", NO_BIAS], 2, f"{EP}=2 does not divide model.num_moe_experts=3; use 1 or 3"),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=3", NO_BIAS],
+        2,
+        f"{EP}=2 does not divide model.num_moe_experts=3; use 1 or 3",
+    ),
     (
         [f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS, "model.megatron_amp_O2=False"],
         2,

@@ -64,7 +64,10 @@ WRONG = [  # overrides, the line
         [f"++{OWN}.moe_dropless_bound=0.5"],
         f"{OWN}.moe_dropless_bound=0.5 is not a bound; use worst, a factor of at least 1, or null",
     ),
-    ([f"++{OWN}.token_shuffle_group_size=0"], f"{OWN}.token_shuffle_group_size=0 is not a number of ranks; use 1 for none"),
+    (
+        [f"++{OWN}.token_shuffle_group_size=0"],
+        f"{OWN}.token_shuffle_group_size=0 is not a number of ranks; use 1 for none",
+    ),
     (
         [f"++{OWN}.token_shuffle_group_size=2", f"++{TYPE}=seq_aux_loss"],
         f"{OWN}.token_shuffle_group_size=2 mixes sequences, and {TYPE}=seq_aux_loss balances each; use 1",

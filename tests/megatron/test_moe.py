@@ -1,4 +1,4 @@
-"""A layer of experts against stock megatron-core at the same layout: routing, capacity, grouped experts, fixed shapes."""
+"""A layer of experts against stock megatron-core at the same layout: routing, capacity, grouped, fixed shapes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ CAPACITY = {
 }
 CASES = ROUTING | CAPACITY
 TOLERANCE = {"float32": 2e-6, "bfloat16": 0.0}
-LAYOUTS = ["one", "ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2sp", "tp2spep2", "tp2spep2etp1"))]
+SLOW = ("one", "tp2sp", "tp2spep2", "tp2spep2etp1")
+LAYOUTS = ["ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 Pair = Callable[..., list[Any]]
 
 
@@ -121,12 +122,12 @@ def test_the_capacity_drops_tokens(stock, name):
         for rank in stock(name):
             counts = rank[case]["routed"].sum(0)
             assert int(counts.max()) == rows
-            assert 24 < int(counts.sum()) <= EXPERTS * rows < 2 * TOKENS * BATCH
+            assert 20 < int(counts.sum()) <= EXPERTS * rows < 2 * TOKENS * BATCH
 
 
 def test_another_capacity_would_be_seen(ours, stock):
     cases = {name: case.by(fault="capacity one too large") for name, case in CAPACITY.items()}
-    assert errors(ours("one", cases), stock("one"), CAPACITY).keys() == CAPACITY.keys()
+    assert errors(ours("ep2", cases), stock("ep2"), CAPACITY).keys() == CAPACITY.keys()
 
 
 # --- grouped experts, and fixed shapes ----------------------------------------------------------------------------
@@ -157,9 +158,9 @@ def test_in_bfloat16_they_round_alike(ours, stock):
     """Rows of probability 0 and a batched product may be added up in another order: a unit of bfloat16's 8 bits."""
     half = {name: case for name, case in CASES.items() if case.dtype == "bfloat16"}
     for way in ("grouped", "fixed shapes", "grouped, fixed shapes"):
-        found = ours("one", {name: WAYS[way](case) for name, case in half.items()})
-        for name in half:
-            assert worst(found[0][name], stock("one")[0][name])[0] <= 2**-7, (way, name)
+        found = ours("ep2", {name: WAYS[way](case) for name, case in half.items()})
+        for mine, theirs in zip(found, stock("ep2"), strict=True):
+            assert all(worst(mine[name], theirs[name])[0] <= 2**-7 for name in half), way
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ EVEN = {"moe_dropless_bound": 1.0}
 def test_a_bound_that_holds_drops_nothing(ours, stock):
     """Twice an even share is all tokens: of 24 two of four experts each."""
     cases = {"top 2": ROUTING["top 2"].by(marks={"moe_dropless_bound": 2})}
-    assert errors(ours("one", cases), stock("one"), cases) == {}
+    assert errors(ours("ep2", cases), stock("ep2"), cases) == {}
 
 
 def test_a_bound_that_is_exceeded_is_an_error_and_drops_nothing_silently(ours):
@@ -246,18 +247,21 @@ def test_a_lane_that_traces_gets_fixed_shapes(active):
     assert active(lanes_choice, False, 0.5) == "StaticTokenDispatcher Bound(factor=None, capacity=0.5)"
 
 
-def traced(case: Case) -> str:
-    """A step with tensors that have shapes and no values: what would depend on these raises."""
+def traced(case: Case, ragged: bool) -> str:
+    """A step with tensors that have shapes and no values, on a lane that traces or not; an error where values count."""
+    from unittest import mock
+
     import torch
     from torch._subclasses import FakeTensorMode
 
+    from nxdt_nemo.runtime import current
     from nxdt_nemo.testing.moe_layer import HIDDEN, _end, _start, layer_of
 
     one = layout("one")
     state = _start(one, "ours")
     try:
-        layer = layer_of(case, one, "ours").layer.mlp
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with mock.patch.object(type(current()), "ragged", ragged), FakeTensorMode(allow_non_fake_inputs=True):
+            layer = layer_of(case, one, "ours").layer.mlp
             x = torch.randn(TOKENS, BATCH, HIDDEN).requires_grad_()
             y, _ = layer(x)
             y.sum().backward()
@@ -269,11 +273,12 @@ def traced(case: Case) -> str:
         _end(state)
 
 
-@pytest.mark.parametrize("name", ["top 2", "auxiliary and z loss", "the least probable", "all-gather"])
-def test_fixed_shapes_can_be_traced(active, name):
-    case = CASES[name].by(marks=WORST, moe_grouped_gemm=True)
-    assert active(traced, case) == "traced"
-    assert active(traced, CASES[name]) in ("DynamicOutputShapeException", "DataDependentOutputException")
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", ["top 2", "auxiliary and z loss", "the least probable", "all-gather", "sinkhorn"])
+def test_a_step_of_fixed_shapes_can_be_traced(active, name, grouped):
+    case = CASES[name].by(moe_grouped_gemm=grouped)
+    assert active(traced, case, False) == "traced"
+    assert active(traced, case, True) in ("DynamicOutputShapeException", "DataDependentOutputException")
 
 
 # --- parts --------------------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, Group]] = WeakKeyDiction
 def shuffle_group(config: Any) -> Group | None:
     """The ranks that this one mixes its tokens with; None where the configuration does not say so.
 
-    A TransformerConfig's attribute token_shuffle_group_size, 1 without one: so many neighbours of a data-parallel group.
-    All ranks of the world make the groups together at the first call. Raises ConfigError if it does not divide the
-    data-parallel size, or with seq_aux_loss, which is about whole sequences.
+    A TransformerConfig's attribute token_shuffle_group_size, 1 without one: so many neighbours of a data-parallel
+    group. All ranks of the world make the groups together at the first call. Raises ConfigError if it does not divide
+    the data-parallel size, or with seq_aux_loss, which is about whole sequences.
     """
     size = getattr(config, ATTRIBUTE, 1)
     if size == 1:
