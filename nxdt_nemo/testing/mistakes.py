@@ -55,8 +55,8 @@ def mistake(fault: Fault, training: Training) -> AbstractContextManager[None]:
         "norm of one rank": _norm_alone,
         "KV copies not summed": _kv_copies,
         "KV copies counted in the norm": _kv_counted,
-        "an expert's gradient left out": lambda _: expert_left_out(),
-        "rows dropped": lambda _: rows_dropped(),
+        "an expert's gradient left out": _expert,
+        "rows dropped": _rows,
     }.get(fault)
     return made(training) if made is not None else nullcontext()
 
@@ -141,6 +141,14 @@ def _kv_counted(training: Training) -> Iterator[None]:
         if hasattr(parameter, "kv_heads"):
             parameter.tensor_model_parallel = True
     yield
+
+
+def _expert(_: Training) -> AbstractContextManager[Any]:
+    return expert_left_out()
+
+
+def _rows(_: Training) -> AbstractContextManager[Any]:
+    return rows_dropped()
 
 
 @contextmanager

@@ -105,12 +105,16 @@ def _stub_cuda() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     stream = Stream()
-    torch.cuda.Stream = lambda *_, **__: stream
-    torch.cuda.current_stream = lambda *_: stream
-    torch.cuda.stream = lambda _: nullcontext()
+    stubs: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "Stream", lambda *_, **__: stream),
+        (torch.cuda, "current_stream", lambda *_: stream),
+        (torch.cuda, "stream", lambda _: nullcontext()),
+    ]
     for name in ("moe_utils", "token_dispatcher"):
         module = importlib.import_module(f"megatron.core.transformer.moe.{name}")
-        module.maybe_move_tensor_to_cpu = on_the_host
+        stubs.append((module, "maybe_move_tensor_to_cpu", on_the_host))
+    for place, name, stub in stubs:
+        setattr(place, name, stub)
 
 
 def config_of(case: Case, layout: Layout, side: Side) -> Any:
@@ -161,10 +165,11 @@ def layer_of(case: Case, layout: Layout, side: Side) -> Any:
         from nxdt_nemo.megatron.models.backends import adapt
 
         spec = adapt(spec)
+    mlp = build_module(spec, config=config)
+    mlp.train(case.training)
     holder = torch.nn.Module()
     holder.layer = torch.nn.Module()
-    holder.layer.mlp = build_module(spec, config=config)
-    holder.layer.mlp.train(case.training)
+    holder.layer.mlp = mlp
     load(holder, weights_of(config), config.gated_linear_unit, Ranks.here())
     return holder
 

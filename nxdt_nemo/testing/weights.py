@@ -156,7 +156,7 @@ def _offset(chunk: Any, name: str) -> int:
 
 def _experts(chunk: Any) -> int:
     """Experts of a layer that a rank has."""
-    return next(module.num_local_experts for module in chunk.modules() if hasattr(module, "num_local_experts"))
+    return next(int(module.num_local_experts) for module in chunk.modules() if hasattr(module, "num_local_experts"))
 
 
 def share(whole: torch.Tensor, dim: int | None, gated: bool, size: int, rank: int) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""Grouped experts in distributed checkpoints: either layout of the experts goes on from what the other wrote."""
+"""Grouped experts in distributed checkpoints: either layout of the experts goes on from what the other wrote.
+
+With expert parallelism upstream has an optimizer for the experts alone, under a name of its own: sizes 1 and more do not
+read each other's moments, sequential or grouped.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,12 @@ def parity() -> Iterator[Parity]:
 @pytest.mark.parametrize(
     ("writer", "reader"),
     [
-        ("ep2dp2+grouped", "one"),
-        pytest.param("one", "ep2dp2+grouped", marks=pytest.mark.slow),
+        ("ep2dp2+grouped", "ep2dp2"),
+        pytest.param("ep2dp2", "ep2dp2+grouped", marks=pytest.mark.slow),
         pytest.param("ep2dp2+zero", "ep2dp2+zero+grouped", marks=pytest.mark.slow),
         pytest.param("ep2dp2+zero+grouped", "ep4dp4+zero", marks=pytest.mark.slow),
-        pytest.param("tp2spep2etp1+grouped", "tp2sp+grouped", marks=pytest.mark.slow),
+        pytest.param("tp2spep2etp1+grouped", "ep2dp2", marks=pytest.mark.slow),
+        pytest.param("one", "tp2sp+grouped", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on(parity: Parity, tmp_path: Path, writer: str, reader: str) -> None:
