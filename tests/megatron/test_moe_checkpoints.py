@@ -14,7 +14,7 @@ import pytest
 from nxdt_nemo.testing.parity import Parity, relative
 from nxdt_nemo.testing.recipe import Recipe, layout
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 RECIPE = Recipe.of("mixtral", steps=6, layers=2)
 HALF = 3
@@ -31,11 +31,11 @@ def parity() -> Iterator[Parity]:
     ("writer", "reader"),
     [
         ("ep2dp2+grouped", "ep2dp2"),
-        pytest.param("ep2dp2", "ep2dp2+grouped", marks=pytest.mark.slow),
-        pytest.param("ep2dp2+zero", "ep2dp2+zero+grouped", marks=pytest.mark.slow),
-        pytest.param("ep2dp2+zero+grouped", "ep4dp4+zero", marks=pytest.mark.slow),
-        pytest.param("tp2spep2etp1+grouped", "ep2dp2", marks=pytest.mark.slow),
-        pytest.param("one", "tp2sp+grouped", marks=pytest.mark.slow),
+        ("ep2dp2", "ep2dp2+grouped"),
+        ("ep2dp2+zero", "ep2dp2+zero+grouped"),
+        ("ep2dp2+zero+grouped", "ep4dp4+zero"),
+        ("tp2spep2etp1+grouped", "ep2dp2"),
+        ("one", "tp2sp+grouped"),
     ],
 )
 def test_a_run_goes_on(parity: Parity, tmp_path: Path, writer: str, reader: str) -> None:
