@@ -8,7 +8,8 @@ only. Proof: tests/megatron/test_moe.py.
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
@@ -19,7 +20,21 @@ from nxdt_nemo.testing.recipe import Layout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BATCH", "EXPERTS", "HIDDEN", "TOKENS", "Case", "Fault", "Found", "run", "run_all", "worst"]
+__all__ = [
+    "BATCH",
+    "EXPERTS",
+    "HIDDEN",
+    "TOKENS",
+    "Case",
+    "Fault",
+    "Found",
+    "config_of",
+    "in_layout",
+    "layer_of",
+    "run",
+    "run_all",
+    "worst",
+]
 
 HIDDEN, FFN, EXPERTS, TOKENS, BATCH = 16, 24, 4, 12, 2
 Side = Literal["stock", "ours"]
@@ -55,17 +70,18 @@ class Case:
 
 def run_all(cases: dict[str, Case], layout: Layout, side: Side) -> dict[str, Found]:
     """What each case computes on this rank, see run."""
-    state = _start(layout, side)
-    try:
+    with in_layout(layout, side):
         return {name: run(case, layout, side) for name, case in cases.items()}
-    finally:
-        _end(state)
 
 
-def _start(layout: Layout, side: Side) -> Any:
+@contextmanager
+def in_layout(layout: Layout, side: Side) -> Iterator[None]:
+    """megatron-core's parallel state for a layout, while the context is open."""
     if side == "stock":
         _stub_cuda()
     from megatron.core import parallel_state
+
+    from nxdt_nemo.testing.ours import forget_groups
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -76,14 +92,10 @@ def _start(layout: Layout, side: Side) -> Any:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp or None,
     )
-    return parallel_state
-
-
-def _end(state: Any) -> None:
-    from nxdt_nemo.testing.ours import forget_groups
-
-    assert state.model_parallel_is_initialized()
-    forget_groups()
+    try:
+        yield
+    finally:
+        forget_groups()
 
 
 def _stub_cuda() -> None:

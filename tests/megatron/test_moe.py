@@ -229,16 +229,12 @@ def lanes_choice(ragged: bool, capacity: float | None) -> str:
     from unittest import mock
 
     from nxdt_nemo.runtime import current
-    from nxdt_nemo.testing.moe_layer import _end, _start, layer_of
+    from nxdt_nemo.testing.moe_layer import in_layout, layer_of
 
     case, one = Case({"moe_expert_capacity_factor": capacity, "moe_token_dispatcher_type": "allgather"}), layout("one")
-    state = _start(one, "ours")
-    try:
-        with mock.patch.object(type(current()), "ragged", ragged):
-            dispatcher = layer_of(case, one, "ours").layer.mlp.token_dispatcher
-        return f"{type(dispatcher).__name__} {getattr(dispatcher, 'bound', '')}"
-    finally:
-        _end(state)
+    with in_layout(one, "ours"), mock.patch.object(type(current()), "ragged", ragged):
+        dispatcher = layer_of(case, one, "ours").layer.mlp.token_dispatcher
+    return f"{type(dispatcher).__name__} {getattr(dispatcher, 'bound', '')}"
 
 
 def test_a_lane_that_traces_gets_fixed_shapes(active):
@@ -255,22 +251,20 @@ def traced(case: Case, ragged: bool) -> str:
     from torch._subclasses import FakeTensorMode
 
     from nxdt_nemo.runtime import current
-    from nxdt_nemo.testing.moe_layer import HIDDEN, _end, _start, layer_of
+    from nxdt_nemo.testing.moe_layer import HIDDEN, in_layout, layer_of
 
     one = layout("one")
-    state = _start(one, "ours")
-    try:
-        with mock.patch.object(type(current()), "ragged", ragged), FakeTensorMode(allow_non_fake_inputs=True):
-            layer = layer_of(case, one, "ours").layer.mlp
-            x = torch.randn(TOKENS, BATCH, HIDDEN).requires_grad_()
-            y, _ = layer(x)
-            y.sum().backward()
-        assert x.grad is not None and y.shape == x.shape
-        return "traced"
-    except Exception as error:
-        return type(error).__name__
-    finally:
-        _end(state)
+    with in_layout(one, "ours"), mock.patch.object(type(current()), "ragged", ragged):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                layer = layer_of(case, one, "ours").layer.mlp
+                x = torch.randn(TOKENS, BATCH, HIDDEN).requires_grad_()
+                y, _ = layer(x)
+                y.sum().backward()
+            assert x.grad is not None and y.shape == x.shape
+        except Exception as error:
+            return type(error).__name__
+    return "traced"
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -1,7 +1,7 @@
 """Grouped experts in distributed checkpoints: either layout of the experts goes on from what the other wrote.
 
-With expert parallelism upstream has an optimizer for the experts alone, under a name of its own: sizes 1 and more do not
-read each other's moments, sequential or grouped.
+With expert parallelism upstream has an optimizer for the experts alone, under a name of its own: sizes 1 and more do
+not read each other's moments, sequential or grouped.
 """
 
 from __future__ import annotations

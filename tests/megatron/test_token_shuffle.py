@@ -40,13 +40,12 @@ def exchanged(place: Layout, size: int) -> tuple[Any, Any, Any, list[int]]:
     import torch.distributed as dist
 
     from nxdt_nemo.megatron.transformer.moe.token_shuffle import shuffle, shuffle_group, unshuffle
-    from nxdt_nemo.testing.moe_layer import _end, _start, config_of
+    from nxdt_nemo.testing.moe_layer import config_of, in_layout
 
-    state = _start(place, "ours")
-    try:
-        group = shuffle_group(config_of(Case(marks={"token_shuffle_group_size": size}), place, "ours"))
-        assert group is not None
-        assert group is shuffle_group(config_of(Case(marks={"token_shuffle_group_size": size}), place, "ours"))
+    config = config_of(Case(marks={"token_shuffle_group_size": size}), place, "ours")
+    with in_layout(place, "ours"):
+        group = shuffle_group(config)
+        assert group is not None and group is shuffle_group(config)
         torch.manual_seed(dist.get_rank())
         first = dist.get_rank() * TOKENS * BATCH
         x = torch.arange(first, first + TOKENS * BATCH).double().view(TOKENS, BATCH, 1).expand(-1, -1, HIDDEN)
@@ -54,8 +53,6 @@ def exchanged(place: Layout, size: int) -> tuple[Any, Any, Any, list[int]]:
         mixed, order = shuffle(x, group)
         (mixed.square() / 2).sum().backward()
         return mixed.detach()[..., 0], unshuffle(mixed, order, group).detach()[..., 0], x.grad[..., 0], [*group.ranks]
-    finally:
-        _end(state)
 
 
 @pytest.mark.parametrize(
@@ -148,15 +145,12 @@ def odd(place: Layout) -> None:
     import torch
 
     from nxdt_nemo.megatron.transformer.moe.token_shuffle import shuffle, shuffle_group
-    from nxdt_nemo.testing.moe_layer import _end, _start, config_of
+    from nxdt_nemo.testing.moe_layer import config_of, in_layout
 
-    state = _start(place, "ours")
-    try:
+    with in_layout(place, "ours"):
         group = shuffle_group(config_of(Case(marks=MIXED), place, "ours"))
         assert group is not None
         shuffle(torch.zeros(3, 1, 4), group)
-    finally:
-        _end(state)
 
 
 def test_tokens_that_do_not_come_out_even_are_an_error(ours):

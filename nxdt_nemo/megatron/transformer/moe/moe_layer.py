@@ -2,7 +2,7 @@
 
 Room megatron/. Wraps __init__ and forward of megatron.core.transformer.moe.moe_layer.MoELayer: a class of ours in its
 place would not get the process groups, which TransformerLayer hands to upstream's class only. What it does and when:
-docs/moe.md. Proof: tests/megatron/test_moe.py, tests/megatron/test_moe_layouts.py.
+docs/moe.md. Proof: tests/megatron/test_moe.py, tests/megatron/test_token_shuffle.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.transformer.moe.moe_utils import get_default_model_comm_pgs
 from torch import Tensor
 
 from nxdt_nemo.megatron.transformer.moe.token_dispatcher import Bound, StaticTokenDispatcher
@@ -28,8 +29,6 @@ def init(
     model_comm_pgs: Any = None,
 ) -> None:
     """Upstream's, then its token dispatcher exchanged if the lane or the configuration wants fixed shapes."""
-    from megatron.core.transformer.moe.moe_utils import get_default_model_comm_pgs
-
     groups = model_comm_pgs if model_comm_pgs is not None else get_default_model_comm_pgs()
     original(self, config, submodules, layer_number, groups)
     self.token_shuffle_group = shuffle_group(config)

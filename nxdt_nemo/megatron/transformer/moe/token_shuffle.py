@@ -2,7 +2,7 @@
 
 Room megatron/. Has no counterpart in megatron-core; neuronx-distributed's modules/moe/token_shuffling.py is the model.
 The tokens of a sequence resemble each other, so that a rank's own fill some experts' capacity and leave others empty.
-Called by moe_layer.py. May import torch and nxdt_nemo.runtime. Proof: tests/megatron/test_moe_layouts.py.
+Called by moe_layer.py. May import torch and nxdt_nemo.runtime. Proof: tests/megatron/test_token_shuffle.py.
 """
 
 from __future__ import annotations
