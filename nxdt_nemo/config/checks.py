@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from math import gcd
 
 from nxdt_nemo.config import exp_manager, layers, pipeline_layout
+from nxdt_nemo.config import experts as expert_rules
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
 from nxdt_nemo.config.view import View
@@ -345,6 +346,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     length,
     data_files,
     *layers.ERRORS,
+    *expert_rules.ERRORS,
     *exp_manager.ERRORS,
 )
 
@@ -409,4 +411,5 @@ CHANGES: tuple[Callable[[View], Changes], ...] = (
     data_as_list,
     bucket_bytes,
     *pipeline_layout.CHANGES,
+    *expert_rules.CHANGES,
 )

@@ -25,6 +25,8 @@ LEGACY = ("alibi", "kerple", "xpos", "sandwich", "relative")
 GRANULARITY = "model.activations_checkpoint_granularity"
 METHOD = "model.activations_checkpoint_method"
 COUNT = "model.activations_checkpoint_num_layers"
+MODULES = "model.recompute_modules"
+PARTS = ("core_attn", "mlp", "moe", "moe_act", "layernorm", "mla_up_proj")
 
 
 def positions(view: View) -> Errors:
@@ -57,6 +59,22 @@ def recomputation(view: View) -> Errors:
         yield from _whole_chunks(view)
 
 
+def recomputed_parts(view: View) -> Errors:
+    """Names of what selective checkpointing computes again."""
+    asked = view.get(MODULES)
+    if view.get(GRANULARITY) != "selective" or asked is None:
+        return
+    if not isinstance(asked, list):
+        yield view.error(f"{MODULES}={asked} is not a list", f"use [{asked}]")
+        return
+    for name in (name for name in asked if name not in PARTS):
+        yield view.error(f"{MODULES}: {name} is not known", f"use {or_list(PARTS)}")
+    if "moe_act" in asked and not view.get("model.moe_grouped_gemm", False):
+        yield view.error(f"{MODULES}: moe_act is a part of grouped experts", "use model.moe_grouped_gemm=True")
+    if "mla_up_proj" in asked and not view.get("model.multi_latent_attention", False):
+        yield view.error(f"{MODULES}: mla_up_proj is a part of latent attention", "leave it out")
+
+
 def _whole_chunks(view: View) -> Errors:
     """megatron-core runs past a stage's last layer in a chunk that is not full."""
     layers, stages, count = (
@@ -72,4 +90,4 @@ def _whole_chunks(view: View) -> Errors:
         )
 
 
-ERRORS: tuple[Callable[[View], Errors], ...] = (positions, recomputation)
+ERRORS: tuple[Callable[[View], Errors], ...] = (positions, recomputation, recomputed_parts)

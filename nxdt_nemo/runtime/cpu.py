@@ -39,6 +39,7 @@ class CpuLane(Lane):
 
     name = "cpu"
     backend = "gloo"
+    ragged = True
 
     def __init__(self) -> None:
         # Weak at both ends: a Group holds its process group, whose gloo threads live as long as that is held.

@@ -59,6 +59,8 @@ class Lane(ABC):
     name: ClassVar[LaneName]
     backend: ClassVar[str]
     """Name of the torch.distributed backend that moves this lane's tensors."""
+    ragged: ClassVar[bool] = False
+    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
 
     @classmethod
     @abstractmethod

@@ -26,7 +26,8 @@ LAYOUTS: dict[Family, str] = {
     ),
     "mixtral": (
         "tp2sp tp4sp pp2 pp2cut1-3 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
-        " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2"
+        " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2 one+grouped one+static tp2sp+grouped"
+        " tp2spep2etp1+grouped ep2dp2+zero+grouped ep2dp2+grouped+static tp2spep2dp2+grouped+static"
     ),
     "bert": "tp2 tp2sp pp2 pp2vpp2 dp2+zero",
     "t5": "tp2 tp2sp pp2 pp4 dp2+zero",
@@ -48,6 +49,8 @@ MISTAKES: tuple[tuple[Family, str, Fault], ...] = (
     ("gpt", "dp2", "replicas not averaged"),
     ("gpt", "dp2+zero", "replicas not averaged"),
     ("mixtral", "ep2dp4", "experts not averaged"),
+    ("mixtral", "ep2dp2+grouped+static", "an expert's gradient left out"),
+    ("mixtral", "ep2dp2+grouped+static", "rows dropped"),
     ("llama", "cp2", "replicas not averaged"),
     ("llama", "tp8", "KV copies not summed"),
     ("llama", "tp2", "one gradient x 1.01"),

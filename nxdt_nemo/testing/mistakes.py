@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 
-__all__ = ["Fault", "Training", "mistake"]
+__all__ = ["Fault", "Training", "expert_left_out", "mistake", "rows_dropped"]
 
 Fault = Literal[
     "",
@@ -27,6 +27,8 @@ Fault = Literal[
     "norm of one rank",
     "KV copies not summed",
     "KV copies counted in the norm",
+    "an expert's gradient left out",
+    "rows dropped",
 ]
 SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -53,6 +55,8 @@ def mistake(fault: Fault, training: Training) -> AbstractContextManager[None]:
         "norm of one rank": _norm_alone,
         "KV copies not summed": _kv_copies,
         "KV copies counted in the norm": _kv_counted,
+        "an expert's gradient left out": _expert,
+        "rows dropped": _rows,
     }.get(fault)
     return made(training) if made is not None else nullcontext()
 
@@ -137,6 +141,41 @@ def _kv_counted(training: Training) -> Iterator[None]:
         if hasattr(parameter, "kv_heads"):
             parameter.tensor_model_parallel = True
     yield
+
+
+def _expert(_: Training) -> AbstractContextManager[Any]:
+    return expert_left_out()
+
+
+def _rows(_: Training) -> AbstractContextManager[Any]:
+    return rows_dropped()
+
+
+@contextmanager
+def expert_left_out() -> Iterator[None]:
+    """Of the experts in a parameter the first gets no gradient."""
+    module = importlib.import_module("nxdt_nemo.megatron.transformer.moe.experts")
+    gradients, add_to_main = module._gradients, module._add_to_main
+
+    def none_of_first(*args: Any) -> Any:
+        found = gradients(*args)
+        found[0] = 0.0
+        return found
+
+    def nothing_added_to_first(x: Any, dy: Any, weight: Any, counts: tuple[int, ...]) -> Any:
+        result = add_to_main(x, dy, weight, counts)
+        module._matrices(weight.main_grad, len(counts), x.shape[-1])[0].zero_()
+        return result
+
+    with mock.patch.multiple(module, _gradients=none_of_first, _add_to_main=nothing_added_to_first):
+        yield
+
+
+def rows_dropped() -> AbstractContextManager[Any]:
+    """In fixed shapes an expert has half the rows that it may need, and nobody looks."""
+    bound = importlib.import_module("nxdt_nemo.megatron.transformer.moe.token_dispatcher").Bound
+    rows = bound.rows
+    return mock.patch.object(bound, "rows", lambda *args: rows(*args) // 2)
 
 
 def _norm_alone(training: Training) -> AbstractContextManager[Any]:

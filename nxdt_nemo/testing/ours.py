@@ -228,9 +228,10 @@ def _stages(recipe: Recipe, layout: Layout, state: Any, fields: Mapping[str, Any
         bf16=recipe.dtype == "bfloat16",
         gradient_accumulation_fusion=True,  # as NeMo's configurations have it, which stock cannot without CUDA
         apply_rope_fusion=recipe.gated,
-        **({"moe_token_dispatcher_type": "alltoall"} if recipe.experts else {}),
+        **({"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": layout.grouped} if recipe.experts else {}),
         **(fields or {}),
     )
+    config.moe_dropless_bound = "worst" if layout.static else None
     config.kv_head_order = layout.kv_head_order
     stages = [_stage_of(recipe, state, index if layout.vpp else None) for index in range(layout.chunks)]
     return [build(recipe, config, our_specs, stage).to(dtype) for stage in stages]

@@ -195,6 +195,8 @@ class Layout:
     cut             layers of each stage, or chunk, in their order: "1-3"
     account         embedding and loss count as a layer each where layers are dealt out
     zero            ZeRO-1
+    grouped         a rank's experts in two parameters, computed together
+    static          experts in tensors whose shapes do not depend on the routing
     kv_head_order   where there are more tensor-parallel ranks than KV heads: which of their copies a rank has
     """
 
@@ -212,6 +214,8 @@ class Layout:
     cut: str = ""
     account: bool = False
     kv_head_order: Literal["trn2", "trn1"] = "trn2"
+    grouped: bool = False
+    static: bool = False
 
     @property
     def world(self) -> int:
@@ -244,21 +248,22 @@ class Layout:
         }
         sizes = "".join(mark for mark, true in marks.items() if true) or "one"
         order = "" if self.kv_head_order == "trn2" else f" {self.kv_head_order}"
-        return f"{sizes}{'+zero' if self.zero else ''}{order}"
+        more = "".join(f"+{mark}" for mark in ("zero", "grouped", "static") if getattr(self, mark))
+        return f"{sizes}{more}{order}"
 
 
 _LAYOUT = re.compile(
     r"(?:one|(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:cp(?P<cp>\d+))?(?:ep(?P<ep>\d+))?(?:etp(?P<etp>\d+))?"
     r"(?:pp(?P<pp>\d+)(?:first(?P<first>\d+))?(?:last(?P<last>\d+))?(?:cut(?P<cut>\d+(?:-\d+)+))?"
     r"(?P<account>account)?(?:vpp(?P<vpp>\d+))?)?(?:dp(?P<dp>\d+))?)"
-    r"(?P<zero>\+zero)?"
+    r"(?P<zero>\+zero)?(?P<grouped>\+grouped)?(?P<static>\+static)?"
 )
 
 
 def layout(text: str) -> Layout:
     """`tp2sp`, `pp2vpp2`, `pp2cut1-3`, `cp2`, `ep2dp2`, `dp2+zero`, `one`, ... as a Layout; else ValueError."""
     found = _LAYOUT.fullmatch(text)
-    if not text or text == "+zero" or found is None:
+    if not text or text.startswith("+") or found is None:
         raise ValueError(
             f"layout {text!r} is not like tp2, tp2sp, pp2, pp2vpp2, pp2first1, tp2pp2, cp2, ep2dp2, dp2+zero or one"
         )

@@ -60,11 +60,12 @@ def global_names(model: Any, known: Iterable[str], ranks: Ranks | None = None) -
 
     Layers are renumbered from the stage's to the whole model's, and experts from the rank's to all; a tied output
     layer, which a last stage keeps as a copy of its own, is the embedding (known holds the undivided model's names);
-    the key and value rows that a rank has a copy of are part of the fused projection.
+    the key and value rows that a rank has a copy of are part of the fused projection; each expert of a GroupedMLP has
+    matrices of its own, see ExpertMatrix.
     """
     names, ep_rank = set(known), ranks.ep[0] if ranks else 0
     for chunk in model if isinstance(model, list) else [model]:
-        for local, parameter in chunk.named_parameters():
+        for local, parameter in _apart(chunk):
             if local.startswith("lm_head.") and getattr(chunk, "decoder", True) is None:
                 continue  # the last stage of a T5's encoder has a head that nothing uses
             name = _renumbered(chunk, local, ep_rank).replace(".linear_qkv.kv_", ".linear_qkv.")
@@ -73,6 +74,67 @@ def global_names(model: Any, known: Iterable[str], ranks: Ranks | None = None) -
             if name not in names:
                 raise KeyError(f"{name} is no parameter of the undivided model")
             yield name, parameter
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One expert's matrix in a GroupedMLP's parameter of E of them, oriented and marked as SequentialMLP's.
+
+    whole      [H, E O] or [E I, H], whose memory is [E, rows, columns]
+    rows       of an expert
+    divided    the dimension of the expert's [columns, rows] that tensor-parallel ranks share
+    """
+
+    whole: Any
+    expert: int
+    experts: int
+    rows: int
+    divided: int
+    tensor_model_parallel: bool = True
+    partition_stride: int = 1
+
+    @property
+    def partition_dim(self) -> int:
+        return self.divided
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.detach().shape
+
+    @property
+    def main_grad(self) -> torch.Tensor:
+        return self._of(self.whole.main_grad)
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        return None if self.whole.grad is None else self._of(self.whole.grad)
+
+    def detach(self) -> torch.Tensor:
+        return self._of(self.whole.detach())
+
+    def copy_(self, values: torch.Tensor) -> torch.Tensor:
+        return self.detach().copy_(values)
+
+    def _of(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.view(self.experts, self.rows, -1)[self.expert].t()
+
+
+_GROUPED = re.compile(r"\.experts\.weight([12])$")
+
+
+def _apart(chunk: Any) -> Iterator[tuple[str, Any]]:
+    """named_parameters, those of grouped experts one by one."""
+    for name, parameter in chunk.named_parameters():
+        found = _GROUPED.search(name)
+        if found is None:
+            yield name, parameter
+            continue
+        module = chunk.get_submodule(name.rpartition(".")[0])
+        experts = module.num_local_experts
+        rows = parameter.shape[0] if found[1] == "1" else parameter.shape[0] // experts
+        for expert in range(experts):
+            matrix = ExpertMatrix(parameter, expert, experts, rows, 0 if found[1] == "1" else 1)
+            yield _GROUPED.sub(f".experts.local_experts.{expert}.linear_fc{found[1]}.weight", name), matrix
 
 
 _LAYER = re.compile(r"(?<=coder\.layers\.)\d+")
@@ -94,7 +156,7 @@ def _offset(chunk: Any, name: str) -> int:
 
 def _experts(chunk: Any) -> int:
     """Experts of a layer that a rank has."""
-    return next(len(module.local_experts) for module in chunk.modules() if hasattr(module, "local_experts"))
+    return next(int(module.num_local_experts) for module in chunk.modules() if hasattr(module, "num_local_experts"))
 
 
 def share(whole: torch.Tensor, dim: int | None, gated: bool, size: int, rank: int) -> torch.Tensor:

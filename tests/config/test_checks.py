@@ -12,6 +12,7 @@ TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
 VPP = "model.virtual_pipeline_model_parallel_size"
 EP = "model.expert_model_parallel_size"
+NO_BIAS = "++model.bias=False"  # experts have none
 FOUR = ["model.num_layers=4"]
 CP = "model.context_parallel_size"
 
@@ -103,19 +104,23 @@ WRONG = [  # overrides, ranks, the line
         "use a model.global_batch_size that gives a multiple of 4",
     ),
     ([f"+{EP}=2"], 2, f"{EP}=2 without model.num_moe_experts; use {EP}=1, or say how many experts there are"),
-    ([f"+{EP}=2", "+model.num_moe_experts=3"], 2, f"{EP}=2 does not divide model.num_moe_experts=3; use 1 or 3"),
     (
-        [f"+{EP}=2", "+model.num_moe_experts=4", "model.megatron_amp_O2=False"],
+        [f"+{EP}=2", "+model.num_moe_experts=3", NO_BIAS],
+        2,
+        f"{EP}=2 does not divide model.num_moe_experts=3; use 1 or 3",
+    ),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS, "model.megatron_amp_O2=False"],
         2,
         f"{EP}=2 trains with model.megatron_amp_O2=True only, says NeMo; set both or neither",
     ),
     (
-        ["+model.num_moe_experts=4", f"{TP}=2"],
+        ["+model.num_moe_experts=4", NO_BIAS, f"{TP}=2"],
         2,
         f"model.num_moe_experts=4 with {TP}=2 trains with sequence parallelism only; use model.sequence_parallel=True",
     ),
     (
-        [f"+{EP}=2", "+model.num_moe_experts=4", f"{TP}=2", "model.sequence_parallel=True"],
+        [f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS, f"{TP}=2", "model.sequence_parallel=True"],
         2,
         f"2 ranks are not divisible by {TP}=2 x {PP}=1 x {EP}=2; use a multiple of 4 ranks",
     ),
@@ -233,7 +238,7 @@ RIGHT = [  # overrides, ranks
     (["+model.context_parallel_size=1", "model.virtual_pipeline_model_parallel_size=1"], 2),
     ([f"{PP}=2", f"{VPP}=2", *FOUR], 2),
     ([f"{PP}=2", f"{VPP}=2", *FOUR, f"{TP}=2"], 4),
-    ([f"+{EP}=2", "+model.num_moe_experts=4"], 2),
+    ([f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS], 2),
     ([f"+{CP}=2"], 2),
     ([f"+{CP}=2", f"{TP}=2", "model.sequence_parallel=True"], 4),
     (["trainer.precision=32"], 1),

@@ -25,6 +25,7 @@ LAYERS = 4
 ONE, TWO = Layout(), Layout(tp=2)
 FULL = {"recompute_granularity": "full"}
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall", "add_bias_linear": False}
+GROUPED = {**MOE, "moe_grouped_gemm": True}
 MLA = {
     "multi_latent_attention": True,
     "q_lora_rank": 24,
@@ -50,6 +51,7 @@ class Case:
     again       how often these modules (by the end of their names) run in a step, one micro-batch, all layers
     fields      of the TransformerConfig on both sides
     error       how far a gradient may be from that without, of its largest element; 0.0 is to the bit
+    bound       the config's moe_dropless_bound
     """
 
     recompute: dict[str, Any]
@@ -58,6 +60,7 @@ class Case:
     family: Family = "gpt"
     layout: Layout = ONE
     error: float = 0.0
+    bound: str | None = None
 
 
 def full(method: str, layers: int, again: int, **more: Any) -> Case:
@@ -82,7 +85,10 @@ CASES = {
         {"core_attention": TWICE, "mlp": TWICE, "input_layernorm": TWICE, "pre_mlp_layernorm": TWICE},
     ),
     "experts": Case(selective("moe"), {"router": TWICE, "experts": TWICE, "core_attention": LAYERS}, MOE),
-    "an expert's activation": Case(selective("moe_act"), {"experts": LAYERS}, {**MOE, "moe_grouped_gemm": True}),
+    "experts' activations": Case(selective("moe_act"), {"moe_act": TWICE, "experts": LAYERS}, GROUPED),
+    "experts' activations, fixed shapes": Case(
+        selective("moe_act"), {"moe_act": TWICE, "experts": LAYERS}, GROUPED, bound="worst"
+    ),
     "latent attention": Case(selective("mla_up_proj"), {"linear_kv_up_proj": TWICE, "linear_proj": LAYERS}, MLA),
 }
 CASES_OF_TWO = {
@@ -127,6 +133,7 @@ def model_of(case: Case, recompute: dict[str, Any]) -> Any:
         tensor_model_parallel_size=case.layout.tp,
         sequence_parallel=case.layout.sp,
     )
+    config.moe_dropless_bound = case.bound
     torch.manual_seed(7)
     model_parallel_cuda_manual_seed(7)
     model = GPTModel(
@@ -144,6 +151,8 @@ def step(case: Case, recompute: dict[str, Any]) -> tuple[dict[str, Any], Counter
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+    from nxdt_nemo.megatron.transformer.moe.experts import GroupedMLP
+
     model, ran = model_of(case, recompute), Counter[str]()
 
     def counted(name: str) -> Callable[..., None]:
@@ -151,6 +160,8 @@ def step(case: Case, recompute: dict[str, Any]) -> tuple[dict[str, Any], Counter
 
     for path, module in model.named_modules():
         module.register_forward_pre_hook(counted(path.rpartition(".")[2]))
+        if isinstance(module, GroupedMLP):  # its activation is no module
+            module._activate = lambda *args, act=module._activate: (ran.update(["moe_act"]), act(*args))[1]
     [batch] = micro_batches(recipe_of(case), 0)
     tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
     model_parallel_cuda_manual_seed(11)

@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {  # fields of a TransformerConfig
     "qk norm rms": {"qk_layernorm": True, "normalization": "RMSNorm"},
     "grouped": {"num_query_groups": 2},
     "experts": {"num_moe_experts": 2, "add_bias_linear": False},
+    "experts, together": {"num_moe_experts": 2, "moe_grouped_gemm": True, "add_bias_linear": False},
     "experts, shared": {"num_moe_experts": 2, "moe_shared_expert_intermediate_size": 32, "add_bias_linear": False},
     "latent": {"multi_latent_attention": True, "qk_layernorm": True, "normalization": "RMSNorm", "q_lora_rank": 8},
     "latent experts": {"multi_latent_attention": True, "num_moe_experts": 2, "add_bias_linear": False},

@@ -14,12 +14,14 @@ from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttention as _SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention as _DotProductAttention
+from megatron.core.transformer.moe.experts import GroupedMLP as _GroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from nxdt_nemo.megatron.fusions.fused_layer_norm import Norm
 from nxdt_nemo.megatron.transformer.attention import SelfAttention
 from nxdt_nemo.megatron.transformer.dot_product_attention import DotProductAttention
+from nxdt_nemo.megatron.transformer.moe.experts import GroupedMLP
 
 __all__ = ["REPLACED", "NeuronSpecProvider", "adapt"]
 
@@ -42,6 +44,7 @@ REPLACED: dict[type, type] = {
     WrappedTorchNorm: _provider.layer_norm(rms_norm=True),
     _DotProductAttention: _provider.core_attention(),
     _SelfAttention: SelfAttention,
+    _GroupedMLP: GroupedMLP,
 }
 
 

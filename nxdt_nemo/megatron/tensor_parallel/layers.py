@@ -26,7 +26,7 @@ from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["QKVParallelLinear"]
+__all__ = ["QKVParallelLinear", "stand_in_gradient"]
 
 Offsets = tuple[tuple[int, int, int], ...]
 
@@ -191,6 +191,11 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Any, fused: bool) -> Tensor 
     if not fused:
         return dy.t().matmul(x)
     wgrad_gemm_accum_fp32(x, dy, weight.main_grad)
+    return stand_in_gradient(weight)
+
+
+def stand_in_gradient(weight: Any) -> Tensor | None:
+    """What an autograd function returns for a weight whose gradient is in main_grad already; marks the weight."""
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
