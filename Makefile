@@ -54,6 +54,10 @@ test-slow: $(STAMP) ## the slow ones
 test-layouts: $(STAMP) ## every model family in every parallel layout against one rank, at most 8 ranks; writes docs/results/layouts.md
 	@$(PY) tools/layouts.py
 
+.PHONY: test-memory
+test-memory: $(STAMP) ## bytes of a step on each rank against the formula of docs/memory.md, at most 4 ranks; writes docs/results/memory.md
+	@$(PY) tools/memory.py
+
 .PHONY: test-upstream
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes
 	@$(PY) tools/test_upstream.py

@@ -186,8 +186,11 @@ def forget_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def _stages(recipe: Recipe, layout: Layout, state: Any) -> list[Any]:
-    """This rank's pipeline stage, or its chunks, built from the backend's layer specs."""
+def _stages(recipe: Recipe, layout: Layout, state: Any, **fields: Any) -> list[Any]:
+    """This rank's pipeline stage, or its chunks, built from the backend's layer specs.
+
+    fields  further ones of the TransformerConfig
+    """
     import torch
 
     dtype = getattr(torch, recipe.dtype)
@@ -209,6 +212,7 @@ def _stages(recipe: Recipe, layout: Layout, state: Any) -> list[Any]:
         gradient_accumulation_fusion=True,  # as NeMo's configurations have it, which stock cannot without CUDA
         apply_rope_fusion=recipe.gated,
         **({"moe_token_dispatcher_type": "alltoall"} if recipe.experts else {}),
+        **fields,
     )
     config.kv_head_order = layout.kv_head_order
     stages = [_stage_of(recipe, state, index if layout.vpp else None) for index in range(layout.chunks)]
