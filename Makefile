@@ -58,6 +58,10 @@ test-layouts: $(STAMP) ## every model family in every parallel layout against on
 test-communication: $(STAMP) ## bytes of a step by process group and collective, against the least that the layout has to send
 	@$(PY) tools/communication.py
 
+.PHONY: test-memory
+test-memory: $(STAMP) ## bytes of a step on each rank against the formula of docs/memory.md, at most 4 ranks; writes docs/results/memory.md
+	@$(PY) tools/memory.py
+
 .PHONY: test-upstream
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes
 	@$(PY) tools/test_upstream.py

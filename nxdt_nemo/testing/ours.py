@@ -205,7 +205,10 @@ def forget_groups() -> None:
 
 
 def _stages(recipe: Recipe, layout: Layout, state: Any, fields: Mapping[str, Any] | None = None) -> list[Any]:
-    """This rank's pipeline stage, or its chunks, built from the backend's layer specs."""
+    """This rank's pipeline stage, or its chunks, built from the backend's layer specs.
+
+    fields  further ones of the TransformerConfig
+    """
     import torch
 
     dtype = getattr(torch, recipe.dtype)

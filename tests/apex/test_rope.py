@@ -13,6 +13,7 @@ from nxdt_nemo.apex.transformer.functional.fused_rope import (
     fused_apply_rotary_pos_emb_cached,
     fused_apply_rotary_pos_emb_thd,
 )
+from nxdt_nemo.testing.live_bytes import SavedBytes
 
 CASES = [(8, 2, 3, 16, 16), (5, 1, 2, 12, 8), (1, 2, 1, 4, 4)]  # s, b, heads, features, rotated features
 TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 1.6e-2)]
@@ -91,3 +92,27 @@ def test_position_zero_is_not_turned_and_position_one_is() -> None:
     y = fused_apply_rotary_pos_emb(t, angles(2, 4))
     torch.testing.assert_close(y[0], t[0])
     assert not torch.allclose(y[1], t[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotated", [8, 12])
+def test_the_gradient_is_to_the_bit_that_of_the_products(dtype: torch.dtype, rotated: int) -> None:
+    freqs, t = angles(7, rotated), torch.randn(7, 2, 3, 12).to(dtype).requires_grad_()
+    direction = torch.randn(t.shape).to(dtype)
+    ours, products = (
+        fused_apply_rotary_pos_emb(t, freqs),
+        fused_apply_rotary_pos_emb_cached(t, freqs.cos(), freqs.sin()),
+    )
+    assert torch.equal(ours, products)
+    found, wanted = (torch.autograd.grad(y, t, direction)[0] for y in (ours, products))
+    assert torch.equal(found, wanted)
+
+
+def test_the_angles_are_all_that_is_kept() -> None:
+    freqs, t = angles(7, 8), torch.randn(7, 2, 3, 8, requires_grad=True)
+    with SavedBytes() as saved:
+        calls = [fused_apply_rotary_pos_emb(t, freqs) for _ in range(3)]
+    assert saved.bytes == freqs.nbytes
+    with SavedBytes() as products:
+        calls += [fused_apply_rotary_pos_emb_cached(t, freqs.cos(), freqs.sin()) for _ in range(3)]
+    assert products.bytes == 3 * 2 * freqs.nbytes and len(calls) == 6

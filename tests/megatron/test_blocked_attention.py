@@ -272,6 +272,15 @@ def test_what_is_kept_is_linear_in_the_sequence(fields: dict[str, Any], dtype: t
         assert len(sizes) == 5
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_result_is_laid_out_as_the_next_layer_takes_it(dtype: torch.dtype) -> None:
+    """[S, B, N E] is a view of it, so that the two keep one tensor."""
+    query, key, value = (x.requires_grad_() for x in tensors(case(dtype=dtype))[0])
+    out = blocked_attention(query, key, value, Rule(right=0), SCALE)
+    taken = out.permute(2, 0, 1, 3).flatten(2)
+    assert taken.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+
+
 def test_no_more_than_a_block_of_scores_lives_at_a_time() -> None:
     """The largest tensor that any operation makes, forward and backward, grows with the sequence and not its square."""
     from torch.utils._python_dispatch import TorchDispatchMode

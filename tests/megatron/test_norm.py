@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nxdt_nemo.megatron.fusions.fused_layer_norm import Norm
+from nxdt_nemo.megatron.fusions.fused_layer_norm import Norm, _RMSNorm
+from nxdt_nemo.testing.live_bytes import SavedBytes
 
 H = 48
 
@@ -74,6 +76,39 @@ def test_formula(kind, centred, dtype, y_error, grad_error):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
         assert error(one, other) < grad_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_torchs_to_the_bit(dtype):
+    """And so are its gradients, up to the order of sums."""
+    norm = made("RMSNorm", False, dtype)
+    x = (3 * torch.randn(7, 5, H) + 1).to(dtype).requires_grad_()
+    direction = torch.randn(7, 5, H).to(dtype)
+    theirs = F.rms_norm(x, (H,), norm.weight, 1e-5)
+    ours = norm(x)
+    assert torch.equal(ours, theirs)
+    found, expected = (torch.autograd.grad(y, [x, norm.weight], direction) for y in (ours, theirs))
+    limit = {torch.float32: 1e-6, torch.bfloat16: 2**-6}[dtype]
+    assert max(map(error, found, expected)) < limit
+
+
+def test_rms_norm_has_the_gradients_of_its_differences():
+    x, weight = (torch.randn(*shape, H, dtype=torch.float64, requires_grad=True) for shape in ((3, 2), ()))
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_keeps_its_input_and_numbers_of_a_row(kind, dtype):
+    norm, x = made(kind, False, dtype), torch.randn(7, 5, H).to(dtype).requires_grad_()
+    with SavedBytes(norm.parameters()) as saved:
+        y = norm(x)
+    assert y.requires_grad
+    assert x.nbytes < saved.bytes <= x.nbytes + 7 * 5 * 2 * 4
+    with SavedBytes(norm.parameters()) as torchs:
+        theirs = F.rms_norm(x, (H,), norm.weight)
+    assert theirs.requires_grad
+    assert torchs.bytes > 1.9 * x.nbytes  # what the limit above would catch
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])

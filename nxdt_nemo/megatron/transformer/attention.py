@@ -1,4 +1,4 @@
-"""Self-attention with more tensor-parallel ranks than KV heads.
+"""Self-attention with more tensor-parallel ranks than KV heads, and one tensor fewer kept when it is recomputed.
 
 Room megatron/. Subclass of megatron.core.transformer.attention.SelfAttention; enters by ModuleSpec, no patch.
 Proof: tests/megatron/test_kv_replication.py.
@@ -19,6 +19,7 @@ from megatron.core.utils import get_pg_size
 
 from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.megatron.tensor_parallel.layers import QKVParallelLinear
+from nxdt_nemo.megatron.transformer.dot_product_attention import of_its_own
 from nxdt_nemo.runtime.collectives import permute
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.select import current
@@ -66,6 +67,10 @@ class SelfAttention(_SelfAttention):
         columns = weight.shape[1]
         weight.run = (self._place * columns, (self._place + 1) * columns)
         weight.copy_(permute(weight, [(kv_heads.place(rank), rank) for rank in range(group.size)], group))
+
+    def _checkpointed_attention_forward(self, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> Any:
+        """Upstream's, which keeps what it is given."""
+        return super()._checkpointed_attention_forward(query, key, of_its_own(value, query, key), *rest, **named)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

@@ -29,6 +29,7 @@ __all__ = [
     "attend",
     "attend_backward",
     "blocked_attention",
+    "by_token",
     "merge",
     "row_products",
 ]
@@ -141,7 +142,7 @@ class _Blocked(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, rule: Rule, scale: float, block: int
     ) -> Tensor:
         out, lse = attend(query, key, value, rule, scale, bias, block)
-        out = out.to(query.dtype)
+        out = by_token(out, query.dtype)
         ctx.save_for_backward(query, key, value, bias, out, lse)
         ctx.rest = rule, scale, block
         return out
@@ -220,6 +221,14 @@ def attend_backward(
             sums = _added(sums, (of_key, of_value), one.columns, key.shape[2])
         assert sums is not None, "there is at least one block"
         return Gradients(torch.cat(queries, 2), *sums, torch.cat(biases, 2) if biases else None)
+
+
+def by_token(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result [B, N, S, E] in another dtype, laid out as [S, B, N, E].
+
+    The next layer takes it in that order: what it keeps for the backward pass and what attention keeps are one tensor.
+    """
+    return out.permute(2, 0, 1, 3).to(dtype).contiguous().permute(1, 2, 0, 3)
 
 
 def row_products(grad: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nxdt_nemo.megatron.transformer.blocked_attention import Rule, attend, attend_backward, merge, row_products
+from nxdt_nemo.megatron.transformer.blocked_attention import (
+    Rule,
+    attend,
+    attend_backward,
+    by_token,
+    merge,
+    row_products,
+)
 from nxdt_nemo.megatron.transformer.packed_sequences import Chunks
 from nxdt_nemo.runtime.collectives import reshard
 from nxdt_nemo.runtime.groups import Group
@@ -129,7 +136,7 @@ Found = tuple[Tensor, Tensor]
 
 def _saved(ctx: Any, query: Tensor, key: Tensor, value: Tensor, found: Found | None, rest: tuple[Any, ...]) -> Tensor:
     assert found is not None, "a group has a rank"
-    out, lse = found[0].to(query.dtype), found[1]
+    out, lse = by_token(found[0], query.dtype), found[1]
     ctx.save_for_backward(query, key, value, out, lse)
     ctx.rest = rest
     return out

@@ -25,7 +25,7 @@ from nxdt_nemo.megatron.transformer.blocked_attention import Rule, blocked_atten
 from nxdt_nemo.megatron.transformer.packed_sequences import chunks_of, local_order, segments_of
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["DotProductAttention"]
+__all__ = ["DotProductAttention", "of_its_own"]
 
 
 class DotProductAttention(_DotProductAttention):
@@ -91,6 +91,7 @@ class DotProductAttention(_DotProductAttention):
         packed = packed_seq_params
         if packed is not None:  # what the lengths say is all there is to say
             query, key, value, attention_mask = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), None
+        value = of_its_own(value, query, key)
         call = self._call(query, key, value, attention_mask, attention_bias, packed)
         name = choose(call).name
         if name == "upstream":
@@ -199,6 +200,14 @@ class DotProductAttention(_DotProductAttention):
         # Upstream divides the scores by the layer's number (apply_query_key_layer_scaling) and its softmax
         # multiplies them again.
         return float(self.softmax_scale * (self.scale_mask_softmax.scale or 1.0))
+
+
+def of_its_own(value: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The value, no longer as a view of a fused projection if query and key no longer are (rotated, normalized).
+
+    Kept for the backward pass, such a view holds all of the projection's [S, B, (N + 2 G) D].
+    """
+    return value.contiguous() if query.is_contiguous() and key.is_contiguous() else value
 
 
 def _cp_group(model_comm_pgs: Any) -> Any:

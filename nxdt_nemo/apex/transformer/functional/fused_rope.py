@@ -6,8 +6,11 @@ taken in float32, as megatron-core does without a fused kernel. Proof: tests/ape
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..._absent import unavailable
 
@@ -41,8 +44,27 @@ def fused_apply_rotary_pos_emb_cached(
 
 
 def fused_apply_rotary_pos_emb(t: Tensor, freqs: Tensor, transpose_output_memory: bool = False) -> Tensor:
-    """Rotate t [s, b, h, d] by the angles freqs [s, 1, 1, d2], d2 <= d."""
-    return fused_apply_rotary_pos_emb_cached(t, freqs.cos(), freqs.sin(), transpose_output_memory)
+    """Rotate t [s, b, h, d] by the angles freqs [s, 1, 1, d2], d2 <= d; the angles get no gradient."""
+    rotated: Tensor = _Rotation.apply(t, freqs)  # type: ignore[no-untyped-call]
+    return rotated.transpose(0, 1).contiguous().transpose(0, 1) if transpose_output_memory else rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps the angles, which are one tensor for all layers: products would keep a cosine and a sine of each call's."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, freqs: Tensor) -> Tensor:
+        ctx.save_for_backward(freqs)
+        return _rotate(t, freqs.cos(), freqs.sin())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        [freqs] = ctx.saved_tensors
+        turned, kept = grad[..., : freqs.shape[-1]], grad[..., freqs.shape[-1] :]
+        left, right = (turned * freqs.sin().to(grad.dtype)).chunk(2, dim=-1)
+        turned = turned * freqs.cos().to(grad.dtype) + torch.cat((right, -left), dim=-1)
+        return (torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned), None
 
 
 def fused_apply_rotary_pos_emb_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor) -> Tensor:
