@@ -351,6 +351,26 @@ def _set_start_method(method: str | None, force: bool = False) -> None:
     torch.multiprocessing.set_start_method(method and current().start_method(method), force)
 
 
+def to_backend(name: Any) -> Any:
+    """The lane's backend of torch.distributed for a name that asks for NCCL ("nccl", "cuda:nccl"); else `name`."""
+    return current().backend if isinstance(name, str) and "nccl" in name.lower() else name
+
+
+def _distributed_table() -> dict[str, Any]:
+    dist = torch.distributed
+
+    @functools.wraps(dist.init_process_group)
+    def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("device_id", None)  # NCCL's, to connect at once
+        dist.init_process_group(to_backend(backend), *args, **kwargs)
+
+    @functools.wraps(dist.new_group)
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return dist.new_group(ranks, timeout, to_backend(backend), *args, **kwargs)
+
+    return {"init_process_group": init_process_group, "new_group": new_group}
+
+
 def _torch_table(scope: str) -> dict[str, Any]:
     real_load = torch.load
 
@@ -369,6 +389,7 @@ def _torch_table(scope: str) -> dict[str, Any]:
         "autocast": _Autocast,
         "amp": ModuleView(torch.amp, amp),
         "load": load,
+        "distributed": ModuleView(torch.distributed, _distributed_table()),
         "multiprocessing": ModuleView(torch.multiprocessing, {"set_start_method": _set_start_method}),
         "Generator": generator,
         "is_autocast_enabled": _autocast_query("is_autocast_enabled"),

@@ -1,0 +1,56 @@
+"""Process groups for tests: a wait ends, and a suite that never destroys its groups does not drown in threads.
+
+Room testing/. For nxdt_nemo.testing.lockstep.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+__all__ = ["limit_groups"]
+
+
+def limit_groups(wait_s: float) -> None:
+    """From now on in this process: no process group waits longer, and new_group makes each group once.
+
+    Three threads come with each gloo group; megatron-core makes tens of groups for each test and drops them. Which
+    groups there are, and in which order they are made, is the same on all ranks, so that one group can serve all
+    requests for the same ranks and backend.
+    """
+    import torch.distributed as dist
+
+    made: dict[Any, Any] = {}
+    limit = timedelta(seconds=wait_s)
+    init_process_group, new_group, destroy_process_group = (
+        dist.init_process_group,
+        dist.new_group,
+        dist.destroy_process_group,
+    )
+
+    def shorter(asked: timedelta | None) -> timedelta:
+        return limit if asked is None else min(asked, limit)
+
+    @functools.wraps(init_process_group)
+    def init(backend: str | None = None, init_method: str | None = None, timeout: Any = None, **named: Any) -> None:
+        init_process_group(backend, init_method, shorter(timeout), **named)
+
+    @functools.wraps(new_group)
+    def new(
+        ranks: Sequence[int] | None = None, timeout: timedelta | None = None, backend: str | None = None, **named: Any
+    ) -> Any:
+        key = None if ranks is None else tuple(ranks), backend or dist.get_backend()
+        if key not in made:
+            named.pop("pg_options", None)
+            made[key] = new_group(ranks, shorter(timeout), backend, **named)
+        return made[key]
+
+    @functools.wraps(destroy_process_group)
+    def destroy(group: Any = None) -> None:
+        for key in [key for key, known in made.items() if group is None or known is group]:
+            del made[key]
+        destroy_process_group(group)
+
+    dist.init_process_group, dist.new_group, dist.destroy_process_group = init, new, destroy
