@@ -351,6 +351,28 @@ def _set_start_method(method: str | None, force: bool = False) -> None:
     torch.multiprocessing.set_start_method(method and current().start_method(method), force)
 
 
+class _DeviceMeshType(type):
+    """`isinstance(x, DeviceMesh)` stays true for real meshes."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, torch.distributed.DeviceMesh)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, torch.distributed.DeviceMesh)
+
+
+class _DeviceMesh(metaclass=_DeviceMeshType):
+    """torch.distributed.DeviceMesh, with "cuda" meaning the runtime's device."""
+
+    def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> torch.distributed.DeviceMesh:  # type: ignore[misc]
+        return torch.distributed.DeviceMesh(_type_name(device_type), *args, **kwargs)
+
+    @staticmethod
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> torch.distributed.DeviceMesh:
+        """As torch's."""
+        return torch.distributed.DeviceMesh.from_group(group, _type_name(device_type), *args, **kwargs)
+
+
 def to_backend(name: Any) -> Any:
     """The lane's backend of torch.distributed for a name that asks for NCCL ("nccl", "cuda:nccl"); else `name`."""
     return current().backend if isinstance(name, str) and "nccl" in name.lower() else name
@@ -368,7 +390,19 @@ def _distributed_table() -> dict[str, Any]:
     def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
         return dist.new_group(ranks, timeout, to_backend(backend), *args, **kwargs)
 
-    return {"init_process_group": init_process_group, "new_group": new_group}
+    @functools.wraps(dist.init_device_mesh)
+    def init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return dist.init_device_mesh(_type_name(device_type), *args, **kwargs)
+
+    return {
+        "init_process_group": init_process_group,
+        "new_group": new_group,
+        "init_device_mesh": init_device_mesh,
+        "DeviceMesh": _DeviceMesh,
+        "device_mesh": ModuleView(
+            dist.device_mesh, {"init_device_mesh": init_device_mesh, "DeviceMesh": _DeviceMesh}
+        ),
+    }
 
 
 def _torch_table(scope: str) -> dict[str, Any]:

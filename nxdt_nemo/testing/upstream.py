@@ -26,13 +26,20 @@ __all__ = ["pytest_addoption", "pytest_load_initial_conftests", "pytest_report_h
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--nxdt-view PACKAGE."""
+    """--nxdt-view PACKAGE, --nxdt-nominal MODULE."""
     parser.addoption(
         "--nxdt-view",
         action="append",
         default=[],
         metavar="PACKAGE",
         help="top-level package whose modules see the backend's torch, as a script does; for tests that name CUDA",
+    )
+    parser.addoption(
+        "--nxdt-nominal",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module that may `import transformer_engine` and finds nothing in it; for a test that has no use for it",
     )
 
 
@@ -45,7 +52,9 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         except NxdtError as error:
             raise pytest.UsageError(f"nxdt-nemo: {error}") from error
         early_config.add_cleanup(deactivate)
-    early_config.add_cleanup(show_views(early_config.known_args_namespace.nxdt_view))
+    options = early_config.known_args_namespace
+    early_config.add_cleanup(show_views(options.nxdt_view))
+    views().grant("transformer_engine", options.nxdt_nominal)
     early_config.add_cleanup(show_mocks())
 
 

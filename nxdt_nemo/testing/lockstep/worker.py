@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from _pytest.runner import runtestprotocol
+
+from nxdt_nemo.runtime import current
 
 __all__ = ["Worker", "end_with_parent"]
 
@@ -77,6 +80,7 @@ class Worker:
         with self._stack.open("w") as stack:
             faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
             self._pipe.send(("started", os.getpid()))
+            dist.init_process_group(current().backend)  # a test may rely on one before it to have done so
             for index in range(start, stop):
                 if index > start:
                     self._pipe.recv()
