@@ -58,17 +58,18 @@ class Coordinator:
             return  # pytest has said why
         if any(tests != found[0] for tests in found):
             raise RuntimeError("the ranks collected different tests: is there a set, or a random number, in a name?")
-        for start, stop in _files(found[0]):
+        for first, stop in _files(found[0]):
+            start = first
             while start < stop:
-                start = self._run(found[0], start, stop)
+                start = self._run(found[0], start, stop, resumed=start > first)
         for pipe in self._pipes:
             pipe.send(("end",))
 
-    def _run(self, tests: Sequence[Test], start: int, stop: int) -> int:
+    def _run(self, tests: Sequence[Test], start: int, stop: int, *, resumed: bool) -> int:
         """Run tests from `start` on new ranks, as far as they go; returns the first that has not run."""
         port, results, index = _free_port(), [], start
         for pipe in self._pipes:
-            pipe.send(("run", start, stop, port))
+            pipe.send(("run", start, stop, port, resumed))
         for index in range(start, stop):
             if index > start:
                 for pipe in self._pipes:

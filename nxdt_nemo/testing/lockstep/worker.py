@@ -61,11 +61,11 @@ class Worker:
         self._reports = runtestprotocol(item, log=False, nextitem=nextitem)
         return True
 
-    def _fork(self, session: pytest.Session, start: int, stop: int, port: int) -> None:
+    def _fork(self, session: pytest.Session, *order: Any) -> None:
         child = os.fork()
         if child == 0:
             try:
-                self._run(session, start, stop, port)
+                self._run(session, *order)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -74,13 +74,14 @@ class Worker:
         _, status = os.waitpid(child, 0)
         self._pipe.send(("ended", os.waitstatus_to_exitcode(status)))
 
-    def _run(self, session: pytest.Session, start: int, stop: int, port: int) -> None:
+    def _run(self, session: pytest.Session, start: int, stop: int, port: int, resumed: bool) -> None:
         end_with_parent()
         os.environ["MASTER_PORT"] = str(port)
         with self._stack.open("w") as stack:
             faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
             self._pipe.send(("started", os.getpid()))
-            dist.init_process_group(current().backend)  # a test may rely on one before it to have done so
+            if resumed:
+                dist.init_process_group(current().backend)  # as a test before this one may have, which others rely on
             for index in range(start, stop):
                 if index > start:
                     self._pipe.recv()
