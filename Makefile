@@ -50,6 +50,10 @@ test: $(STAMP) ## every test that is not slow
 test-slow: $(STAMP) ## the slow ones
 	@$(PY) -m pytest -q -m slow
 
+.PHONY: test-layouts
+test-layouts: $(STAMP) ## every model family in every parallel layout against one rank, at most 8 ranks; writes docs/results/layouts.md
+	@$(PY) tools/layouts.py
+
 .PHONY: test-upstream
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes
 	@$(PY) tools/test_upstream.py

@@ -4,13 +4,14 @@ NxdtError
 +-- UserError          the user can fix it: one line, exit code 2, no traceback
 |   +-- ConfigError    a key or value in a YAML file or an override
 |   +-- LaneError      a runtime lane that cannot be used on this machine
+|   +-- LayoutError    a parallel layout that the ranks or the instance cannot take
 +-- PatchError         an upstream target moved, or two records claim it: fails closed
 +-- NotOnNeuron        upstream code asked for something that this backend does not have
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "LaneError", "NotOnNeuron", "NxdtError", "PatchError", "UserError"]
+__all__ = ["ConfigError", "LaneError", "LayoutError", "NotOnNeuron", "NxdtError", "PatchError", "UserError"]
 
 
 class NxdtError(Exception):
@@ -40,6 +41,10 @@ class ConfigError(UserError):
 
 class LaneError(UserError):
     """A lane that was asked for and cannot be used here."""
+
+
+class LayoutError(UserError):
+    """A parallel layout that the ranks cannot be divided into, or the instance cannot place."""
 
 
 class PatchError(NxdtError):

@@ -8,9 +8,10 @@ May import the standard library and nxdt_nemo.errors. Proof: tests/config/test_c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from math import gcd
 
-from nxdt_nemo.config import exp_manager
+from nxdt_nemo.config import exp_manager, layers
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
 from nxdt_nemo.config.view import View
@@ -26,6 +27,18 @@ ACCELERATORS = ("neuron", "gpu", "cuda", "auto", "tpu", "cpu")
 FP16 = (16, "16", "16-mixed", "16-true", "fp16")
 BF16 = ("bf16", "bf16-mixed")
 FP32 = (32, "32", "32-true")
+
+OPTIMIZERS = (
+    *("fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "adamw", "adamw_fp32OptState", "adam", "sgd"),
+    *("adadelta", "adamax", "adagrad", "rmsprop", "rprop", "lamb", "adan", "megatron_fused_adam"),
+)
+UNSAVED = {"novograd": "one number a parameter", "adafactor": "rows and columns of its moments"}
+SCHEDULES = (
+    *("CosineAnnealing", "LinearAnnealingWithWarmUp", "WarmupPolicy", "WarmupHoldPolicy", "WarmupAnnealing"),
+    *("SquareAnnealing", "SquareRootAnnealing", "NoamAnnealing", "NoamHoldAnnealing", "InverseSquareRootAnnealing"),
+    *("T5InverseSquareRootAnnealing", "PolynomialDecayAnnealing", "PolynomialHoldDecayAnnealing", "StepLR"),
+    *("ExponentialLR", "ReduceLROnPlateau", "CyclicLR"),
+)
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
@@ -62,22 +75,27 @@ def accelerator(view: View) -> Errors:
 
 
 def tensor_parallel(view: View) -> Errors:
-    """TP divides attention heads, query groups and the feed-forward size."""
+    """TP divides attention heads and the feed-forward size; it divides the query groups or is a multiple of them."""
     tp = view.size(TP)
     heads = view.number("model.num_attention_heads")
     groups = view.number("model.num_query_groups")
     ffn = view.number("model.ffn_hidden_size")
     if heads and heads % tp:
-        fits = or_list(divisors(gcd(heads, groups or heads)))
-        yield view.error(f"{TP}={tp} does not divide model.num_attention_heads={heads}", f"use {fits}")
-    elif groups and groups % tp:
-        fits = or_list(divisors(gcd(heads or groups, groups)))
-        yield view.error(
-            f"{TP}={tp} does not divide model.num_query_groups={groups}, and KV heads are not replicated yet",
-            f"use {fits}",
-        )
+        yield view.error(f"{TP}={tp} does not divide model.num_attention_heads={heads}", _tp_sizes(heads, groups))
+    elif groups and groups % tp and tp % groups:
+        reason = f"{TP}={tp} neither divides model.num_query_groups={groups} nor is a multiple of it"
+        yield view.error(reason, _tp_sizes(heads or groups, groups))
+    elif groups and groups % tp and view.get("model.peft.peft_scheme") not in (None, "none"):
+        scheme = f"model.peft.peft_scheme={view.get('model.peft.peft_scheme')}"
+        reason = f"{scheme} with copies of KV heads ({TP}={tp}, model.num_query_groups={groups}) is not supported"
+        yield view.error(reason, f"use {TP} {or_list(divisors(gcd(heads or groups, groups)))}")
     elif ffn and ffn % tp:
         yield view.error(f"{TP}={tp} does not divide model.ffn_hidden_size={ffn}", f"use a multiple of {tp}")
+
+
+def _tp_sizes(heads: int, groups: int | None) -> str:
+    fits = [size for size in divisors(heads) if not groups or groups % size == 0 or size % groups == 0]
+    return f"use {or_list(fits)}"
 
 
 def pipeline_parallel(view: View) -> Errors:
@@ -102,6 +120,72 @@ def pipeline_parallel(view: View) -> Errors:
         yield view.error(written, f"use {or_list(divisors(layers))}")
     else:
         yield view.error(f"{written} as its uneven stages ask", f"leave {stages} stages a multiple of {stages} layers")
+
+
+def interleaved(view: View) -> Errors:
+    """What megatron-core's interleaved schedule and NeMo ask of a virtual pipeline size."""
+    chunks, stages = view.number(VPP), view.size(PP)
+    if chunks is None or chunks <= 1:
+        return
+    if stages == 1:
+        yield view.error(f"{VPP}={chunks} needs a pipeline, and {PP} is 1", f"use {VPP}=null")
+        return
+    if not _core_switch(view)[0].endswith("mcore_gpt"):
+        yield view.error(f"{VPP}={chunks}: only GPT models are built in chunks", "use null")
+    if view.training and not view.get("model.megatron_amp_O2", False):
+        yield view.error(
+            f"{VPP}={chunks} trains with model.megatron_amp_O2=True only, says NeMo", "set both or neither"
+        )
+    layers, uneven = view.number("model.num_layers"), _uneven(view)
+    if layers and not uneven and layers % (stages * chunks):
+        fits = or_list(part for part in divisors(layers // stages) if part > 1) if layers % stages == 0 else "null"
+        reason = f"{VPP}={chunks} x {PP}={stages} does not divide model.num_layers={layers}"
+        yield view.error(reason, f"use {VPP}={fits or 'null'}")
+    batches = _micro_batches(view)
+    if batches and batches % stages:
+        yield view.error(
+            f"{VPP}={chunks}: {PP}={stages} does not divide the {batches} micro-batches of a step",
+            f"use a {GLOBAL} that gives a multiple of {stages}",
+        )
+
+
+def _uneven(view: View) -> bool:
+    places = [view.get(f"model.num_layers_in_{place}_pipeline_stage") is not None for place in ("first", "last")]
+    counted = [view.get(f"model.account_for_{place}_in_pipeline_split", False) for place in ("embedding", "loss")]
+    return any(places + counted) or view.get("model.pipeline_model_parallel_layout") is not None
+
+
+def _micro_batches(view: View) -> int | None:
+    """A step's on one data-parallel rank; None where the configuration does not say."""
+    micro, whole, ranks = view.number(MICRO), view.number(GLOBAL), view.world_size
+    model = view.size(TP) * view.size(PP) * view.size(CP)
+    if not micro or not whole or ranks is None or ranks % model or whole % (micro * (ranks // model)):
+        return None
+    return whole // (micro * (ranks // model))
+
+
+def experts(view: View) -> Errors:
+    """Expert parallelism divides the experts, and the ranks that are not a model's own."""
+    ep, number = view.size(EP), view.number("model.num_moe_experts")
+    if number and view.training and view.size(TP) > 1 and not view.get("model.sequence_parallel", False):
+        reason = f"model.num_moe_experts={number} with {TP}={view.size(TP)} trains with sequence parallelism only"
+        yield view.error(reason, "use model.sequence_parallel=True")
+    if ep == 1:
+        return
+    if number is None:
+        yield view.error(f"{EP}={ep} without model.num_moe_experts", f"use {EP}=1, or say how many experts there are")
+    elif number % ep:
+        yield view.error(
+            f"{EP}={ep} does not divide model.num_moe_experts={number}", f"use {or_list(divisors(number))}"
+        )
+    if view.training and not view.get("model.megatron_amp_O2", False):
+        yield view.error(f"{EP}={ep} trains with model.megatron_amp_O2=True only, says NeMo", "set both or neither")
+    ranks, model = view.world_size, view.size(TP) * view.size(PP)
+    if ranks is not None and ranks % (model * ep):
+        yield view.error(
+            f"{ranks} ranks are not divisible by {TP}={view.size(TP)} x {PP}={view.size(PP)} x {EP}={ep}",
+            f"use a multiple of {model * ep} ranks",
+        )
 
 
 def world(view: View) -> Errors:
@@ -133,16 +217,34 @@ def sequence_parallel(view: View) -> Errors:
         )
 
 
-def not_yet(view: View) -> Errors:
-    """What a later release brings, and what NeMo itself refuses."""
-    vpp = view.number(VPP)
-    if vpp is not None and vpp > 1:
-        yield view.error(f"{VPP}={vpp}: NeMo 2.4 itself refuses interleaved pipelines for YAML models", "use null")
-    for key in (CP, EP):
-        if view.size(key) > 1:
-            yield view.error(f"{key}={view.size(key)} is not supported yet, a later release brings it", "use 1")
+def context_parallel(view: View) -> Errors:
+    """Each context-parallel rank takes two pieces of the sequence, one from each end."""
+    cp, length = view.size(CP), view.number("model.encoder_seq_length")
+    pieces = 2 * cp * (view.size(TP) if view.get("model.sequence_parallel", False) else 1)
+    if cp > 1 and length and length % pieces:
+        yield view.error(
+            f"{CP}={cp} cuts the sequence into {pieces} pieces, which do not divide model.encoder_seq_length={length}",
+            f"use a multiple of {pieces}",
+        )
+
+
+def not_here(view: View) -> Errors:
+    """What this backend does not do."""
     if view.get("model.fsdp", False):
         yield view.error("model.fsdp=True is not supported", "use False: ranks beyond TP x PP are data parallel")
+
+
+def names(view: View) -> Errors:
+    """Optimizers and schedules by the names of NeMo and NxD Training; a script may register others."""
+    name = view.get("model.optim.name") if view.training else None
+    if name in UNSAVED:
+        reason = f"model.optim.name={name} keeps {UNSAVED[name]}, which a distributed checkpoint does not take"
+        yield view.error(reason, f"use {or_list(OPTIMIZERS)}")
+    elif isinstance(name, str) and name not in OPTIMIZERS and (near := get_close_matches(name, OPTIMIZERS)):
+        yield view.error(f"model.optim.name={name} is no optimizer", f"did you mean {near[0]}?")
+    sched = view.get("model.optim.sched.name") if view.training else None
+    if isinstance(sched, str) and sched not in SCHEDULES and (near := get_close_matches(sched, SCHEDULES)):
+        yield view.error(f"model.optim.sched.name={sched} is no schedule", f"did you mean {near[0]}?")
 
 
 def sharded_optimizers(view: View) -> Errors:
@@ -228,15 +330,20 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     positive_sizes,
     accelerator,
     precision,
-    not_yet,
+    not_here,
+    names,
     sharded_optimizers,
     megatron_core,
     tensor_parallel,
     pipeline_parallel,
+    interleaved,
+    experts,
     sequence_parallel,
+    context_parallel,
     world,
     length,
     data_files,
+    *layers.ERRORS,
     *exp_manager.ERRORS,
 )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.errors import LaneError
-from nxdt_nemo.runtime.groups import Group, checked_mesh
+from nxdt_nemo.runtime.groups import Group, Meshes, checked_mesh
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import Lane, MemoryFigures, Undo, Verdict
 
@@ -42,6 +42,7 @@ class CpuLane(Lane):
 
     def __init__(self) -> None:
         self._groups: weakref.WeakKeyDictionary[dist.ProcessGroup, Group] = weakref.WeakKeyDictionary()
+        self._meshes = Meshes()
 
     @classmethod
     def probe(cls, *, asked: bool = False) -> Verdict:
@@ -145,6 +146,7 @@ class CpuLane(Lane):
         import torch.distributed as dist
 
         self._groups.clear()
+        self._meshes.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -171,16 +173,22 @@ class CpuLane(Lane):
         return self.group_of(everyone)
 
     def group_of(self, process_group: dist.ProcessGroup) -> Group:
-        """As the interface says; a group that upstream made knows only itself as its mesh."""
         import torch.distributed as dist
 
         if process_group not in self._groups:
             ranks = tuple(dist.get_process_group_ranks(process_group))
             me = dist.get_rank(process_group)
+            mesh = self._meshes.of(process_group, dist.get_world_size()) or (ranks,)
             self._groups[process_group] = Group(
-                process_group.group_desc, (ranks,), ranks, me, len(ranks), process_group, self.ops
+                process_group.group_desc, mesh, ranks, me, len(ranks), process_group, self.ops
             )
         return self._groups[process_group]
+
+    def note_group(self, name: str, ranks: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
+        self._meshes.note(name, ranks, process_group)
+
+    def close_meshes(self) -> None:
+        self._meshes.close()
 
     def _rank_for(self, name: str) -> int:
         import torch.distributed as dist

@@ -6,7 +6,8 @@ world. Imports torch for type checking only. Proof: tests/runtime/test_groups.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from nxdt_nemo.runtime.ops import Ops
 
-__all__ = ["Group", "Mesh", "checked_mesh"]
+__all__ = ["Group", "Mesh", "Meshes", "checked_mesh", "completed"]
 
 Mesh = tuple[tuple[int, ...], ...]
 
@@ -26,7 +27,8 @@ class Group:
 
     name   what it is for ("tp", "dp")
     mesh   all groups of the world that were made with it, as global ranks
-    ranks  the members of this one, as global ranks, ascending
+    ranks  the members of this one, as global ranks, in the order of their places (ascending unless a placement of
+           upstream's groups says otherwise, see runtime/placement.py)
     rank   this process's place in `ranks`
     size   len(ranks)
     pg     torch's handle, for upstream's own torch.distributed calls
@@ -61,3 +63,51 @@ def checked_mesh(mesh: Sequence[Sequence[int]], world: int, name: str) -> Mesh:
     if turned:
         raise ValueError(f"mesh of group {name}: ranks {turned[0]} are not ascending, and torch sorts a group's ranks")
     return groups
+
+
+def completed(groups: Iterable[Sequence[int]], world: int) -> Mesh:
+    """The groups, and one of its own for each rank of the world that is in none (a middle stage holds no embedding)."""
+    mesh = tuple(tuple(ranks) for ranks in groups)
+    inside = {rank for ranks in mesh for rank in ranks}
+    return mesh + tuple((rank,) for rank in range(world) if rank not in inside)
+
+
+@dataclass(eq=False)
+class _Layer:
+    """Groups of one name that share no rank."""
+
+    groups: list[tuple[int, ...]] = field(default_factory=list)
+    ranks: set[int] = field(default_factory=set)
+
+
+class Meshes:
+    """Groups that upstream makes one by one, on all ranks alike and in one order, put together by their names.
+
+    Groups of a name that share a rank (upstream's pipelines of an encoder that is smaller than its decoder, or a
+    state that is built anew) are of different meshes: each goes into the first that has room for it.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, list[_Layer]] = {}
+        self._layers: weakref.WeakKeyDictionary[dist.ProcessGroup, _Layer] = weakref.WeakKeyDictionary()
+
+    def note(self, name: str, ranks: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
+        """One more group of this name; process_group is None on a rank outside it."""
+        layers = self._open.setdefault(name, [])
+        layer = next((one for one in layers if one.ranks.isdisjoint(ranks)), None)
+        if layer is None:
+            layer = _Layer()
+            layers.append(layer)
+        layer.groups.append(tuple(ranks))
+        layer.ranks.update(ranks)
+        if process_group is not None:
+            self._layers[process_group] = layer
+
+    def of(self, process_group: dist.ProcessGroup, world: int) -> Mesh | None:
+        """The mesh of a group that was noted, each rank of the world in exactly one of its groups."""
+        layer = self._layers.get(process_group)
+        return None if layer is None else completed(layer.groups, world)
+
+    def close(self) -> None:
+        """What is noted from now on belongs to other meshes; process groups that layers still hold keep theirs."""
+        self._open.clear()

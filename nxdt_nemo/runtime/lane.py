@@ -156,7 +156,18 @@ class Lane(ABC):
 
     @abstractmethod
     def group_of(self, process_group: dist.ProcessGroup) -> Group:
-        """The Group around a torch ProcessGroup, upstream's own included."""
+        """The Group around a torch ProcessGroup, upstream's own included.
+
+        Of a group that was noted the mesh is whole, once all of its name are made; of another it is only itself.
+        """
+
+    @abstractmethod
+    def note_group(self, name: str, ranks: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
+        """Upstream has made a group; every rank says so for every group, in the same order, None outside it."""
+
+    @abstractmethod
+    def close_meshes(self) -> None:
+        """Upstream's parallel state is destroyed: groups noted from now on make meshes of their own."""
 
     @property
     @abstractmethod

@@ -52,6 +52,8 @@ def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = to_lane(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # CUDA's page-locked memory; a lane copies from what the host has
         return function(*args, **kwargs)
 
     return make

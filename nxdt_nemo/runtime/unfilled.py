@@ -95,6 +95,12 @@ class UnfilledLane(Lane):
     def group_of(self, process_group: dist.ProcessGroup) -> Group:
         self._missing("group_of")
 
+    def note_group(self, name: str, ranks: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
+        self._missing("note_group")
+
+    def close_meshes(self) -> None:
+        self._missing("close_meshes")
+
     @property
     def ops(self) -> Ops:
         self._missing("ops")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.testing.ours import Part, gather_gradients, state_bytes
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
-from nxdt_nemo.testing.weights import global_names, load, piece
+from nxdt_nemo.testing.weights import Ranks, global_names, load, piece
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,6 @@ def train(
     changes     dotted keys over settings()
     split_sums  add matrix products up in another order, see _split_sums
     """
-    from megatron.core import parallel_state
     from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
@@ -77,9 +76,8 @@ def train(
         OmegaConf.update(cfg, key, value)
     trainer = MegatronTrainerBuilder(cfg).create_trainer(callbacks=[])
     model = Model(cfg.model, trainer)
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    load(_gpt(model), weights, recipe.family == "llama", layout.tp, tp_rank)
-    report = NemoPart(tp_rank)
+    load(_chunks(model), weights, recipe.gated, Ranks.here())
+    report = NemoPart(Ranks.here().tp[0])
     trainer.callbacks.append(_recorder(report, recipe, weights))
     with _split_sums() if split_sums else nullcontext():
         trainer.fit(model)
@@ -108,11 +106,9 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
     """A callback that keeps what NeMo logs (on rank 0, where it does), the gradients of step 1, and the data."""
     from lightning.pytorch import Callback
 
-    gated = recipe.family == "llama"
-
     class Recorder(Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            _gpt(module).register_forward_pre_hook(self.read, with_kwargs=True)
+            _chunks(module)[0].register_forward_pre_hook(self.read, with_kwargs=True)
 
         def on_train_batch_start(self, *_: Any) -> None:
             report.batches.append([])
@@ -128,8 +124,9 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
             report.lrs.append(optimizer.param_groups[0]["lr"])  # exact: what NeMo logs is rounded to float32
             if not report.grads:
                 _reduce(module._optimizer)
-                named = global_names(_gpt(module), weights)
-                report.grads = [(n, piece(n, p, _gradient(p), gated, report.tp_rank)) for n, p in named]
+                ranks = Ranks.here()
+                named = global_names(_chunks(module), weights, ranks)
+                report.grads = [(n, piece(n, p, _gradient(p), recipe.gated, ranks)) for n, p in named]
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.is_global_zero:
@@ -140,7 +137,7 @@ def _recorder(report: NemoPart, recipe: Recipe, weights: dict[str, torch.Tensor]
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             optimizer = module._optimizer
-            report.state_bytes = state_bytes(getattr(optimizer, "mcore_optimizer", optimizer), _gpt(module))
+            report.state_bytes = state_bytes(getattr(optimizer, "mcore_optimizer", optimizer), _chunks(module))
 
     return Recorder()
 
@@ -159,12 +156,14 @@ def _gradient(parameter: Any) -> torch.Tensor:
     return (main if main is not None else parameter.grad).float()  # type: ignore[no-any-return]
 
 
-def _gpt(model: Any) -> Any:
-    """The GPTModel inside NeMo's and megatron-core's wrappers."""
-    inner = model.model[0] if isinstance(model.model, list) else model.model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
+def _chunks(model: Any) -> list[Any]:
+    """The GPTModels inside NeMo's and megatron-core's wrappers: one, or a pipeline rank's chunks."""
+    found = []
+    for inner in model.model if isinstance(model.model, list) else [model.model]:
+        while hasattr(inner, "module"):
+            inner = inner.module
+        found.append(inner)
+    return found
 
 
 def settings(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Any]:
@@ -197,14 +196,27 @@ def settings(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    llama = recipe.family == "llama"
-    return {
+    llama = recipe.gated
+    experts = {
+        "num_moe_experts": recipe.experts,
+        "moe_router_topk": 2,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.02,
+        "moe_z_loss_coeff": 1e-3,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+    }
+    return (experts if recipe.experts else {}) | {
         "mcore_gpt": True,
         "micro_batch_size": recipe.micro_batch,
         "global_batch_size": recipe.micro_batch * recipe.micro_batches,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": None,
+        "virtual_pipeline_model_parallel_size": layout.vpp or None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "num_layers_in_first_pipeline_stage": layout.first or None,
         "sequence_parallel": layout.sp,
         "encoder_seq_length": recipe.seq,
         "max_position_embeddings": recipe.seq,

@@ -7,28 +7,25 @@ has changed them. Proof: tests/megatron/test_parity.py.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches, transformer_fields
+from nxdt_nemo.testing.families import Stage, build, config_of, losses_of, mean_of, stock_specs
+from nxdt_nemo.testing.mistakes import Fault, Training, mistake
+from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
 from nxdt_nemo.testing.reference import Trained, parameters_of
-from nxdt_nemo.testing.weights import Piece, global_names, load, merge, piece
+from nxdt_nemo.testing.weights import Piece, Ranks, global_names, load, merge, piece
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-__all__ = ["ACTIVE", "ACTIVE_ENV", "Fault", "Part", "assemble", "train"]
+__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "our_specs", "train"]
 
 ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
-
-# Mistakes made on purpose, each of which must turn a table red.
-Fault = Literal["", "norm gradients not reduced", "one gradient x 1.01", "moments not resumed"]
-SCALED = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 @dataclass
@@ -46,11 +43,11 @@ class Part:
     weights: list[tuple[str, Piece]] = field(default_factory=list)
 
 
-def assemble(parts: list[Part], layout: Layout) -> tuple[Trained, float]:
+def assemble(parts: list[Part]) -> tuple[Trained, float]:
     """The undivided model's view of all ranks' reports, and how far copies differ (see weights.merge)."""
     last = [part.losses for part in parts if part.losses and part.tp_rank == 0]
-    grads, spread = merge([part.grads for part in parts], layout.tp)
-    weights, _ = merge([part.weights for part in parts], layout.tp)
+    grads, spread = merge([part.grads for part in parts])
+    weights, _ = merge([part.weights for part in parts])
     losses = [sum(step) / len(step) for step in zip(*last, strict=True)]
     return Trained(losses, parts[0].grad_norms, grads, weights), spread
 
@@ -71,38 +68,71 @@ def train(
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
-    ddp = ddp or {}
+    try:
+        return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {})
+    finally:
+        forget_groups()
+
+
+def _train(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    layout: Layout,
+    fault: Fault,
+    steps: range | None,
+    resume: Path | None,
+    save: Path | None,
+    ddp: Mapping[str, Any],
+) -> Part:
+    from megatron.core.distributed import finalize_model_grads
+
     state = _model_parallel(recipe, layout, ddp.get("num_distributed_optimizer_instances", 1))
-    tp_rank, dp_rank = state.get_tensor_model_parallel_rank(), state.get_data_parallel_rank()
-    gated = recipe.family == "llama"
-    model = _stage(recipe, layout, state)
-    load(model, weights, gated, layout.tp, tp_rank)
-    chunk, optimizer = _wrap(model, recipe, layout.zero, ddp)
-    finish = _finalizer(model, weights, fault)
-    chunk.config.finalize_model_grads_func = finish
-    report = Part(tp_rank)
+    ranks = Ranks.here()
+    model = _stages(recipe, layout, state)
+    load(model, weights, recipe.gated, ranks)
+    chunks, optimizer = _wrap(model, recipe, layout.zero, ddp)
+    model[0].config.finalize_model_grads_func = finalize_model_grads
+    named = list(global_names(model, weights, ranks))
+    report = Part(ranks.tp[0])
     if resume is not None:
         _load(model, optimizer, resume, fault)
-    for step in range(recipe.steps) if steps is None else steps:
+    with mistake(fault, Training(model, chunks, optimizer, named)):
+        _steps(report, recipe, layout, chunks, optimizer, named, range(recipe.steps) if steps is None else steps)
+    report.state_bytes = state_bytes(optimizer, model)
+    if save is not None:
+        _save(model, optimizer, save)
+    report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in named]
+    return report
+
+
+def _steps(
+    report: Part,
+    recipe: Recipe,
+    layout: Layout,
+    chunks: list[Any],
+    optimizer: Any,
+    named: list[tuple[str, Any]],
+    steps: range,
+) -> None:
+    """Train, and write losses, norms and the first step's gradients down."""
+    from megatron.core import parallel_state
+
+    ranks, dp_rank = Ranks.here(), parallel_state.get_data_parallel_rank()
+    for step in steps:
         batches = micro_batches(recipe, step)[dp_rank :: layout.dp]
-        chunk.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = _forward_backward(chunk, recipe, batches)
+        losses = _forward_backward(chunks, recipe, batches)
         if losses:
             report.losses.append(sum(losses) / len(losses))
-        named = list(global_names(model, weights))
         if not report.grads:
             gather_gradients(optimizer)
-            report.grads = [(name, piece(name, p, p.main_grad, gated, tp_rank)) for name, p in named]
+            report.grads = [(name, piece(name, p, p.main_grad, recipe.gated, ranks)) for name, p in named]
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
             group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
         report.grad_norms.append(float(optimizer.step()[1]))
-    report.state_bytes = state_bytes(optimizer, model)
-    if save is not None:
-        _save(model, optimizer, save)
-    report.weights = [(name, piece(name, p, p, gated, tp_rank)) for name, p in global_names(model, weights)]
-    return report
 
 
 def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
@@ -110,61 +140,102 @@ def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        _close_groups()
-        # Upstream leaves these as they were; a middle stage would take itself for the first one of before.
-        parallel_state._EMBEDDING_GLOBAL_RANKS = None
-        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, num_distributed_optimizer_instances=instances)
+    forget_groups()
+    apart = recipe.family == "t5" and layout.pp > 1  # the encoder has pipeline ranks, and embeddings, of its own
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp // 2 if apart else layout.pp,
+        layout.vpp or None,
+        encoder_pipeline_model_parallel_size=layout.pp // 2 if apart else 0,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp or None,
+        num_distributed_optimizer_instances=instances,
+        get_embedding_ranks=_t5_embeddings if apart else None,
+        get_position_embedding_ranks=_t5_positions if apart else None,
+    )
     model_parallel_cuda_manual_seed(recipe.seed)
     return parallel_state
 
 
-def _close_groups() -> None:
-    """Close every group but the world: upstream only forgets them, and each keeps gloo threads running."""
-    import torch.distributed as dist
+def _t5_embeddings(stages: list[int], _: int | None = None) -> list[int]:
+    """Ranks of a pipeline that hold word embeddings: both sides' first, and the last for its output layer."""
+    return sorted({*_t5_positions(stages), stages[-1]})
 
+
+def _t5_positions(stages: list[int], _: int | None = None) -> list[int]:
+    return [stages[0], stages[len(stages) // 2]]
+
+
+def forget_groups() -> None:
+    """Close every group but the world, which a destroyed parallel state only forgets.
+
+    Each has a gloo thread that wakes up a hundred times a second: the groups of some pools at rest keep two cores busy.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 
 
-def _stage(recipe: Recipe, layout: Layout, state: Any) -> Any:
-    """This rank's pipeline stage, built from the backend's layer specs."""
+def _stages(recipe: Recipe, layout: Layout, state: Any) -> list[Any]:
+    """This rank's pipeline stage, or its chunks, built from the backend's layer specs."""
     import torch
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nxdt_nemo.megatron.models.gpt.gpt_layer_specs import get_gpt_block_spec
-
-    llama, dtype = recipe.family == "llama", getattr(torch, recipe.dtype)
-    config = TransformerConfig(
-        **transformer_fields(recipe),
-        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+    dtype = getattr(torch, recipe.dtype)
+    config = config_of(
+        recipe,
         tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
+        pipeline_model_parallel_size=max(layout.pp // 2, 1) if recipe.family == "t5" else layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp or None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp or layout.tp,
         sequence_parallel=layout.sp,
+        num_layers_in_first_pipeline_stage=layout.first or None,
+        account_for_embedding_in_pipeline_split=layout.account,
+        account_for_loss_in_pipeline_split=layout.account,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=recipe.dtype == "bfloat16",
         gradient_accumulation_fusion=True,  # as NeMo's configurations have it, which stock cannot without CUDA
-        apply_rope_fusion=llama,
+        apply_rope_fusion=recipe.gated,
+        **({"moe_token_dispatcher_type": "alltoall"} if recipe.experts else {}),
     )
-    model = GPTModel(
-        config,
-        get_gpt_block_spec(config),
-        vocab_size=recipe.vocab,
-        max_sequence_length=recipe.seq,
-        pre_process=state.is_pipeline_first_stage(),
-        post_process=state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=not llama,
-        position_embedding_type="rope" if llama else "learned_absolute",
-    )
-    return model.to(dtype)
+    config.kv_head_order = layout.kv_head_order
+    stages = [_stage_of(recipe, state, index if layout.vpp else None) for index in range(layout.chunks)]
+    return [build(recipe, config, our_specs, stage).to(dtype) for stage in stages]
 
 
-def _save(model: Any, optimizer: Any, folder: Path) -> None:
+def _stage_of(recipe: Recipe, state: Any, virtual: int | None) -> Stage:
+    if recipe.family == "t5" and state.get_pipeline_model_parallel_world_size() > 1:
+        rank, last = state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size() - 1
+        first = state.get_pipeline_model_parallel_decoder_start()
+        return Stage(rank in (0, first), rank in (first - 1, last), None, rank < first, rank >= first)
+    place = {"ignore_virtual": False, "vp_stage": virtual}
+    return Stage(state.is_pipeline_first_stage(**place), state.is_pipeline_last_stage(**place), virtual)
+
+
+def our_specs(block: str, config: Any, virtual: int | None) -> Any:
+    """The backend's layers for a block of a model, see families.Specs."""
+    from nxdt_nemo.megatron.models.backends import adapt
+    from nxdt_nemo.megatron.models.gpt.gpt_layer_specs import get_gpt_block_spec
+
+    if block == "gpt":
+        return get_gpt_block_spec(config, virtual)
+    return adapt(stock_specs(block, config, virtual))
+
+
+def _parameters(model: list[Any]) -> dict[str, Any]:
+    """All chunks' entries; each is saved under its name in the whole model."""
+    return {f"{i}.{name}": entry for i, chunk in enumerate(model) for name, entry in parameters_of(chunk).items()}
+
+
+def _save(model: list[Any], optimizer: Any, folder: Path) -> None:
     """As a plain megatron-core loop saves."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
@@ -172,18 +243,20 @@ def _save(model: Any, optimizer: Any, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    state = parameters_of(model)
+    state = _parameters(model)
     dist_checkpointing.save({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, str(folder))
 
 
-def _load(model: Any, optimizer: Any, folder: Path, fault: Fault) -> None:
+def _load(model: list[Any], optimizer: Any, folder: Path, fault: Fault) -> None:
     """As a plain megatron-core loop resumes, or so that Adam's moments are zero."""
     from megatron.core import dist_checkpointing
 
-    state = parameters_of(model)
+    state = _parameters(model)
     wanted = {"model": state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True)}
     found = dist_checkpointing.load(wanted, str(folder))
-    model.load_state_dict(found["model"], strict=False)
+    for i, chunk in enumerate(model):
+        mine = {name: tensor for name, tensor in found["model"].items() if name.startswith(f"{i}.")}
+        chunk.load_state_dict({name.partition(".")[2]: tensor for name, tensor in mine.items()}, strict=False)
     if fault == "moments not resumed":
         for moments in found["optimizer"]["state"].values():
             moments["exp_avg"].zero_()
@@ -201,9 +274,9 @@ def gather_gradients(optimizer: Any) -> None:
         dist.all_gather_into_tensor(bucket.grads, mine, group=bucket.group)
 
 
-def state_bytes(optimizer: Any, model: Any) -> int:
+def state_bytes(optimizer: Any, model: list[Any]) -> int:
     """Bytes of an optimizer's tensors, without those that lie in the model's own memory."""
-    models = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    models = {param.untyped_storage().data_ptr() for chunk in model for param in chunk.parameters()}
     tensors = []
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(one, "optimizer", one)
@@ -213,15 +286,18 @@ def state_bytes(optimizer: Any, model: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
 
-def _wrap(model: Any, recipe: Recipe, zero: bool = False, ddp: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+def _wrap(
+    model: list[Any], recipe: Recipe, zero: bool = False, ddp: Mapping[str, Any] | None = None
+) -> tuple[list[Any], Any]:
     """Gradient buffers (reduced in float32) and the optimizer, as Megatron's own training loop makes them."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     buckets = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero, **(ddp or {}))
-    chunk = DistributedDataParallel(model.config, buckets, model)
+    chunks = [DistributedDataParallel(one.config, buckets, one) for one in model]
     if buckets.overlap_grad_reduce:
-        model.config.no_sync_func = chunk.no_sync
+        waits = [chunk.no_sync for chunk in chunks]
+        model[0].config.no_sync_func = waits if len(chunks) > 1 else waits[0]
     adam = OptimizerConfig(
         optimizer="adam",
         lr=recipe.lr,
@@ -233,53 +309,49 @@ def _wrap(model: Any, recipe: Recipe, zero: bool = False, ddp: Mapping[str, Any]
         use_distributed_optimizer=zero,
         bf16=recipe.dtype == "bfloat16",
     )
-    return chunk, get_megatron_optimizer(adam, [chunk])
+    return chunks, get_megatron_optimizer(adam, chunks)
 
 
-def _forward_backward(chunk: Any, recipe: Recipe, batches: list[Batch]) -> list[float]:
+def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch]) -> list[float]:
     """Each micro-batch's loss (on the last stage, else none); gradients are left in main_grad, reduced."""
-    import torch
+    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-    def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        return losses.float().mean(), {"loss": float(losses.detach().double().mean())}
+    cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
 
     def forward(source: Any, stage: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(source)
-        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return stage(tokens, positions, None, labels=labels), loss_of
+        whole = next(source)
+        batch, positions = _zigzag(whole, cp, cp_rank)
 
+        def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+            known = mean_of(losses.detach().double(), recipe, batch, whole.labels.size)
+            # the schedule multiplies by the context parallel size, since it averages over these ranks' gradients
+            return mean_of(losses.float(), recipe, batch, whole.labels.size), {"loss": float(known) * cp}
+
+        return losses_of(stage, recipe, batch, positions), loss_of
+
+    sources = [iter(batches) for _ in chunks]
     results = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=chunk,
+        data_iterator=sources if len(chunks) > 1 else sources[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
         seq_length=recipe.seq,
         micro_batch_size=recipe.micro_batch,
+        decoder_seq_length=recipe.seq // 2 if recipe.family == "t5" else None,
         forward_only=False,
     )
     return [result["loss"] for result in results]
 
 
-def _finalizer(model: Any, weights: dict[str, torch.Tensor], fault: Fault) -> Any:
-    """finalize_model_grads, or one that makes a mistake."""
-    # by name: the package's attribute of the same name is the function
-    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
-    plain, reduce_norms = module.finalize_model_grads, module._allreduce_non_tensor_model_parallel_grads
+def _zigzag(batch: Batch, cp: int, rank: int) -> tuple[Batch, torch.Tensor]:
+    """A context parallel rank's tokens, and their positions: chunks rank and 2 cp - 1 - rank of 2 cp."""
+    import numpy as np
+    import torch
 
-    def unreduced(*args: Any, **named: Any) -> None:
-        module._allreduce_non_tensor_model_parallel_grads = lambda *_: None  # type: ignore[attr-defined]
-        try:
-            plain(*args, **named)
-        finally:
-            module._allreduce_non_tensor_model_parallel_grads = reduce_norms  # type: ignore[attr-defined]
-
-    def scaled(*args: Any, **named: Any) -> None:
-        plain(*args, **named)
-        for name, parameter in global_names(model, weights):
-            if name == SCALED:
-                parameter.main_grad.mul_(1.01)
-
-    faults = {"norm gradients not reduced": unreduced, "one gradient x 1.01": scaled}
-    return faults.get(fault, plain)
+    seq = batch.tokens.shape[1]
+    chunks = np.arange(seq).reshape(2 * cp, -1)
+    mine = np.concatenate([chunks[rank], chunks[-1 - rank]]) if cp > 1 else np.arange(seq)
+    if cp > 1:
+        batch = replace(batch, tokens=batch.tokens[:, mine], labels=batch.labels[:, mine])
+    return batch, torch.from_numpy(mine)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.testing import ours
+from nxdt_nemo.testing.matrix import TOLERANCE, NemoRow
+from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.nemo_run import NemoPart
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Fault
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.reference import STOCK_ENV, Trained
@@ -166,7 +168,7 @@ class Parity:
         if key not in self._ours:
             pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
             parts = pool.run("nxdt_nemo.testing.ours:train", recipe, self.weights(recipe), layout, fault)
-            self._ours[key] = ours.assemble(parts, layout)
+            self._ours[key] = ours.assemble(parts)
             self._bytes[recipe, layout] = [part.state_bytes for part in parts]
         return self._ours[key]
 
@@ -187,7 +189,7 @@ class Parity:
         """
         pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
         arguments = (recipe, self.weights(recipe), layout, fault, steps, resume, save, ddp)
-        return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments), layout)[0]
+        return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments))[0]
 
     def stock_leg(
         self, recipe: Recipe, steps: range, *, resume: Path | None = None, save: Path | None = None
@@ -224,7 +226,7 @@ class Parity:
             arguments = (recipe, self.weights(recipe), layout, self._text(recipe), dotted, split_sums)
             with RankPool(layout.world, env=ACTIVE_ENV, init=ACTIVE, group=False, timeout=self.timeout) as pool:
                 parts = pool.run("nxdt_nemo.testing.nemo_run:train", *arguments)
-            self._nemo[key] = (*ours.assemble(parts, layout), parts[0])
+            self._nemo[key] = (*ours.assemble(parts), parts[0])
             self._nemo_bytes[key] = [part.state_bytes for part in parts]
         return self._nemo[key]
 
@@ -257,6 +259,13 @@ class Parity:
         keys = "".join(f", {name.split('__')[-1]}" for name in changes)
         left = f"NeMo {layout}{keys}{', bf16' if recipe.dtype == 'bfloat16' else ''}"
         return Row(recipe.family, left, "NeMo, one rank", tolerance, errors(mine, one, copies))
+
+    def nemo_row(self, row: NemoRow) -> Row:
+        """A row of matrix.NEMO: in bf16 within twice what another order of sums changes."""
+        recipe, place = row.recipe()
+        limits = self.order_noise(recipe).times(2) if row.half else TOLERANCE
+        changes = {} if row.optimizer == "fused_adam" else {"model__optim__name": row.optimizer}
+        return self.nemo_against_one_rank(recipe, place, limits, **changes)
 
     def order_noise(self, recipe: Recipe) -> Errors:
         """What adding the same products up in another order changes on one rank: the dtype's own error."""

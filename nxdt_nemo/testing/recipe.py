@@ -1,4 +1,4 @@
-"""What every side of a parity run shares: two tiny models, their batches, the learning rate, the layouts.
+"""What every side of a parity run shares: tiny models of five families, their batches, the learning rate, the layouts.
 
 Room testing/. Plain data and numpy; imports neither torch nor upstream nor the rest of this package, so that the
 stock side stays free of us. Proof: tests/testing/test_recipe.py.
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 __all__ = ["FAMILIES", "Batch", "Layout", "Recipe", "layout", "micro_batches", "transformer_fields"]
 
-Family = Literal["gpt", "llama"]
-FAMILIES: tuple[Family, ...] = ("gpt", "llama")
+Family = Literal["gpt", "llama", "mixtral", "bert", "t5"]
+FAMILIES: tuple[Family, ...] = ("gpt", "llama")  # the two that every table has
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Recipe:
     """One tiny training run; sizes in tokens, weights in float32 unless dtype says bfloat16.
 
     micro_batches counts the whole world's micro-batches of a step: d data-parallel ranks take 1/d of them each.
-    vocab is the padded size: the same in every layout, or the softmax differs.
+    vocab is the padded size: the same in every layout, or the softmax differs. A Mixtral has experts of ffn size each,
+    of which a token sees two; layers of a T5 are its encoder's, and as many its decoder's.
     """
 
     family: Family = "gpt"
@@ -38,6 +39,7 @@ class Recipe:
     heads: int = 8
     kv_groups: int = 8
     ffn: int = 256
+    experts: int = 0
     vocab: int = 1024
     seq: int = 32
     micro_batch: int = 2
@@ -60,10 +62,19 @@ class Recipe:
 
         Llama learns at 1e-3: at 2e-3 its first steps overshoot, and stock megatron-core's own grad norms then move by
         4.8e-6 when the initial weights do by half a unit in the last place; at 1e-3 by 4.6e-7, which 1e-6 can judge.
+        Mixtral: a Llama with experts. BERT: a masked GPT that sees both sides, with padding. T5: learned positions,
+        an encoder's padded text and its continuation.
         """
-        if family == "gpt":
-            return replace(cls(), **changes)
-        return replace(cls(family="llama", kv_groups=4, ffn=176, lr=1e-3, min_lr=1e-4), **changes)
+        gated = family in ("llama", "mixtral")
+        llama = {"kv_groups": 4, "ffn": 176} if gated else {}
+        slow = {"lr": 1e-3, "min_lr": 1e-4} if gated or family == "bert" else {}
+        own: dict[str, Any] = {"mixtral": {"experts": 4, "ffn": 96}, "t5": {"layers": 2}}.get(family, {})
+        return replace(cls(family=family), **{**llama, **slow, **own, **changes})
+
+    @property
+    def gated(self) -> bool:
+        """SwiGLU, RMSNorm, rotary positions, grouped queries, no biases, an output layer of its own."""
+        return self.family in ("llama", "mixtral")
 
     def lr_at(self, step: int) -> float:
         """NeMo's CosineAnnealing with warm-up, step counted from 0."""
@@ -75,10 +86,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: tokens and labels [micro_batch, seq], int64."""
+    """One micro-batch, int64.
+
+    tokens   [micro_batch, seq]; a T5's are its encoder's
+    labels   [micro_batch, seq], a T5's [micro_batch, seq / 2]
+    real     [micro_batch, seq], 0 where a BERT's or a T5's tokens are padding
+    decoder  [micro_batch, seq / 2], what a T5's decoder reads
+    """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
+    real: NDArray[np.int64] | None = None
+    decoder: NDArray[np.int64] | None = None
 
 
 def micro_batches(recipe: Recipe, step: int) -> list[Batch]:
@@ -94,17 +113,41 @@ def micro_batches(recipe: Recipe, step: int) -> list[Batch]:
     count = recipe.micro_batches * recipe.micro_batch
     state = draw.integers(0, 64, count)
     columns = []
-    for _ in range(recipe.seq + 1):
+    for _ in range(recipe.seq + 1 + (recipe.seq // 2 if recipe.family == "t5" else 0)):
         columns.append(symbols[state] * (recipe.vocab // 64) + state % (recipe.vocab // 64))
         state = successors[state, draw.choice(4, count, p=[0.55, 0.25, 0.15, 0.05])]
-    text = np.stack(columns, axis=1).reshape(recipe.micro_batches, recipe.micro_batch, recipe.seq + 1)
-    return [Batch(block[:, :-1].copy(), block[:, 1:].copy()) for block in text]
+    text = np.stack(columns, axis=1).reshape(recipe.micro_batches, recipe.micro_batch, -1)
+    cut = {"bert": _masked, "t5": _continued}.get(recipe.family, _shifted)
+    return [cut(recipe, block, draw) for block in text]
+
+
+def _shifted(_: Recipe, text: NDArray[np.int64], __: np.random.Generator) -> Batch:
+    """To predict the next token."""
+    return Batch(text[:, :-1].copy(), text[:, 1:].copy())
+
+
+def _masked(recipe: Recipe, text: NDArray[np.int64], draw: np.random.Generator) -> Batch:
+    """To predict all tokens, a sixth of which are hidden behind the vocabulary's last one; ends are padded."""
+    labels = text[:, :-1].copy()
+    hidden = draw.random(labels.shape) < 1 / 6
+    return Batch(np.where(hidden, recipe.vocab - 1, labels), labels, _real(recipe, draw))
+
+
+def _continued(recipe: Recipe, text: NDArray[np.int64], draw: np.random.Generator) -> Batch:
+    """To predict what comes after the encoder's text."""
+    later = text[:, recipe.seq :]
+    return Batch(text[:, : recipe.seq].copy(), later[:, 1:].copy(), _real(recipe, draw), later[:, :-1].copy())
+
+
+def _real(recipe: Recipe, draw: np.random.Generator) -> NDArray[np.int64]:
+    lengths = draw.integers(recipe.seq * 3 // 4, recipe.seq + 1, (recipe.micro_batch, 1))
+    return (np.arange(recipe.seq) < lengths).astype(np.int64)
 
 
 def transformer_fields(recipe: Recipe) -> dict[str, Any]:
     """TransformerConfig's fields that both sides use; activation_func is left to whoever has torch."""
-    gated = recipe.family == "llama"
-    return {
+    gated = recipe.gated
+    return _experts(recipe) | {
         "num_layers": recipe.layers,
         "hidden_size": recipe.hidden,
         "num_attention_heads": recipe.heads,
@@ -125,30 +168,89 @@ def transformer_fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _experts(recipe: Recipe) -> dict[str, Any]:
+    """Mixtral's: the two best of all experts, none dropped, softmax over the two, both auxiliary losses."""
+    if not recipe.experts:
+        return {}
+    return {
+        "num_moe_experts": recipe.experts,
+        "moe_ffn_hidden_size": recipe.ffn,
+        "moe_router_topk": 2,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.02,
+        "moe_z_loss_coeff": 1e-3,
+    }
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are laid out: tensor x pipeline x data parallel sizes, sequence parallelism, ZeRO-1."""
+    """How the ranks are laid out.
+
+    tp, cp, pp, dp  tensor, context, pipeline and data parallel sizes; the world is their product
+    sp              sequence parallelism
+    ep, etp         expert parallel size, and the experts' tensor parallel size (0: tp)
+    vpp             model chunks a pipeline rank has (0: one, not interleaved)
+    first           layers in the first pipeline stage (0: as many as in the others)
+    account         embedding and loss count as a layer each where layers are dealt out
+    zero            ZeRO-1
+    kv_head_order   where there are more tensor-parallel ranks than KV heads: which of their copies a rank has
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     sp: bool = False
     zero: bool = False
+    cp: int = 1
+    ep: int = 1
+    etp: int = 0
+    vpp: int = 0
+    first: int = 0
+    account: bool = False
+    kv_head_order: Literal["trn2", "trn1"] = "trn2"
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks of one rank."""
+        return self.vpp or 1
 
     def __str__(self) -> str:
-        parts = [f"tp{self.tp}{'sp' if self.sp else ''}", f"pp{self.pp}", f"dp{self.dp}"]
-        sizes = "".join(part for part in parts if not part.endswith("1")) or "one"
-        return f"{sizes}+zero" if self.zero else sizes
+        marks = {
+            f"tp{self.tp}": self.tp > 1,
+            "sp": self.sp,
+            f"cp{self.cp}": self.cp > 1,
+            f"ep{self.ep}": self.ep > 1,
+            f"etp{self.etp}": self.etp > 0,
+            f"pp{self.pp}": self.pp > 1,
+            f"first{self.first}": self.first > 0,
+            "account": self.account,
+            f"vpp{self.vpp}": self.vpp > 0,
+            f"dp{self.dp}": self.dp > 1,
+        }
+        sizes = "".join(mark for mark, true in marks.items() if true) or "one"
+        order = "" if self.kv_head_order == "trn2" else f" {self.kv_head_order}"
+        return f"{sizes}{'+zero' if self.zero else ''}{order}"
+
+
+_LAYOUT = re.compile(
+    r"(?:one|(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:cp(?P<cp>\d+))?(?:ep(?P<ep>\d+))?(?:etp(?P<etp>\d+))?"
+    r"(?:pp(?P<pp>\d+)(?:first(?P<first>\d+)|(?P<account>account))?(?:vpp(?P<vpp>\d+))?)?(?:dp(?P<dp>\d+))?)"
+    r"(?P<zero>\+zero)?"
+)
 
 
 def layout(text: str) -> Layout:
-    """`tp2sp`, `tp2pp2`, `dp2`, `dp2+zero`, `one`, ... as a Layout. Raises ValueError for anything else."""
-    found = re.fullmatch(r"(?:one|(?:tp(\d+)(sp)?)?(?:pp(\d+))?(?:dp(\d+))?)(\+zero)?", text)
+    """`tp2sp`, `tp2pp2`, `pp2vpp2`, `cp2`, `ep2dp2`, `dp2+zero`, `one`, ... as a Layout; else ValueError."""
+    found = _LAYOUT.fullmatch(text)
     if not text or text == "+zero" or found is None:
-        raise ValueError(f"layout {text!r} is not like tp2, tp2sp, pp2, tp2pp2, dp2, dp2+zero or one")
-    tp, sp, pp, dp, zero = found.groups()
-    return Layout(tp=int(tp or 1), pp=int(pp or 1), dp=int(dp or 1), sp=sp is not None, zero=zero is not None)
+        raise ValueError(
+            f"layout {text!r} is not like tp2, tp2sp, pp2, pp2vpp2, pp2first1, tp2pp2, cp2, ep2dp2, dp2+zero or one"
+        )
+    given = {name: value for name, value in found.groupdict().items() if value is not None}
+    fields: dict[str, Any] = {name: int(value) if value.isdigit() else True for name, value in given.items()}
+    return Layout(**fields)

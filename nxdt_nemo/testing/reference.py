@@ -1,21 +1,23 @@
 """The reference of every parity table: stock megatron-core on one CPU rank, trained by plain PyTorch.
 
-Room testing/. Imports torch, megatron-core and nxdt_nemo.testing.recipe (data); nothing else of ours, and the
-backend must not be active. Schedule, clipping and optimizer are torch's own, so a mistake that upstream's and our
-training loop share would show. Proof: tests/megatron/test_parity.py.
+Room testing/. Imports torch, megatron-core, nxdt_nemo.testing.recipe (data) and .families (upstream's constructors);
+nothing else of ours, and the backend must not be active. Loop, clipping and optimizer are torch's own, so a mistake
+that upstream's and our training loop share would show. Proof: tests/megatron/test_parity.py.
 
 Run it with RankPool(1, env=STOCK_ENV): `pool.run("nxdt_nemo.testing.reference:train", recipe)`.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nxdt_nemo.testing.recipe import Batch, Recipe, micro_batches, transformer_fields
+from nxdt_nemo.testing.families import build, config_of, losses_of, mean_of, stock_specs
+from nxdt_nemo.testing.recipe import Batch, Recipe, micro_batches
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +90,7 @@ def train(
     for step in range(recipe.steps) if steps is None else steps:
         parts = batches[step] if batches is not None else micro_batches(recipe, step)
         optimizer.zero_grad()
-        trained.losses.append(sum(_forward_backward(model, batch, len(parts)) for batch in parts) / len(parts))
+        trained.losses.append(sum(_forward_backward(model, recipe, batch, len(parts)) for batch in parts) / len(parts))
         if not trained.grads:
             trained.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         trained.grad_norms.append(_clip([p.grad for p in model.parameters() if p.grad is not None], recipe.clip))
@@ -150,16 +152,18 @@ def _upstreams(optimizer: Any) -> Any:
     return made
 
 
-def _forward_backward(model: Any, batch: Batch, parts: int) -> float:
+def _forward_backward(model: Any, recipe: Recipe, batch: Batch, parts: int) -> float:
+    """The micro-batch's loss; a mixture of experts adds its auxiliary losses' gradients by itself."""
     import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
-    seq = tokens.shape[1]
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / parts))
+    seq = batch.tokens.shape[1]
     # Given, because upstream's default mask is made with device="cuda". True hides a position.
     mask = torch.ones(1, 1, seq, seq, dtype=torch.bool).triu(1)
-    losses = model(tokens, torch.arange(seq).expand_as(tokens), mask, labels=labels)
-    (losses.mean() / parts).backward()
-    return float(losses.detach().double().mean())
+    losses = losses_of(model, recipe, batch, torch.arange(seq), mask)
+    (mean_of(losses, recipe, batch, losses.numel()) / parts).backward()
+    return float(mean_of(losses.detach().double(), recipe, batch, losses.numel()))
 
 
 def _clip(grads: list[torch.Tensor], limit: float) -> float:
@@ -175,39 +179,27 @@ def _clip(grads: list[torch.Tensor], limit: float) -> float:
 
 
 def _stock_model(recipe: Recipe) -> Any:
-    """A fresh GPTModel of upstream's local layers."""
+    """A fresh model of upstream's local layers."""
     _stub_cuda()
-    import torch
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     if "apex" in sys.modules or "transformer_engine" in sys.modules:
         raise RuntimeError("the reference must be stock: apex or transformer_engine is loaded in this process")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(recipe.seed)
-    llama = recipe.family == "llama"
-    activation = torch.nn.functional.silu if llama else torch.nn.functional.gelu
-    config = TransformerConfig(**transformer_fields(recipe), activation_func=activation)
-    return GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization=config.normalization),
-        vocab_size=recipe.vocab,
-        max_sequence_length=recipe.seq,
-        share_embeddings_and_output_weights=not llama,
-        position_embedding_type="rope" if llama else "learned_absolute",
-    )
+    return build(recipe, config_of(recipe), stock_specs)
 
 
 def _stub_cuda() -> None:
-    """The smallest stub with which stock layers build and run: where the device is, and a random state."""
+    """The smallest stub with which stock layers build and run: the device, a stream, and a random state."""
     import torch
 
     stubs: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: "cpu"),
+        (importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm", None),  # left unbound
+        (torch.cuda, "Stream", lambda *_, **__: None),  # a token dispatcher makes one, and uses it for CUDA only
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
         (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
     ]

@@ -1,8 +1,9 @@
 """From the undivided model's tensors to each rank's and back, by the marks that upstream puts on parameters.
 
-Room testing/. Imports torch; the model is anything with GPTModel's names. Reads tensor_model_parallel, partition_dim
-and partition_stride, as megatron.core.tensor_parallel.layers sets them. Written apart from the checkpoint room's
-tables, so that a mistake there is not repeated here. Proof: tests/testing/test_weights.py.
+Room testing/. Imports torch; the model is anything with names like GPTModel's. Reads tensor_model_parallel,
+partition_dim and partition_stride, as megatron.core.tensor_parallel.layers sets them, and run, as our
+tensor_parallel/layers.py does where KV heads have copies. Written apart from the checkpoint room's tables, so that a
+mistake there is not repeated here. Proof: tests/testing/test_weights.py.
 """
 
 from __future__ import annotations
@@ -16,39 +17,84 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Piece", "global_names", "load", "merge", "piece", "share"]
+__all__ = ["Piece", "Ranks", "global_names", "load", "merge", "piece", "share"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one tensor-parallel rank holds of a tensor.
+    """What rank `rank` of `size` tensor-parallel ones (an expert's: of its own) holds of a tensor.
 
     dim    the divided dimension; None for a copy of the whole
     gated  the rank's part is [gate; up], both divided (SwiGLU's first matrix), not one run of rows
+    run    (start, stop) along dim, where that is not this rank's equal part: other ranks may have a copy of it
     """
 
     tensor: torch.Tensor
     dim: int | None
     gated: bool
-    tp_rank: int
+    rank: int
+    size: int
+    run: tuple[int, int] | None = None
 
 
-def global_names(model: Any, known: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """(name in the undivided model, parameter) of each parameter of one pipeline stage.
+@dataclass(frozen=True)
+class Ranks:
+    """Where a rank stands: (rank, size) in tensor parallelism, in the experts' own, and in expert parallelism."""
 
-    Layers are renumbered from the stage's to the whole model's; a tied output layer, which a last stage keeps as a
-    copy of its own, is the embedding (known holds the undivided model's names).
+    tp: tuple[int, int] = (0, 1)
+    etp: tuple[int, int] = (0, 1)
+    ep: tuple[int, int] = (0, 1)
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """This rank's, as megatron-core's parallel state has them."""
+        from megatron.core import parallel_state as state
+
+        tp = state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
+        etp = state.get_expert_tensor_parallel_rank(), state.get_expert_tensor_parallel_world_size()
+        return cls(tp, etp, (state.get_expert_model_parallel_rank(), state.get_expert_model_parallel_world_size()))
+
+
+def global_names(model: Any, known: Iterable[str], ranks: Ranks | None = None) -> Iterator[tuple[str, Any]]:
+    """(name in the undivided model, parameter) of each parameter of one pipeline stage, or of a list of its chunks.
+
+    Layers are renumbered from the stage's to the whole model's, and experts from the rank's to all; a tied output
+    layer, which a last stage keeps as a copy of its own, is the embedding (known holds the undivided model's names);
+    the key and value rows that a rank has a copy of are part of the fused projection.
     """
-    names = set(known)
-    layers = getattr(model.decoder, "layers", None) or []
-    offset = layers[0].layer_number - 1 if len(layers) else 0
-    for name, parameter in model.named_parameters():
-        name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda found: str(int(found[0]) + offset), name)
-        if name == "output_layer.weight" and name not in names:
-            name = "embedding.word_embeddings.weight"
-        if name not in names:
-            raise KeyError(f"{name} is no parameter of the undivided model")
-        yield name, parameter
+    names, ep_rank = set(known), ranks.ep[0] if ranks else 0
+    for chunk in model if isinstance(model, list) else [model]:
+        for local, parameter in chunk.named_parameters():
+            if local.startswith("lm_head.") and getattr(chunk, "decoder", True) is None:
+                continue  # the last stage of a T5's encoder has a head that nothing uses
+            name = _renumbered(chunk, local, ep_rank).replace(".linear_qkv.kv_", ".linear_qkv.")
+            if name.endswith("output_layer.weight") and name not in names:
+                name = "embedding.word_embeddings.weight"
+            if name not in names:
+                raise KeyError(f"{name} is no parameter of the undivided model")
+            yield name, parameter
+
+
+_LAYER = re.compile(r"(?<=coder\.layers\.)\d+")
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+def _renumbered(chunk: Any, name: str, ep_rank: int) -> str:
+    if _LAYER.search(name):
+        name = _LAYER.sub(lambda found: str(int(found[0]) + _offset(chunk, name)), name)
+    if _EXPERT.search(name):
+        name = _EXPERT.sub(lambda found: str(int(found[0]) + _experts(chunk) * ep_rank), name)
+    return name
+
+
+def _offset(chunk: Any, name: str) -> int:
+    """Layers before this chunk's, in the block that a parameter belongs to."""
+    return int(getattr(chunk, name.partition(".")[0]).layers[0].layer_number) - 1
+
+
+def _experts(chunk: Any) -> int:
+    """Experts of a layer that a rank has."""
+    return next(len(module.local_experts) for module in chunk.modules() if hasattr(module, "local_experts"))
 
 
 def share(whole: torch.Tensor, dim: int | None, gated: bool, size: int, rank: int) -> torch.Tensor:
@@ -63,51 +109,70 @@ def share(whole: torch.Tensor, dim: int | None, gated: bool, size: int, rank: in
     return torch.cat([half.chunk(size, dim)[rank] for half in halves], dim)
 
 
-def piece(name: str, parameter: Any, tensor: torch.Tensor, gated_model: bool, tp_rank: int) -> Piece:
+def piece(name: str, parameter: Any, tensor: torch.Tensor, gated_model: bool, ranks: Ranks) -> Piece:
     """The tensor (this parameter's value or gradient) with what merge needs to know."""
-    divided = bool(getattr(parameter, "tensor_model_parallel", False))
+    run = getattr(parameter, "run", None)
+    divided = run is not None or bool(getattr(parameter, "tensor_model_parallel", False))
     if divided and parameter.partition_stride != 1:
         raise ValueError(f"{name}: partition_stride {parameter.partition_stride} is not handled")
-    gated = gated_model and ".mlp.linear_fc1." in name
-    return Piece(tensor.detach().clone(), parameter.partition_dim if divided else None, gated, tp_rank)
+    gated = gated_model and _GATED.search(name) is not None
+    place = ranks.etp if ".local_experts." in name else ranks.tp
+    return Piece(tensor.detach().clone(), parameter.partition_dim if divided else None, gated, *place, run)
 
 
-def load(model: Any, weights: dict[str, torch.Tensor], gated: bool, tp_size: int, tp_rank: int) -> None:
-    """Copy this rank's part of each of the undivided model's weights into one pipeline stage."""
+_GATED = re.compile(r"\.mlp\.(?:experts\.local_experts\.\d+\.)?linear_fc1\.")
+
+
+def load(model: Any, weights: dict[str, torch.Tensor], gated: bool, ranks: Ranks) -> None:
+    """Copy this rank's part of each of the undivided model's weights into one pipeline stage, or its chunks."""
     import torch
 
     with torch.no_grad():
-        for name, parameter in global_names(model, weights):
-            place = piece(name, parameter, parameter, gated, tp_rank)
-            part = share(weights[name], place.dim, place.gated, tp_size, tp_rank)
+        for name, parameter in global_names(model, weights, ranks):
+            place = piece(name, parameter, parameter, gated, ranks)
+            if place.run is not None and place.dim is not None:
+                part = weights[name].narrow(place.dim, place.run[0], place.run[1] - place.run[0])
+            else:
+                part = share(weights[name], place.dim, place.gated, place.size, place.rank)
             if part.shape != parameter.shape:
                 raise ValueError(f"{name}: {tuple(part.shape)} does not fit {tuple(parameter.shape)}")
             parameter.copy_(part)
 
 
-def merge(ranks: list[list[tuple[str, Piece]]], tp_size: int) -> tuple[dict[str, torch.Tensor], float]:
+def merge(ranks: list[list[tuple[str, Piece]]]) -> tuple[dict[str, torch.Tensor], float]:
     """Put the pieces of all ranks together.
 
     Returns the undivided tensors, and the largest difference between two copies of one piece (data-parallel
-    replicas, undivided parameters, a tied embedding's two ends), relative to the piece's largest element: copies
-    that drift apart are an error too, even when the first of them is right.
+    replicas, undivided parameters, a tied embedding's two ends, KV heads), relative to the piece's largest element:
+    copies that drift apart are an error too, even when the first of them is right.
     """
     import torch
 
-    copies: dict[str, dict[int, list[Piece]]] = defaultdict(lambda: defaultdict(list))
+    copies: dict[str, dict[Any, list[Piece]]] = defaultdict(lambda: defaultdict(list))
     for name, found in (pair for rank in ranks for pair in rank):
-        copies[name][found.tp_rank if found.dim is not None else 0].append(found)
+        copies[name][(found.run or found.rank) if found.dim is not None else 0].append(found)
     spread, whole = 0.0, {}
     for name, places in copies.items():
         for held in places.values():
             first = held[0].tensor
             worst = max(float((other.tensor - first).abs().max()) for other in held)
             spread = max(spread, worst / max(float(first.abs().max()), 1e-30))
-        kind = places[0][0]
-        if kind.dim is None or tp_size == 1:
+        kind = next(iter(places.values()))[0]
+        if kind.dim is None or kind.size == 1:
             whole[name] = kind.tensor
             continue
-        parts = [places[rank][0].tensor for rank in range(tp_size)]
+        if kind.run is not None:
+            whole[name] = torch.cat([places[run][0].tensor for run in _consecutive(name, places)], kind.dim)
+            continue
+        parts = [places[rank][0].tensor for rank in range(kind.size)]
         runs = [part.chunk(2, kind.dim) if kind.gated else (part,) for part in parts]
         whole[name] = torch.cat([torch.cat(half, kind.dim) for half in zip(*runs, strict=True)], kind.dim)
     return whole, spread
+
+
+def _consecutive(name: str, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The runs in order. Raises ValueError unless they leave nothing out and do not overlap."""
+    ordered = sorted(runs)
+    if [start for start, _ in ordered] != [0, *(stop for _, stop in ordered[:-1])]:
+        raise ValueError(f"{name}: {ordered} do not follow each other")
+    return ordered

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 
 from nxdt_nemo.config import check, sanitise
+from nxdt_nemo.config.checks import OPTIMIZERS
+from nxdt_nemo.config.report import or_list
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
-LATER = "is not supported yet, a later release brings it"
+VPP = "model.virtual_pipeline_model_parallel_size"
+EP = "model.expert_model_parallel_size"
+FOUR = ["model.num_layers=4"]
+CP = "model.context_parallel_size"
 
 MCORE_ZERO = [
     "model.optim.name=mcore_distributed_optim",
@@ -21,12 +26,18 @@ WRONG = [  # overrides, ranks, the line
     (
         [f"{TP}=3", "model.num_query_groups=2"],
         3,
-        f"{TP}=3 does not divide model.num_attention_heads=8; use 1 or 2",
+        f"{TP}=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
     ),
     (
-        [f"{TP}=4", "model.num_query_groups=2"],
+        [f"{TP}=4", "model.num_attention_heads=24", "model.num_query_groups=6", "model.hidden_size=192"],
         4,
-        f"{TP}=4 does not divide model.num_query_groups=2, and KV heads are not replicated yet; use 1 or 2",
+        f"{TP}=4 neither divides model.num_query_groups=6 nor is a multiple of it; use 1, 2, 3, 6, 12 or 24",
+    ),
+    (
+        [f"{TP}=4", "model.num_query_groups=2", "+model.peft.peft_scheme=lora"],
+        4,
+        f"model.peft.peft_scheme=lora with copies of KV heads ({TP}=4, model.num_query_groups=2) is not supported; "
+        f"use {TP} 1 or 2",
     ),
     (
         [f"{TP}=4", "model.ffn_hidden_size=130"],
@@ -68,18 +79,62 @@ WRONG = [  # overrides, ranks, the line
         2,
         f"model.sequence_parallel=True needs {TP}=2 to divide model.encoder_seq_length=63; use a multiple of 2",
     ),
-    (["+model.context_parallel_size=2"], 2, f"model.context_parallel_size=2 {LATER}; use 1"),
-    (["+model.expert_model_parallel_size=2"], 2, f"model.expert_model_parallel_size=2 {LATER}; use 1"),
     (
-        ["model.virtual_pipeline_model_parallel_size=2"],
-        1,
-        "model.virtual_pipeline_model_parallel_size=2: NeMo 2.4 itself refuses interleaved pipelines for YAML models; "
-        "use null",
+        [f"+{CP}=2", "model.encoder_seq_length=66"],
+        2,
+        f"{CP}=2 cuts the sequence into 4 pieces, which do not divide model.encoder_seq_length=66; use a multiple of 4",
+    ),
+    (
+        [f"+{CP}=2", f"{TP}=2", "model.sequence_parallel=True", "model.encoder_seq_length=68"],
+        4,
+        f"{CP}=2 cuts the sequence into 8 pieces, which do not divide model.encoder_seq_length=68; use a multiple of 8",
+    ),
+    ([f"{VPP}=2"], 1, f"{VPP}=2 needs a pipeline, and {PP} is 1; use {VPP}=null"),
+    ([f"{PP}=2", f"{VPP}=3", *FOUR], 2, f"{VPP}=3 x {PP}=2 does not divide model.num_layers=4; use {VPP}=2"),
+    (
+        [f"{PP}=2", f"{VPP}=2", *FOUR, "model.megatron_amp_O2=False"],
+        2,
+        f"{VPP}=2 trains with model.megatron_amp_O2=True only, says NeMo; set both or neither",
+    ),
+    (
+        [f"{PP}=4", f"{VPP}=2", "model.num_layers=8", "model.global_batch_size=12"],
+        4,
+        f"{VPP}=2: {PP}=4 does not divide the 6 micro-batches of a step; "
+        "use a model.global_batch_size that gives a multiple of 4",
+    ),
+    ([f"+{EP}=2"], 2, f"{EP}=2 without model.num_moe_experts; use {EP}=1, or say how many experts there are"),
+    ([f"+{EP}=2", "+model.num_moe_experts=3"], 2, f"{EP}=2 does not divide model.num_moe_experts=3; use 1 or 3"),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=4", "model.megatron_amp_O2=False"],
+        2,
+        f"{EP}=2 trains with model.megatron_amp_O2=True only, says NeMo; set both or neither",
+    ),
+    (
+        ["+model.num_moe_experts=4", f"{TP}=2"],
+        2,
+        f"model.num_moe_experts=4 with {TP}=2 trains with sequence parallelism only; use model.sequence_parallel=True",
+    ),
+    (
+        [f"+{EP}=2", "+model.num_moe_experts=4", f"{TP}=2", "model.sequence_parallel=True"],
+        2,
+        f"2 ranks are not divisible by {TP}=2 x {PP}=1 x {EP}=2; use a multiple of 4 ranks",
     ),
     (
         ["+model.fsdp=True"],
         1,
         "model.fsdp=True is not supported; use False: ranks beyond TP x PP are data parallel",
+    ),
+    (["model.optim.name=fusedadam"], 1, "model.optim.name=fusedadam is no optimizer; did you mean fused_adam?"),
+    (
+        ["model.optim.sched.name=CosineAnnealin"],
+        1,
+        "model.optim.sched.name=CosineAnnealin is no schedule; did you mean CosineAnnealing?",
+    ),
+    (
+        ["model.optim.name=novograd"],
+        1,
+        "model.optim.name=novograd keeps one number a parameter, which a distributed checkpoint does not take; "
+        f"use {or_list(OPTIMIZERS)}",
     ),
     (
         ["model.optim.name=distributed_fused_adam", "+model.optim.disable_distributed_parameters=True"],
@@ -171,9 +226,16 @@ RIGHT = [  # overrides, ranks
     ([f"{TP}=2", f"{PP}=2"], 4),
     ([f"{TP}=2", f"{PP}=2"], 8),
     ([f"{TP}=2", "model.num_query_groups=2"], 2),
+    ([f"{TP}=4", "model.num_query_groups=2"], 4),
+    ([f"{TP}=8", "model.num_query_groups=2"], 8),
     ([f"{PP}=2", "model.num_layers=5", "+model.num_layers_in_first_pipeline_stage=2"], 2),
     ([f"{PP}=2", "model.num_layers=5", "+model.account_for_embedding_in_pipeline_split=True"], 2),
     (["+model.context_parallel_size=1", "model.virtual_pipeline_model_parallel_size=1"], 2),
+    ([f"{PP}=2", f"{VPP}=2", *FOUR], 2),
+    ([f"{PP}=2", f"{VPP}=2", *FOUR, f"{TP}=2"], 4),
+    ([f"+{EP}=2", "+model.num_moe_experts=4"], 2),
+    ([f"+{CP}=2"], 2),
+    ([f"+{CP}=2", f"{TP}=2", "model.sequence_parallel=True"], 4),
     (["trainer.precision=32"], 1),
     (["trainer.precision=bf16-mixed"], 1),
     (["model.optim.name=adamw"], 1),

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups, _model_parallel
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
@@ -69,7 +70,7 @@ def leave() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _close_groups()
+    forget_groups()
 
 
 def layer_of(case: Case, ours: bool) -> Any:
@@ -243,8 +244,8 @@ def test_the_softmax_is_plain_torch_whatever_masked_softmax_fusion_says(run: Run
 
 
 REFUSED = {
-    "Packed sequence is not supported": Case(extra={"packed_seq_params": "some"}),
-    "Attention bias is not supported": Case(extra={"attention_bias": torch.zeros(1)}),
+    "Packed sequence is not supported": Case(extra={"packed_seq_params": SimpleNamespace(qkv_format="sbhd")}),
+    "Attention bias is not supported": Case(fields=DROPPED, extra={"attention_bias": torch.zeros(1)}),
     "causal mask is only for self attention": Case(queries=2),
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups, _model_parallel
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
 
@@ -57,7 +57,7 @@ def leave() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _close_groups()
+    forget_groups()
 
 
 def group() -> Any:

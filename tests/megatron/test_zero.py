@@ -133,10 +133,10 @@ def reloaded(recipe: Recipe) -> list[float]:
     from nxdt_nemo.testing import ours
 
     place = layout("dp2+zero")
-    model = ours._stage(recipe, place, ours._model_parallel(recipe, place, 1))
+    model = ours._stages(recipe, place, ours._model_parallel(recipe, place, 1))
     _, optimizer = ours._wrap(model, recipe, True, {})
     with torch.no_grad():
-        for param in model.parameters():
+        for param in model[0].parameters():
             param.fill_(0.25)
     optimizer.reload_model_params()
     return sorted({float(x) for param in optimizer.optimizer.param_groups[0]["params"] for x in param.unique()})

@@ -391,18 +391,42 @@ def _line(optimizer_class: type, steps: int, state: dict[str, Any] | None = None
     return values, {"optimizer": optimizer.state_dict(), "params": values[-1]}
 
 
-def test_adamw_is_torchs_with_its_step_in_the_group() -> None:
-    from nxdt_nemo.nemo.core.optim.optimizers import AdamW
+TORCHS = {"adam": "Adam", "adamw": "AdamW", "adamw_fp32OptState": "AdamW", "adadelta": "Adadelta", "adamax": "Adamax",
+          "adagrad": "Adagrad", "rmsprop": "RMSprop", "rprop": "Rprop"}  # fmt: skip
 
-    ours, saved = _line(AdamW, 3)
-    theirs, own = _line(torch.optim.AdamW, 3)
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_an_optimizer_is_torchs_with_its_step_in_the_group(name) -> None:
+    from nxdt_nemo.nemo.core.optim.optimizers import STEPPED
+
+    assert set(STEPPED) == set(TORCHS)
+    mine, torchs = STEPPED[name], getattr(torch.optim, TORCHS[name])
+    ours, saved = _line(mine, 3)
+    theirs, own = _line(torchs, 3)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert [group["step"] for group in saved["optimizer"]["param_groups"]] == [3, 3]
-    assert {name for state in saved["optimizer"]["state"].values() for name in state} == {"exp_avg", "exp_avg_sq"}
+    shapes = [parameter.shape for parameter in saved["params"]]
+    for index, state in saved["optimizer"]["state"].items():
+        assert state
+        assert all(tensor.shape == shapes[index] for tensor in state.values())
 
-    more, _ = _line(torch.optim.AdamW, 2, own)
+    more, _ = _line(torchs, 2, own)
     for state in (saved, own):  # its own and torch's state: the same next steps
-        resumed, _ = _line(AdamW, 2, state)
+        resumed, _ = _line(mine, 2, state)
         torch.testing.assert_close(resumed, more, rtol=0, atol=0)
-    fresh, _ = _line(AdamW, 2, {**saved, "optimizer": {**saved["optimizer"], "state": {}}})
+    zeros = {i: {k: torch.zeros_like(v) for k, v in x.items()} for i, x in saved["optimizer"]["state"].items()}
+    fresh, _ = _line(mine, 2, {**saved, "optimizer": {**saved["optimizer"], "state": zeros}})
     assert not torch.equal(fresh[-1][0], more[-1][0])  # a lost state shows
+
+
+def test_nxd_trainings_schedule() -> None:
+    from nxdt_nemo.nemo.core.optim.lr_scheduler import LinearAnnealingWithWarmUp
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = LinearAnnealingWithWarmUp(optimizer, warmup_steps=2, max_steps=6)
+    rates = []
+    for _ in range(8):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.075, 0.05, 0.025, 0.0, 0.0])

@@ -111,6 +111,12 @@ def test_factories(up, main, name):
         getattr(torch, name)(*ARGUMENTS[name], device="cuda:99")
 
 
+def test_pinned_memory_is_plain_memory(up):
+    """Context parallelism asks for it: megatron.core.utils.get_batch_on_this_cp_rank and rope_utils."""
+    assert up.tensor([1, 2], device="cpu", pin_memory=True).tolist() == [1, 2]
+    assert not up.empty(2, pin_memory=True).is_pinned()
+
+
 def test_load_and_generator(up):
     file = io.BytesIO()
     torch.save({"a": torch.arange(3)}, file)

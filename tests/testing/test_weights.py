@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from nxdt_nemo.testing.weights import Piece, global_names, load, merge, share
+from nxdt_nemo.testing.weights import Piece, Ranks, global_names, load, merge, share
 
 torch = pytest.importorskip("torch")
 
 
 def pieces(whole, dim, gated, size):
-    return [[("w", Piece(share(whole, dim, gated, size, rank), dim, gated, rank))] for rank in range(size)]
+    return [[("w", Piece(share(whole, dim, gated, size, rank), dim, gated, rank, size))] for rank in range(size)]
 
 
 @pytest.mark.parametrize(("dim", "gated"), [(0, False), (1, False), (None, False), (0, True)])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_merge_undoes_share(dim, gated, size):
     whole = torch.arange(64.0).reshape(8, 8)
-    merged, spread = merge(pieces(whole, dim, gated, size), size)
+    merged, spread = merge(pieces(whole, dim, gated, size))
     assert torch.equal(merged["w"], whole)
     assert spread == 0.0
 
@@ -33,9 +33,27 @@ def test_a_size_that_does_not_divide_is_refused():
         share(torch.zeros(6, 2), 0, True, 2, 0)
 
 
+def held(rank, run, value=0.0):
+    """What a rank has of w, rows run[0] .. run[1] of 0, 1, 2, ..."""
+    return [("w", Piece(torch.arange(*map(float, run)) + value, 0, False, rank, 4, run))]
+
+
+def test_runs_of_rows_are_put_together_once():
+    whole, spread = merge([held(0, (0, 3)), held(1, (3, 5)), held(2, (0, 3)), held(3, (5, 9))])
+    assert whole["w"].tolist() == list(range(9))
+    assert spread == 0.0
+    assert merge([held(0, (0, 3)), held(1, (0, 3), 0.2), held(2, (3, 4))])[1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("second", [(4, 6), (2, 6)])
+def test_runs_that_leave_a_gap_or_overlap_are_refused(second):
+    with pytest.raises(ValueError, match="do not follow each other"):
+        merge([held(0, (0, 3)), held(1, second)])
+
+
 def test_copies_that_drift_apart_are_measured():
-    ranks = [[("n", Piece(torch.tensor([1.0, 2.0 + 0.2 * rank]), None, False, rank))] for rank in range(2)]
-    merged, spread = merge(ranks, 2)
+    ranks = [[("n", Piece(torch.tensor([1.0, 2.0 + 0.2 * rank]), None, False, rank, 2))] for rank in range(2)]
+    merged, spread = merge(ranks)
     assert spread == pytest.approx(0.1)
     assert merged["n"].tolist() == [1.0, 2.0]
 
@@ -58,7 +76,7 @@ TIED = {**WHOLE, "embedding.word_embeddings.weight": torch.full((4, 2), 9.0)}
 
 def test_a_later_stage_gets_its_own_layers_and_the_tied_embedding():
     stage = Stage()
-    load(stage, TIED, False, 1, 0)
+    load(stage, TIED, False, Ranks())
     assert [name for name, _ in global_names(stage, TIED)] == [
         "decoder.layers.2.weight",
         "decoder.layers.3.weight",
@@ -71,7 +89,7 @@ def test_a_later_stage_gets_its_own_layers_and_the_tied_embedding():
 def test_an_untied_output_layer_keeps_its_name():
     untied = {**TIED, "output_layer.weight": torch.full((4, 2), 7.0)}
     stage = Stage()
-    load(stage, untied, False, 1, 0)
+    load(stage, untied, False, Ranks())
     assert stage.output_layer.weight[0, 0].item() == 7.0
 
 

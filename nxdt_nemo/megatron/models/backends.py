@@ -12,11 +12,13 @@ from typing import Any
 
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention as _SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention as _DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from nxdt_nemo.megatron.fusions.fused_layer_norm import Norm
+from nxdt_nemo.megatron.transformer.attention import SelfAttention
 from nxdt_nemo.megatron.transformer.dot_product_attention import DotProductAttention
 
 __all__ = ["REPLACED", "NeuronSpecProvider", "adapt"]
@@ -39,6 +41,7 @@ REPLACED: dict[type, type] = {
     FusedLayerNorm: _provider.layer_norm(),
     WrappedTorchNorm: _provider.layer_norm(rms_norm=True),
     _DotProductAttention: _provider.core_attention(),
+    _SelfAttention: SelfAttention,
 }
 
 

@@ -1,13 +1,14 @@
-"""The random states that Megatron tracks by name (model-parallel, data-parallel, expert-parallel).
+"""The random states that Megatron tracks by name (model-, data- and expert-parallel), and recomputation.
 
-Room megatron/. Reads and sets megatron.core.tensor_parallel.random's tracker; upstream's class is used as it
-is, on the view of torch.cuda, but for `fork`. May import torch and nxdt_nemo.runtime.
+Room megatron/. Reads and sets megatron.core.tensor_parallel.random's tracker; upstream's classes are used as they
+are, on the view of torch.cuda, but for `fork`, `checkpoint` and one constructor. May import torch and the runtime.
+Proof: tests/megatron/test_random.py, test_recompute.py.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from nxdt_nemo.runtime import current
 
-__all__ = ["fork", "get_tracker_states", "set_tracker_states"]
+__all__ = ["checkpoint", "fork", "get_tracker_states", "init_checkpoint_without_output", "set_tracker_states"]
 
 
 def _tracker() -> Any:
@@ -54,3 +55,24 @@ def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     finally:
         self.states_[name] = lane.rng_state()
         lane.set_rng_state(outside)
+
+
+def init_checkpoint_without_output(original: Callable[..., None], self: Any, fp8: Any = False) -> None:
+    """CheckpointWithoutOutput.__init__, whose default False upstream takes for a format of fp8: it asks for None."""
+    original(self, fp8 or None)
+
+
+def checkpoint(original: Callable[..., Any], function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
+    """checkpoint, of a function that may hand a parameter through, as an MLP does its bias.
+
+    Returned as it is from upstream's autograd function, the parameter itself becomes that node's output: the second
+    run then differentiates through the first one, and so on, twice as often a layer.
+    """
+
+    def without_parameters(*inputs: Any) -> Any:
+        outputs = function(*inputs)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(out.view_as(out) if isinstance(out, torch.nn.Parameter) else out for out in outputs)
+
+    return original(without_parameters, distribute, *args)

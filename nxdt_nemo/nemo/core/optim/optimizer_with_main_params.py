@@ -111,10 +111,11 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
                 if expert
                 else parallel_state.get_data_parallel_group(with_context_parallel=True)
             )
-            if group.size() > 1:
-                grads = [grad for param in (*mains, *fulls) if (grad := param.grad) is not None]
-                if grads:
-                    _reduce(grads, scale, group, self._chunk)
+            grads = [grad for param in (*mains, *fulls) if (grad := param.grad) is not None]
+            if grads and scale != 1.0:  # an expert without copies has seen all ranks' tokens: their sum, not the mean
+                torch._foreach_mul_(grads, scale)
+            if grads and group.size() > 1:
+                _reduce(grads, group, self._chunk)
 
     def _finish_reduction(self) -> None:
         if self._async and self._sync_wanted and not self._reduced:
@@ -226,9 +227,8 @@ def _accumulate(param: Tensor) -> None:
     param.grad = None
 
 
-def _reduce(grads: list[Tensor], scale: float, group: Any, chunk: int) -> None:
-    """All-reduce `scale * grads` in place, `chunk` bytes at a time: few collectives, bounded extra memory."""
-    torch._foreach_mul_(grads, scale)
+def _reduce(grads: list[Tensor], group: Any, chunk: int) -> None:
+    """All-reduce in place, `chunk` bytes at a time: few collectives, bounded extra memory."""
     bucket: list[Tensor] = []
     size = 0
     for grad in grads:

@@ -1,8 +1,8 @@
-"""Adam and AdamW whose state fits a distributed checkpoint.
+"""torch's optimizers with a state that fits a distributed checkpoint, and NxD Training's name for AdamW.
 
-Room nemo/. Enters through nemo.core.optim.optimizers.AVAILABLE_OPTIMIZERS, NeMo's registry; no patch. torch
-keeps a scalar `step` for each parameter, and megatron-core shards every state by its parameter's shape:
-`optim.name: adamw` fails at the first save. Proof: tests/nemo/test_optim.py, tests/nemo/test_resume.py.
+Room nemo/. Enters through nemo.core.optim.optimizers.AVAILABLE_OPTIMIZERS, NeMo's registry; no patch. torch keeps a
+scalar `step` for each parameter, and megatron-core shards every state by its parameter's shape: `optim.name: adamw`
+fails at the first save. Proof: tests/nemo/test_optim.py, tests/nemo/test_resume.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from nxdt_nemo.patching.view import Views
 
-__all__ = ["Adam", "AdamW", "register"]
+__all__ = ["STEPPED", "AdamW", "register"]
 
 
 class _StepInGroup:
@@ -48,17 +48,29 @@ class _StepInGroup:
         super().load_state_dict({**state_dict, "state": states, "param_groups": groups})  # type: ignore[misc]
 
 
-class Adam(_StepInGroup, torch.optim.Adam):
-    """torch.optim.Adam."""
-
-
 class AdamW(_StepInGroup, torch.optim.AdamW):
     """torch.optim.AdamW."""
 
 
+def _stepped(name: str) -> type:
+    return type(name, (_StepInGroup, getattr(torch.optim, name)), {"__doc__": f"torch.optim.{name}."})
+
+
+# adamw_fp32OptState is NxD Training's: with float32 main parameters (megatron_amp_O2) the state is float32 anyway.
+STEPPED = {name.lower(): _stepped(name) for name in ("Adam", "Adadelta", "Adamax", "Adagrad", "RMSprop", "Rprop")} | {
+    "adamw": AdamW,
+    "adamw_fp32OptState": AdamW,
+}
+
+
 def register(module: ModuleType, _: Views) -> Callable[[], None]:
-    """Put them under "adam" and "adamw"; returns what puts torch's back."""
+    """Put them under NeMo's names; returns what puts torch's back."""
     table = module.AVAILABLE_OPTIMIZERS
-    before = {name: table[name] for name in ("adam", "adamw")}
-    table.update(adam=Adam, adamw=AdamW)
-    return lambda: table.update(before)
+    before = dict(table)
+    table.update(STEPPED)
+
+    def undo() -> None:
+        table.update({name: before[name] for name in STEPPED if name in before})
+        table.pop("adamw_fp32OptState", None)
+
+    return undo

@@ -1,0 +1,29 @@
+"""What an encoder-decoder's second set of embeddings lacks.
+
+Room megatron/. Wraps megatron.core.models.common.language_module.language_module.LanguageModule's
+setup_embeddings_and_output_layer. With pipeline parallelism the first stage of a T5's decoder has embeddings of its
+own, copies of the encoder's. Upstream leaves them unmarked, so that they count twice in the gradient norm; and where
+that stage is the last one too, the fused weight gradient drops what the embedding adds to the output layer's.
+Proof: tests/megatron/test_layouts.py (t5, pp2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["setup_embeddings_and_output_layer"]
+
+
+def setup_embeddings_and_output_layer(upstream: Callable[[Any], None], self: Any) -> None:
+    """Upstream's, then `shared` on copies of embeddings, and `zero_out_wgrad` on a weight used at both ends."""
+    from megatron.core import parallel_state
+
+    upstream(self)
+    if not self.pre_process:
+        return
+    if self.post_process and self.share_embeddings_and_output_weights:
+        self.shared_embedding_or_output_weight().zero_out_wgrad = True
+    if not parallel_state.is_pipeline_first_stage(ignore_virtual=True):
+        for weight in self.embedding.parameters():
+            weight.shared = True

@@ -1,0 +1,58 @@
+"""Five families in parallel layouts against one rank, and a mistake for each kind of reduction.
+
+The whole matrix is `make test-layouts` (tools/layouts.py); here is the part of it that CI runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from nxdt_nemo.testing.matrix import FAST, LAYOUTS, MISTAKES, TOLERANCE, recipe_of
+from nxdt_nemo.testing.parity import Parity
+from nxdt_nemo.testing.recipe import Recipe
+
+pytestmark = pytest.mark.ranks
+
+CASES = [(family, name) for family, names in FAST.items() for name in names.split()]
+
+
+@pytest.fixture(scope="module")
+def parity() -> Iterator[Parity]:
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    with Parity() as session:
+        yield session
+
+
+@pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])
+def test_one_rank_equals_upstream(parity, family):
+    row = parity.against_stock(Recipe.of(family), 1e-6)
+    assert row.good, row
+
+
+@pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])
+def test_the_text_is_learned(parity, family):
+    losses = parity.ours(*recipe_of(family, "one"))[0].losses
+    assert losses[0] - losses[-1] > 0.5, losses
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_layout_equals_one_rank(parity, family, name):
+    row = parity.against_one_rank(*recipe_of(family, name), TOLERANCE)
+    assert row.good, row
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "fault"),
+    [case if recipe_of(*case[:2])[1].world <= 2 else pytest.param(*case, marks=pytest.mark.slow) for case in MISTAKES],
+)
+def test_a_mistake_turns_the_row_red(parity, family, name, fault):
+    row = parity.against_one_rank(*recipe_of(family, name), TOLERANCE, fault)
+    assert row.verdict == "red, as it must", row
+
+
+def test_the_fast_part_is_a_part_of_the_matrix():
+    assert all(name in LAYOUTS[family].split() for family, name in CASES)
+    assert len(CASES) < 12
+    assert sum(len(names.split()) for names in LAYOUTS.values()) >= 24
