@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _close_groups
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.pytest_plugin import Gloo
 
 pytestmark = pytest.mark.ranks
@@ -40,7 +40,8 @@ def model_of(te: bool, fields: dict[str, Any], tp: int, sequence: bool) -> Any:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     model_parallel_cuda_manual_seed(1)
-    base = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    base = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    base |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     latent = "kv_lora_rank" in fields
     config = (MLATransformerConfig if latent else TransformerConfig)(
         **base, **fields, tensor_model_parallel_size=tp, sequence_parallel=sequence, params_dtype=torch.float32
@@ -98,8 +99,10 @@ def compared(fields: dict[str, Any], tp: int, sequence: bool, fault: str) -> dic
         weights[fault] = weights[fault] * 1.01
     _, found = stepped(te, weights)
     assert found.keys() == expected.keys()
-    scale = {name: float(value.abs().max()) or 1.0 for name, value in expected.items()}
-    answer: dict[str, Any] = {name: float((found[name] - value).abs().max()) / scale[name] for name, value in expected.items()}
+    answer: dict[str, Any] = {
+        name: float((found[name] - value).abs().max()) / (float(value.abs().max()) or 1.0)
+        for name, value in expected.items()
+    }
     answer["keys"] = _keys(local) == _keys(te)
     answer["marks"] = all(
         getattr(parameter, "sequence_parallel", False) == sequence
@@ -118,7 +121,6 @@ def _leave() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _close_groups()
 
 
 @pytest.mark.parametrize("tp, sequence", LAYOUTS)
@@ -127,7 +129,7 @@ def test_both_specs_are_one_model(gloo: Gloo, kind, tp, sequence):
     if kind == "experts" and tp > 1 and not sequence:
         pytest.skip("upstream refuses to train experts with tensor parallelism and without sequence parallelism")
     for found in gloo(tp, compared, KINDS[kind], tp, sequence, "", init=ACTIVE, env=ACTIVE_ENV):
-        assert found.pop("keys")
+        assert found.pop("keys") == (kind != "experts")  # upstream's two specs name an expert layer's norm differently
         assert found.pop("marks")
         assert len(found) > 10
         assert max(found.values()) <= 1e-6, found

@@ -124,9 +124,8 @@ class Runs:
         command += [f"--nxdt-nominal={module}" for module in self._plan.nominal]
         print(f"{world} ranks: follow it in {log}", flush=True)
         with log.open("w", encoding="utf-8") as out:
-            code = subprocess.run(
-                [*command, *words], cwd=self._sources.folder, env=self._environment(), stdout=out, stderr=out, check=False
-            ).returncode
+            where = {"cwd": self._sources.folder, "env": self._environment(), "stdout": out, "stderr": out}
+            code = subprocess.run([*command, *words], **where, check=False).returncode
         shutil.rmtree(temp, ignore_errors=True)
         print(f"{world} ranks: {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
         if not xml.exists():

@@ -42,7 +42,8 @@ def as_markdown(found: Suite, command: str) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return f"""# megatron-core's own unit tests
 
-`{command}`, {datetime.now(UTC):%Y-%m-%d}, cpu lane, {platform.machine()}. Python {platform.python_version()}, {versions}.
+`{command}`, {datetime.now(UTC):%Y-%m-%d}, cpu lane, {platform.machine()}. Python {platform.python_version()},
+{versions}.
 
 `{SUITE}` of Megatron-LM at {MegatronSources.TAG} (commit {MegatronSources.COMMIT[:12]}), unedited, with the installed
 megatron.core. Without this backend none of them passes on a CPU: a fixture that each test has asks for CUDA. A test
