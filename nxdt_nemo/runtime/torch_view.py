@@ -401,9 +401,7 @@ def _distributed_table() -> dict[str, Any]:
         "new_group": new_group,
         "init_device_mesh": init_device_mesh,
         "DeviceMesh": _DeviceMesh,
-        "device_mesh": ModuleView(
-            dist.device_mesh, {"init_device_mesh": init_device_mesh, "DeviceMesh": _DeviceMesh}
-        ),
+        "device_mesh": ModuleView(dist.device_mesh, {"init_device_mesh": init_device_mesh, "DeviceMesh": _DeviceMesh}),
     }
 
 

@@ -144,9 +144,7 @@ def _count(outcomes: Outcomes, explained: Explained, below: str) -> Counter[str]
 
 def _skips(outcomes: Outcomes) -> Counter[str]:
     """Why tests were skipped, in their own words."""
-    return Counter(
-        outcome.text.strip().splitlines()[0] for outcome in outcomes.values() if outcome.status == "skipped"
-    )
+    return Counter(outcome.text.strip().splitlines()[0] for outcome in outcomes.values() if outcome.status == "skipped")
 
 
 @dataclass

@@ -99,6 +99,7 @@ class Coordinator:
                 if kind == "ended":
                     del self._children[rank]
                     value = [_failure(test, f"rank {rank}: its process ended with code {value}")]
+                    answers.reports = {rank: value, **answers.reports}  # first: the others' errors come from that
                 answers.reports[rank] = value
                 if _failed(value):
                     deadline = min(deadline, time.monotonic() + self._limits.grace_s)

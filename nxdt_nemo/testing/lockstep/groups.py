@@ -42,7 +42,7 @@ def limit_groups(wait_s: float) -> None:
         ranks: Sequence[int] | None = None, timeout: timedelta | None = None, backend: str | None = None, **named: Any
     ) -> Any:
         key = None if ranks is None else tuple(ranks), backend or dist.get_backend()
-        if key not in made:
+        if key not in made or __import__("os").environ.get("NOCACHE"):
             named.pop("pg_options", None)
             made[key] = new_group(ranks, shorter(timeout), backend, **named)
         return made[key]
