@@ -19,6 +19,7 @@ import torch.multiprocessing
 
 from nxdt_nemo.errors import NotOnNeuron
 from nxdt_nemo.patching.view import ModuleView, Views
+from nxdt_nemo.runtime.distributed_view import distributed_view
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["hook_cuda", "hook_methods", "to_lane", "view"]
@@ -353,58 +354,6 @@ def _set_start_method(method: str | None, force: bool = False) -> None:
     torch.multiprocessing.set_start_method(method and current().start_method(method), force)
 
 
-class _DeviceMeshType(type):
-    """`isinstance(x, DeviceMesh)` stays true for real meshes."""
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, torch.distributed.DeviceMesh)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, torch.distributed.DeviceMesh)
-
-
-class _DeviceMesh(metaclass=_DeviceMeshType):
-    """torch.distributed.DeviceMesh, with "cuda" meaning the runtime's device."""
-
-    def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> torch.distributed.DeviceMesh:  # type: ignore[misc]
-        return torch.distributed.DeviceMesh(_type_name(device_type), *args, **kwargs)
-
-    @staticmethod
-    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> torch.distributed.DeviceMesh:
-        """As torch's."""
-        return torch.distributed.DeviceMesh.from_group(group, _type_name(device_type), *args, **kwargs)
-
-
-def to_backend(name: Any) -> Any:
-    """The lane's backend of torch.distributed for a name that asks for NCCL ("nccl", "cuda:nccl"); else `name`."""
-    return current().backend if isinstance(name, str) and "nccl" in name.lower() else name
-
-
-def _distributed_table() -> dict[str, Any]:
-    dist = torch.distributed
-
-    @functools.wraps(dist.init_process_group)
-    def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("device_id", None)  # NCCL's, to connect at once
-        dist.init_process_group(to_backend(backend), *args, **kwargs)
-
-    @functools.wraps(dist.new_group)
-    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return dist.new_group(ranks, timeout, to_backend(backend), *args, **kwargs)
-
-    @functools.wraps(dist.init_device_mesh)
-    def init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return dist.init_device_mesh(_type_name(device_type), *args, **kwargs)
-
-    return {
-        "init_process_group": init_process_group,
-        "new_group": new_group,
-        "init_device_mesh": init_device_mesh,
-        "DeviceMesh": _DeviceMesh,
-        "device_mesh": ModuleView(dist.device_mesh, {"init_device_mesh": init_device_mesh, "DeviceMesh": _DeviceMesh}),
-    }
-
-
 def _torch_table(scope: str) -> dict[str, Any]:
     real_load = torch.load
 
@@ -423,7 +372,7 @@ def _torch_table(scope: str) -> dict[str, Any]:
         "autocast": _Autocast,
         "amp": ModuleView(torch.amp, amp),
         "load": load,
-        "distributed": ModuleView(torch.distributed, _distributed_table()),
+        "distributed": distributed_view(),
         "multiprocessing": ModuleView(torch.multiprocessing, {"set_start_method": _set_start_method}),
         "Generator": generator,
         "is_autocast_enabled": _autocast_query("is_autocast_enabled"),

@@ -12,11 +12,17 @@ tests/megatron/test_transformer_engine.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from nxdt_nemo.apex.transformer.functional import fused_rope
@@ -40,14 +46,41 @@ class TENorm(Norm):
 
 
 class TEColumnParallelLinear(ColumnParallelLinear):
-    """megatron-core's; TransformerEngine's arguments are some of its own."""
+    """megatron-core's; TransformerEngine's arguments are some of its own. Needs no seeded streams, as TE's does not."""
+
+    def __init__(self, *args: Any, config: Any, init_method: Callable[..., Any], **named: Any) -> None:
+        super().__init__(*args, config=_unseeded(config), init_method=init_method, **named)
+        _start(self, config, init_method, 0)
 
 
 class TERowParallelLinear(RowParallelLinear):
-    """megatron-core's; TransformerEngine's arguments are some of its own."""
+    """megatron-core's; TransformerEngine's arguments are some of its own. Needs no seeded streams, as TE's does not."""
+
+    def __init__(self, *args: Any, config: Any, init_method: Callable[..., Any], **named: Any) -> None:
+        super().__init__(*args, config=_unseeded(config), init_method=init_method, **named)
+        _start(self, config, init_method, 1)
 
 
-class TELayerNormColumnParallelLinear(ColumnParallelLinear):
+def _unseeded(config: Any) -> Any:
+    """`config`; one that initializes nothing while the tracker has no streams to draw weights from."""
+    if get_cuda_rng_tracker().is_initialized():
+        return config
+    bare = copy.copy(config)
+    bare.perform_initialization = False
+    return bare
+
+
+def _start(layer: Any, config: Any, init_method: Callable[..., Any], dim: int) -> None:
+    """Draw the weights of a layer that was made without, from torch's own stream."""
+    bare, layer.config = layer.config, config
+    if bare is not config and config.perform_initialization and layer.weight is not None:
+        set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
+        init_method(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
     """Y = norm(X) A^T + b; rank r of t keeps rows r*O/t .. (r+1)*O/t of A.
 
     S sequence, B micro-batch, H in, O out, t tensor-parallel size.

@@ -42,15 +42,16 @@ def limit_groups(wait_s: float) -> None:
         ranks: Sequence[int] | None = None, timeout: timedelta | None = None, backend: str | None = None, **named: Any
     ) -> Any:
         key = None if ranks is None else tuple(ranks), backend or dist.get_backend()
-        if key not in made or __import__("os").environ.get("NOCACHE"):
+        if key not in made:
             named.pop("pg_options", None)
             made[key] = new_group(ranks, shorter(timeout), backend, **named)
         return made[key]
 
     @functools.wraps(destroy_process_group)
     def destroy(group: Any = None) -> None:
-        for key in [key for key, known in made.items() if group is None or known is group]:
-            del made[key]
-        destroy_process_group(group)
+        if group is None or group is dist.group.WORLD:
+            made.clear()
+            destroy_process_group(group)
+        # else it stays: others share it, and only its own ranks say this
 
     dist.init_process_group, dist.new_group, dist.destroy_process_group = init, new, destroy
