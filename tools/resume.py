@@ -1,6 +1,7 @@
 """A resumed run is the run that was never stopped: at every boundary of an epoch, and after kills at random moments.
 
-    python tools/resume.py                           # everything, 30 minutes; writes docs/results/resume.md
+    python tools/resume.py                           # 35 minutes; writes docs/results/resume.md and kills.md
+    python tools/resume.py --parts kills             # 10 minutes; writes kills.md
     python tools/resume.py --layouts DP=2 --kills 4  # some of it; prints only
 
 Real jobs through the command line, on the cpu lane, in fp32 with stock dropout. Compared to the bit: what each rank
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from nxdt_nemo.testing.script_run import write_corpus
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "resume.md"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 KILLED = (("one rank", "fused_adam"), ("DP=2", "distributed_fused_adam"))
 SEED = 20
 
@@ -50,8 +51,8 @@ def killed(number: int, aimed: int, corpus: Path, folder: Path) -> Sheet:
     return sheet
 
 
-def page(command: str, resumed: Sheet, ended: Sheet, number: int, aimed: int) -> str:
-    """The file in docs/results."""
+def resumed_page(command: str, sheet: Sheet) -> str:
+    """docs/results/resume.md."""
     return f"""# A resumed run is the run that was never stopped
 
 {heading(command)}
@@ -62,19 +63,27 @@ others start from each of these checkpoints. "equal" means to the bit, on each r
 read, loss, grad norm, learning rate, consumed samples; the validation losses; every tensor of the last checkpoint,
 optimizer state included.
 
-{resumed.markdown}
+{sheet.markdown}
 
 "in a validation": saved where NeMo's callback saves after one (step 2). "mid-epoch" (step 3), "at its end" (step 4) and
 "after it" (step 5): saved in the hook at a step's end, as `every_n_train_steps`, a time limit or a preemption do.
+What a kill leaves, and what the next start takes: [kills.md](kills.md).
+"""
 
-## SIGKILL to all processes of a job
 
-The job saves after every second step, keeps the three best and removes others. It is killed and started again by the
-same command in the same folder: {number} times at a random moment in the 4 s after its first step, then {aimed} times
-at a random moment in the 0.3 s after a save began (seed {SEED}). After each kill, every checkpoint that stands under
-its own name was read whole. "every step" compares each step ever done with those of a job that was left alone.
+def killed_page(command: str, sheet: Sheet, number: int, aimed: int) -> str:
+    """docs/results/kills.md."""
+    return f"""# A job that is killed goes on from its newest complete checkpoint
 
-{ended.markdown}
+{heading(command)}
+
+The job of resume.md saves after every second step, keeps the three best checkpoints and removes others. SIGKILL to all
+its processes, and the same command again in the same folder: {number} times at a random moment in the 4 s after its
+first step, then {aimed} times at a random moment in the 0.3 s after a save began, half of each in each layout (seed
+{SEED}). After each kill, every checkpoint that stands under its own name was read whole. "every step" compares each
+step ever done with those of a job that was left alone.
+
+{sheet.markdown}
 """
 
 
@@ -84,20 +93,27 @@ def main() -> int:
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--kills", type=int, default=20, help="at random moments")
     parser.add_argument("--aimed", type=int, default=10, help="more, in a save")
+    parser.add_argument("--parts", default="boundaries,kills")
     args = parser.parse_args()
     layouts, optimizers = args.layouts.split(","), args.optimizers.split(",")
     for names, known in ((layouts, LAYOUTS), (optimizers, OPTIMIZERS)):
         for name in names:
             if name not in known:
                 parser.error(f"{name} is none of {', '.join(known)}")
+    whole = args == parser.parse_args(["--parts", args.parts])  # a part is written when all of it was done
+    command, found = " ".join(["python tools/resume.py", *sys.argv[1:]]), []
     with tempfile.TemporaryDirectory() as name:
         corpus = write_corpus(Path(name) / "corpus")
-        resumed = boundaries(layouts, optimizers, corpus, Path(name))
-        ended = killed(args.kills, args.aimed, corpus, Path(name))
-    show([resumed, ended], Console())
-    if len(sys.argv) == 1:
-        RESULT.write_text(page("python tools/resume.py", resumed, ended, args.kills, args.aimed))
-    return 0 if resumed.good and ended.good else 1
+        if "boundaries" in args.parts:
+            found.append(boundaries(layouts, optimizers, corpus, Path(name)))
+            if whole:
+                (RESULTS / "resume.md").write_text(resumed_page(command, found[-1]))
+        if "kills" in args.parts:
+            found.append(killed(args.kills, args.aimed, corpus, Path(name)))
+            if whole:
+                (RESULTS / "kills.md").write_text(killed_page(command, found[-1], args.kills, args.aimed))
+    show(found, Console())
+    return 0 if all(sheet.good for sheet in found) else 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.errors import LaneError
-from nxdt_nemo.runtime.groups import Group, Meshes, checked_mesh
+from nxdt_nemo.runtime.groups import Group, Mesh, Meshes, checked_mesh
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import Lane, MemoryFigures, Undo, Verdict
 
@@ -41,7 +41,9 @@ class CpuLane(Lane):
     backend = "gloo"
 
     def __init__(self) -> None:
-        self._groups: weakref.WeakKeyDictionary[dist.ProcessGroup, Group] = weakref.WeakKeyDictionary()
+        # Weak at both ends: a Group holds its process group, whose gloo threads live as long as that is held.
+        self._groups: weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.ref[Group]] = weakref.WeakKeyDictionary()
+        self._made: weakref.WeakKeyDictionary[dist.ProcessGroup, Mesh] = weakref.WeakKeyDictionary()
         self._meshes = Meshes()
 
     @classmethod
@@ -146,6 +148,7 @@ class CpuLane(Lane):
         import torch.distributed as dist
 
         self._groups.clear()
+        self._made.clear()
         self._meshes.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -160,7 +163,7 @@ class CpuLane(Lane):
             pg = dist.new_group(list(ranks), backend=self.backend, group_desc=name)
             if me in ranks:
                 mine = Group(name, checked, ranks, ranks.index(me), len(ranks), pg, self.ops)
-                self._groups[pg] = mine
+                self._groups[pg], self._made[pg] = weakref.ref(mine), checked
         assert mine is not None, "checked_mesh lets no rank out"
         return mine
 
@@ -175,14 +178,15 @@ class CpuLane(Lane):
     def group_of(self, process_group: dist.ProcessGroup) -> Group:
         import torch.distributed as dist
 
-        if process_group not in self._groups:
+        known = self._groups.get(process_group)
+        group = known() if known is not None else None
+        if group is None:
             ranks = tuple(dist.get_process_group_ranks(process_group))
-            me = dist.get_rank(process_group)
-            mesh = self._meshes.of(process_group, dist.get_world_size()) or (ranks,)
-            self._groups[process_group] = Group(
-                process_group.group_desc, mesh, ranks, me, len(ranks), process_group, self.ops
-            )
-        return self._groups[process_group]
+            noted = self._made.get(process_group) or self._meshes.of(process_group, dist.get_world_size())
+            me, mesh, name = dist.get_rank(process_group), noted or (ranks,), process_group.group_desc
+            group = Group(name, mesh, ranks, me, len(ranks), process_group, self.ops)
+            self._groups[process_group] = weakref.ref(group)
+        return group
 
     def note_group(self, name: str, ranks: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
         self._meshes.note(name, ranks, process_group)

@@ -7,6 +7,7 @@ has changed them. Proof: tests/megatron/test_parity.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -171,10 +172,13 @@ def forget_groups() -> None:
     """Close every group but the world, which a destroyed parallel state only forgets.
 
     Each has a gloo thread that wakes up a hundred times a second: the groups of some pools at rest keep two cores busy.
+    All ranks call it. They meet first: one that closes a group while another still connects to it ends the other.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    if sys.exc_info()[0] is None:  # a rank that fails goes alone
+        dist.barrier()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):

@@ -259,6 +259,7 @@ def trained(model: Model) -> tuple[float, dict[str, torch.Tensor]]:
 
     from nxdt_nemo.testing.ours import forget_groups
 
+    forget_groups()  # of another test in this pool
     parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
     try:
         made, (batch, extra) = gpt(model), share(model)

@@ -230,6 +230,7 @@ def groups_seen(sizes: dict[str, Any]) -> Seen:
     from nxdt_nemo.runtime import current
 
     lane = current()
+    forget_groups()  # of another test in this pool
     initialized(sizes)
     try:
         groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
@@ -276,6 +277,7 @@ def anew() -> list[Any]:
 
     from nxdt_nemo.runtime import current
 
+    forget_groups()  # of another test in this pool
     initialized({"pp": 4, "hierarchical_cp": (1,)})
     first = parallel_state.get_pipeline_model_parallel_group()
     embedded = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
@@ -358,8 +360,8 @@ def test_a_placed_layout_trains_as_an_ascending_one(gloo: Gloo) -> None:
     """To the bit: the groups are the same ones, of other ranks."""
     [weights] = gloo(1, initial_weights, RECIPE, env=STOCK_ENV)
     layout = Layout(tp=2, pp=2)
-    plain, _ = assemble(gloo(4, trained, weights, layout, init=ACTIVE, env=ACTIVE_ENV), layout)
-    placed, _ = assemble(gloo(4, trained, weights, layout, init=function_name(in_rows), env=PLACED_ENV), layout)
+    plain, _ = assemble(gloo(4, trained, weights, layout, init=ACTIVE, env=ACTIVE_ENV))
+    placed, _ = assemble(gloo(4, trained, weights, layout, init=function_name(in_rows), env=PLACED_ENV))
     assert placed.losses == plain.losses and placed.grad_norms == plain.grad_norms
     for name, gradient in plain.grads.items():
         assert (placed.grads[name] == gradient).all(), name

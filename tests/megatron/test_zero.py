@@ -139,6 +139,7 @@ def reloaded(recipe: Recipe) -> list[float]:
         for param in model[0].parameters():
             param.fill_(0.25)
     optimizer.reload_model_params()
+    ours.forget_groups()
     return sorted({float(x) for param in optimizer.optimizer.param_groups[0]["params"] for x in param.unique()})
 
 

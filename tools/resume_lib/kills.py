@@ -88,6 +88,7 @@ class _Job:
         folder.mkdir(parents=True)
         self.folder, self._arguments = folder, [*tiny(corpus, folder), *keys]
         self.resumed: list[str] = []
+        self._notes = folder.with_name(f"{folder.name}_notes")  # what lies in the job's folder NeMo moves at each start
 
     def kill(self, seconds: float) -> tuple[int, bool]:
         """Start, kill `seconds` after the first step; the last step done and whether a checkpoint was being written."""
@@ -115,12 +116,14 @@ class _Job:
             process = start(
                 SCRIPT,
                 self._arguments,
-                environment={"NOTES": str(self.folder / "notes")},
+                environment={"NOTES": str(self._notes)},
                 cwd=self.folder,
                 output=output,
             )
-            deadline = time.monotonic() + SECONDS
+            deadline, done = time.monotonic() + SECONDS, len(self.notes())
             while not reached():
+                if (now := len(self.notes())) > done:  # it goes on, however slowly
+                    deadline, done = time.monotonic() + SECONDS, now
                 if process.poll() is not None or time.monotonic() > deadline:
                     _end(process)
                     raise SystemExit(f"resume: the job ended by itself:\n{log.read_text()[-3000:]}")
@@ -148,7 +151,7 @@ class _Job:
     def notes(self) -> list[dict[str, Any]]:
         """The lines of all ranks, those that a kill cut short left out."""
         found = []
-        for file in sorted(self.folder.glob("notes.*")):
+        for file in sorted(self._notes.parent.glob(f"{self._notes.name}.*")):
             for text in file.read_text().splitlines():
                 try:
                     found.append({"rank": file.suffix, **json.loads(text)})
