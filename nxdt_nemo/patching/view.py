@@ -164,15 +164,19 @@ class Absent(_NothingHeld):
 
     nominal_in  modules that only ask whether it is there, before they name layers of it that we have: they get an
                 empty module, and its submodules only where no name is taken from them
+    instead     modules that get a stand-in
     """
 
     def __init__(self, name: str, product: str, nominal_in: Iterable[str] = ()) -> None:
         self._name, self._product = name, product
-        self.nominal_in = set(nominal_in)
+        self._nominal_in = frozenset(nominal_in)
+        self.instead: dict[str, StandIn] = {}
 
     def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str], asked_by: str) -> Any:
+        if asked_by in self.instead:
+            return self.instead[asked_by].answer(original, name, fromlist, asked_by)
         _say_if_shadowed(self._name, self._product, "it needs CUDA")
-        if asked_by in self.nominal_in and not fromlist:
+        if asked_by in self._nominal_in and not fromlist:
             return _empty(name)
         raise ModuleNotFoundError(f"No module named {name!r} (it needs CUDA)", name=name)
 
@@ -228,13 +232,13 @@ class Views:
 
         return ModuleView(real, {"import_module": import_module})
 
-    def grant(self, name: str, modules: Iterable[str]) -> None:
-        """Let `import name`, of something absent, succeed in these modules too (see Absent)."""
+    def grant(self, name: str, modules: Iterable[str], package: str) -> None:
+        """Let `import name`, of something absent, yield `package` in these modules."""
         for redirects in self._redirects.values():
             absent = redirects[name]
             if not isinstance(absent, Absent):
                 raise ValueError(f"{name} is not absent")
-            absent.nominal_in.update(modules)
+            absent.instead.update(dict.fromkeys(modules, StandIn(name, package, name)))
 
     def scope_of(self, module: str) -> str | None:
         """The scope that a module's name falls into, if any."""

@@ -26,7 +26,7 @@ __all__ = ["pytest_addoption", "pytest_load_initial_conftests", "pytest_report_h
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--nxdt-view PACKAGE, --nxdt-nominal MODULE."""
+    """--nxdt-view PACKAGE, --nxdt-te MODULE."""
     parser.addoption(
         "--nxdt-view",
         action="append",
@@ -35,11 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="top-level package whose modules see the backend's torch, as a script does; for tests that name CUDA",
     )
     parser.addoption(
-        "--nxdt-nominal",
+        "--nxdt-te",
         action="append",
         default=[],
         metavar="MODULE",
-        help="module that may `import transformer_engine` and finds nothing in it; for a test that has no use for it",
+        help="module that may `import transformer_engine` and is told that it has no FP8; for tests that do not use it",
     )
 
 
@@ -54,7 +54,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         early_config.add_cleanup(deactivate)
     options = early_config.known_args_namespace
     early_config.add_cleanup(show_views(options.nxdt_view))
-    views().grant("transformer_engine", options.nxdt_nominal)
+    views().grant("transformer_engine", options.nxdt_te, "nxdt_nemo.testing.transformer_engine")
     early_config.add_cleanup(show_mocks())
 
 

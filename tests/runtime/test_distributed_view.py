@@ -1,4 +1,4 @@
-"""torch.distributed as upstream sees it: NCCL and "cuda" mean the lane's; elements are gathered whatever their shape."""
+"""torch.distributed as upstream sees it: NCCL and "cuda" mean the lane's; elements gather, whatever their shape."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,20 @@ def test_teardown_fails_on_one(broken): ...
 """
 
 
+TE = """
+import transformer_engine as te
+from transformer_engine.pytorch.fp8 import check_fp8_support, fp8_autocast
+
+assert check_fp8_support()[0] is False
+try:
+    from transformer_engine.pytorch.optimizers import FusedAdam
+except ImportError:
+    pass
+else:
+    raise AssertionError
+"""
+
+
 def lockstep(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NXDT_", "PYTEST_"))}
     root = str(Path(__file__).parents[2])
@@ -114,17 +128,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_passes.py").write_text(PASSES)
     (folder / "test_fails.py").write_text(FAILS)
-    words = ("--ranks=2", "--junitxml=found.xml", "--test-timeout=20", "--wait-timeout=3", "--logs=logs")
+    words = ("--ranks=2", "--record=found.jsonl", "--test-timeout=20", "--wait-timeout=3", "--logs=logs")
     run = lockstep(folder, *words, "--", "-p", "no:cacheprovider")
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
     assert "nxdt_nemo: cpu lane" in run.stdout
     assert "test session starts" in (folder / "logs" / "rank1.log").read_text()
-    found = {}
-    for case in ET.parse(folder / "found.xml").getroot().iter("testcase"):
-        kinds = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        text = f"{kinds[0].get('message')}\n{kinds[0].text}" if kinds else ""
-        found[case.get("name", "")] = (kinds[0].tag if kinds else "passed", text)
-    return found
+    lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
+    assert {line["file"]: line["tests"] for line in lines if "file" in line} == {
+        "test_fails.py": 9,
+        "test_passes.py": 3,
+    }
+    return {line["test"].rpartition("::")[2]: (line["status"], line["text"]) for line in lines if "test" in line}
 
 
 @pytest.mark.parametrize(
@@ -133,16 +147,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
         ("test_the_ranks_are_there", "passed", ""),
         ("test_a_group_is_made_once", "passed", ""),
         ("test_nothing_is_imported_again_for_a_rank", "passed", ""),
-        ("test_one_fails_while_the_other_waits", "failure", "rank 1 is off"),
-        ("test_one_fails_while_the_other_waits", "failure", "rank 1 of 2, the first to fail"),
+        ("test_one_fails_while_the_other_waits", "failed", "rank 1 is off"),
+        ("test_one_fails_while_the_other_waits", "failed", "rank 1 of 2, the first to fail"),
         ("test_the_next_one_has_ranks", "passed", ""),
-        ("test_all_fail", "failure", "assert False"),
-        ("test_one_dies", "failure", "rank 1: its process ended with code 7"),
-        ("test_one_hangs", "failure", "ranks 1 hang after 20 s"),
-        ("test_one_hangs", "failure", "in test_one_hangs"),
+        ("test_all_fail", "failed", "assert False"),
+        ("test_one_dies", "failed", "rank 1: its process ended with code 7"),
+        ("test_one_hangs", "failed", "ranks 1 hang after 20 s"),
+        ("test_one_hangs", "failed", "in test_one_hangs"),
         ("test_one_skips", "passed", ""),
         ("test_all_skip", "skipped", "nowhere"),
-        ("test_a_wait_ends", "failure", "imed out"),
+        ("test_a_wait_ends", "failed", "imed out"),
         ("test_teardown_fails_on_one", "error", "rank 1 of 2"),
     ],
 )
@@ -157,24 +171,27 @@ def test_every_test_is_counted_once(done):
 
 def test_a_module_that_does_not_import_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import not_there\n")
-    run = lockstep(tmp_path, "--ranks=2", "--", "-p", "no:cacheprovider")
+    run = lockstep(tmp_path, "--ranks=2", "--record=found.jsonl", "--", "-p", "no:cacheprovider")
     assert run.returncode == pytest.ExitCode.INTERRUPTED
     assert "No module named 'not_there'" in run.stdout
+    (line,) = (tmp_path / "found.jsonl").read_text().splitlines()
+    assert "No module named 'not_there'" in json.loads(line)["error"]
+    assert json.loads(line)["file"] == "test_broken.py"
 
 
-def test_a_view_for_the_tests_package_and_an_empty_transformer_engine(tmp_path: Path) -> None:
+def test_a_view_for_the_tests_package_and_a_transformer_engine_without_fp8(tmp_path: Path) -> None:
     package = tmp_path / "cases"
     package.mkdir()
     (package / "__init__.py").write_text("")
     asks = "import torch\n\ndef test_cuda():\n    assert torch.zeros(1, device='cuda').device.type == 'cpu'\n"
     (package / "test_view.py").write_text(asks)
-    (package / "test_nominal.py").write_text(f"import transformer_engine as te\n{asks}")
+    (package / "test_te.py").write_text(f"{TE}{asks}")
     options = ("-p", "no:cacheprovider", "--continue-on-collection-errors", "--nxdt-view=cases")
     run = lockstep(tmp_path, "--ranks=1", "--", *options)
     assert "1 passed, 1 error" in run.stdout
-    run = lockstep(tmp_path, "--ranks=1", "--", *options, "--nxdt-nominal=cases.test_nominal")
+    run = lockstep(tmp_path, "--ranks=1", "--", *options, "--nxdt-te=cases.test_te")
     assert "2 passed" in run.stdout
-    run = lockstep(tmp_path, "--ranks=1", "--", *options[:-1], "--nxdt-nominal=cases.test_nominal")
+    run = lockstep(tmp_path, "--ranks=1", "--", *options[:-1], "--nxdt-te=cases.test_te")
     assert "passed" not in run.stdout
 
 

@@ -135,10 +135,7 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
 
 
 class TEDotProductAttention(DotProductAttention):
-    """Ours. The numbers of features, which TransformerEngine wants to know, are read off the tensors."""
-
-    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **named: Any) -> None:
-        super().__init__(*args, **named)
+    """Ours."""
 
 
 def fused_apply_rotary_pos_emb(

@@ -20,6 +20,7 @@ from nxdt_nemo import activate
 from nxdt_nemo.runtime.select import VARIABLE
 from nxdt_nemo.testing.lockstep.coordinator import Coordinator, Limits
 from nxdt_nemo.testing.lockstep.groups import limit_groups
+from nxdt_nemo.testing.lockstep.record import Record
 from nxdt_nemo.testing.lockstep.worker import Worker, end_with_parent
 
 PLUGIN = "nxdt_nemo.testing.upstream"
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m nxdt_nemo.testing.lockstep", description=sys.modules[__package__].__doc__.splitlines()[0]
     )
     found.add_argument("--ranks", type=int, required=True, help="how many")
-    found.add_argument("--junitxml", type=Path, help="one file for all ranks: a test passes if it does on every rank")
+    found.add_argument("--record", type=Path, help="file to append to: a test passes if it does on every rank")
     found.add_argument("--logs", type=Path, help="folder for what ranks 1 and up print; default: nothing is kept")
     found.add_argument("--basetemp", type=Path, help="pytest's, a folder in it for each rank; default: pytest's choice")
     found.add_argument("--preload", action="append", default=[], metavar="MODULE", help="imported once for all ranks")
@@ -84,11 +85,12 @@ def _rank(args: argparse.Namespace, rank: int, worker: Worker) -> int:
     words = ["-p", PLUGIN, *args.pytest]
     if args.basetemp:
         words.append(f"--basetemp={args.basetemp / f'rank{rank}'}")
-    if rank == 0 and args.junitxml:
-        words.append(f"--junitxml={args.junitxml}")
+    plugins: list[object] = [worker]
+    if rank == 0 and args.record:
+        plugins.append(Record(args.record.absolute()))
     if rank > 0:
         _print_to(args.logs / f"rank{rank}.log" if args.logs else Path(os.devnull))
-    return int(pytest.main(words, plugins=[worker]))
+    return int(pytest.main(words, plugins=plugins))
 
 
 def _print_to(path: Path) -> None:

@@ -10,8 +10,6 @@ import ctypes
 import faulthandler
 import gc
 import os
-import re
-import resource
 import signal
 import traceback
 from multiprocessing.connection import Connection
@@ -24,7 +22,7 @@ from _pytest.runner import runtestprotocol
 
 from nxdt_nemo.runtime import current
 
-__all__ = ["Worker", "end_with_parent", "limit_memory"]
+__all__ = ["Worker", "end_with_parent", "offer_memory"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,17 +32,9 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def limit_memory(ranks: int) -> None:
-    """From now on in this process: an allocation beyond this rank's share of the free memory fails, a test with it.
-
-    Else the kernel ends a process of its choice. Four fifths of what is free are shared out, for the allocators' sake.
-    """
-    status, free = Path("/proc/self/status").read_text(), Path("/proc/meminfo").read_text()
-    used, left = (
-        int(re.search(pattern, text)[1]) * 1024  # type: ignore[index]
-        for pattern, text in ((r"VmData:\s*(\d+)", status), (r"MemAvailable:\s*(\d+)", free))
-    )
-    resource.setrlimit(resource.RLIMIT_DATA, (used + left * 4 // 5 // ranks, resource.RLIM_INFINITY))
+def offer_memory() -> None:
+    """When memory runs out, the kernel ends this process before any other; its test fails, the next gets new ranks."""
+    Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 class Worker:
@@ -91,11 +81,11 @@ class Worker:
 
     def _run(self, session: pytest.Session, start: int, stop: int, port: int, resumed: bool) -> None:
         end_with_parent()
+        offer_memory()
         os.environ["MASTER_PORT"] = str(port)
         with self._stack.open("w") as stack:
             faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
             self._pipe.send(("started", os.getpid()))
-            limit_memory(int(os.environ["WORLD_SIZE"]))
             if resumed:
                 dist.init_process_group(current().backend)  # as a test before this one may have, which others rely on
             for index in range(start, stop):
