@@ -37,7 +37,7 @@ PRELOAD = (
     "transformers",
 )
 MARK = "pytest.mark.experimental"
-TEST_S = 240  # seconds for one test, on all ranks; the longest takes a quarter of that on an idle machine
+TEST_S, WAIT_S = 400, 150  # seconds for one test on all ranks, and for a collective; for a busy machine
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,9 @@ class Runs:
         self._out.mkdir(parents=True, exist_ok=True)
         log, started, temp = record.with_suffix(".log"), time.monotonic(), self._out / "temp"
         shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
         command = [sys.executable, "-m", "nxdt_nemo.testing.lockstep", f"--ranks={world}", f"--record={record}"]
-        command += [f"--basetemp={temp}", f"--logs={record.with_suffix('')}", f"--test-timeout={TEST_S}"]
+        command += [f"--basetemp={temp}", f"--logs={record.with_suffix('')}", f"--test-timeout={TEST_S}", f"--wait-timeout={WAIT_S}"]
         command += [f"--preload={module}" for module in PRELOAD] + ["--", *OPTIONS]
         command += [f"--nxdt-view={package}" for package in VIEWS]
         command += [f"--nxdt-te={module}" for module in self._plan.te]

@@ -135,7 +135,35 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
 
 
 class TEDotProductAttention(DotProductAttention):
-    """Ours."""
+    """Ours. Needs no seeded streams, as TE's does not: without, dropout draws from torch's own."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = "p2p",
+        model_comm_pgs: Any = None,
+    ) -> None:
+        super().__init__(
+            config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
+            model_comm_pgs, k_channels=k_channels, v_channels=v_channels,
+        )  # fmt: skip
+
+    def _upstream(self, *arguments: Any) -> Tensor:
+        if get_cuda_rng_tracker().is_initialized():
+            return super()._upstream(*arguments)
+        config, self.config = self.config, copy.copy(self.config)
+        self.config.sequence_parallel = True  # so that upstream does not ask for a stream
+        try:
+            return super()._upstream(*arguments)
+        finally:
+            self.config = config
 
 
 def fused_apply_rotary_pos_emb(

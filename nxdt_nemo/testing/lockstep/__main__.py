@@ -79,8 +79,6 @@ def _fork(args: argparse.Namespace, rank: int, stack: Path) -> tuple[int, Connec
 def _rank(args: argparse.Namespace, rank: int, worker: Worker) -> int:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.ranks, "LOCAL_WORLD_SIZE": args.ranks}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects when used: a group in 2 ms in place of 140, 8 ranks
     limit_groups(args.wait_timeout)  # before the plugin looks at torch, which takes what changes later for a mock
     words = ["-p", PLUGIN, *args.pytest]
     if args.basetemp:

@@ -1,4 +1,4 @@
-"""Process groups for tests: a wait ends, and a suite that never destroys its groups does not drown in threads.
+"""Process groups for tests: a wait ends, and a suite that never destroys its groups drowns in no threads of theirs.
 
 Room testing/. For nxdt_nemo.testing.lockstep.
 """
@@ -14,14 +14,15 @@ __all__ = ["limit_groups"]
 
 
 def limit_groups(wait_s: float) -> None:
-    """From now on in this process: no process group waits longer, and new_group makes each group once.
+    """From now on in this process: no process group waits longer, new_group makes each once, and all share a thread.
 
-    Three threads come with each gloo group; megatron-core makes tens of groups for each test and drops them. Which
-    groups there are, and in which order they are made, is the same on all ranks, so that one group can serve all
-    requests for the same ranks and backend.
+    Three threads come with each gloo group, one of which wakes up a hundred times a second; megatron-core makes tens of
+    groups for each test and drops them. Which groups there are, and in which order they are made, is the same on all
+    ranks, so that one group can serve all requests for the same ranks and backend.
     """
     import torch.distributed as dist
 
+    _share_loop()
     made: dict[Any, Any] = {}
     limit = timedelta(seconds=wait_s)
     init_process_group, new_group, destroy_process_group = (
@@ -55,3 +56,25 @@ def limit_groups(wait_s: float) -> None:
         # else it stays: others share it, and only its own ranks say this
 
     dist.init_process_group, dist.new_group, dist.destroy_process_group = init, new, destroy
+
+
+def _share_loop() -> None:
+    """Let gloo groups that are made from now on listen in one thread, and connect two ranks when they first talk."""
+    from torch.distributed import distributed_c10d as c10d
+
+    gloo, devices = c10d.ProcessGroupGloo, []
+
+    class Sharing:
+        """In place of ProcessGroupGloo, which torch calls, and asks what is one."""
+
+        def __call__(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+            if not devices:
+                devices.append(gloo.create_device(interface="lo", lazy_init=True))
+            options = gloo._Options()
+            options._devices, options._timeout = devices, timeout
+            return gloo(store, rank, size, options)
+
+        def __instancecheck__(self, instance: object) -> bool:
+            return isinstance(instance, gloo)
+
+    c10d.ProcessGroupGloo = Sharing()  # type: ignore[assignment, misc]
