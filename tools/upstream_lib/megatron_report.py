@@ -109,11 +109,15 @@ def _by_world(found: Suite) -> Iterator[tuple[str, ...]]:
 def _not_run(found: Result) -> Iterator[str]:
     for world, files in found.missing.items():
         if files:
-            yield f"Not run to their end on {world} ranks: {', '.join(f'`{file}`' for file in files)}."
+            yield f"Not run to their end on {_ranks(world)}: {', '.join(f'`{file}`' for file in files)}."
 
 
 def _worlds(found: Suite) -> list[str]:
-    return [f"{world} rank{'s' if world > 1 else ''}" for world in found.worlds]
+    return [_ranks(world) for world in found.worlds]
+
+
+def _ranks(world: int) -> str:
+    return f"{world} rank{'s' if world > 1 else ''}"
 
 
 def _counts(found: Suite) -> Iterator[tuple[str, ...]]:

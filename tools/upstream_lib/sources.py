@@ -87,8 +87,11 @@ class MegatronSources:
         self._clone, self._checkout = build / "clone", checkout
 
     def fetch(self) -> None:
-        """Packages and a fresh copy of the files. Raises SystemExit, one line, if pip or git cannot."""
+        """Packages and files, unless they are there. Raises SystemExit, one line, if pip or git cannot."""
         self._packages.fetch()
+        stamp = self.folder / "commit.txt"
+        if stamp.exists() and stamp.read_text(encoding="utf-8") == self.COMMIT:
+            return
         checkout = self._checkout or self._cloned()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -97,6 +100,7 @@ class MegatronSources:
         with tarfile.open(archive) as files:
             files.extractall(self.folder, filter="data")
         archive.unlink()
+        stamp.write_text(self.COMMIT, encoding="utf-8")
 
     def _cloned(self) -> Path:
         if not self._clone.exists():
