@@ -66,6 +66,10 @@ test-memory: $(STAMP) ## bytes of a step on each rank against the formula of doc
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes
 	@$(PY) tools/test_upstream.py
 
+.PHONY: test-megatron
+test-megatron: $(STAMP) ## megatron-core's own unit tests on 1, 2, 4 and 8 ranks: those that have not run yet; writes docs/results/megatron.md
+	@$(PY) tools/test_megatron.py
+
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(VENV)/bin/ruff check .

@@ -13,7 +13,7 @@ import functools
 import importlib
 import importlib.machinery
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -80,8 +80,8 @@ ImportFunction = Callable[..., Any]
 class Redirect(Protocol):
     """Answers an import statement of one top-level name."""
 
-    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
-        """As `__import__(name, fromlist=fromlist)` answers."""
+    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str], asked_by: str) -> Any:
+        """As `__import__(name, fromlist=fromlist)` answers in the module asked_by."""
 
     def disable(self) -> None:
         """The views that were handed out show upstream again."""
@@ -106,7 +106,7 @@ class Overlay:
             self._view = make(real, self._scope)
         return self._view
 
-    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
+    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str], asked_by: str) -> Any:
         found = original(name, None, None, fromlist, 0)
         top, _, rest = name.partition(".")
         view: Any = self._top(sys.modules[top])
@@ -147,7 +147,7 @@ class StandIn(_NothingHeld):
     def __init__(self, name: str, package: str, product: str) -> None:
         self._name, self._package, self._product = name, package, product
 
-    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
+    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str], asked_by: str) -> Any:
         _say_if_shadowed(self._name, self._product, f"{self._package} is")
         ours = self._package + name[len(self._name) :]
         try:
@@ -160,14 +160,34 @@ class StandIn(_NothingHeld):
 
 
 class Absent(_NothingHeld):
-    """`import transformer_engine` fails as if it were not installed, with one notice where it is."""
+    """`import transformer_engine` fails as if it were not installed, with one notice where it is.
 
-    def __init__(self, name: str, product: str) -> None:
+    nominal_in  modules that only ask whether it is there, before they name layers of it that we have: they get an
+                empty module, and its submodules only where no name is taken from them
+    instead     modules that get a stand-in
+    """
+
+    def __init__(self, name: str, product: str, nominal_in: Iterable[str] = ()) -> None:
         self._name, self._product = name, product
+        self._nominal_in = frozenset(nominal_in)
+        self.instead: dict[str, StandIn] = {}
 
-    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str]) -> Any:
+    def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str], asked_by: str) -> Any:
+        if asked_by in self.instead:
+            return self.instead[asked_by].answer(original, name, fromlist, asked_by)
         _say_if_shadowed(self._name, self._product, "it needs CUDA")
+        if asked_by in self._nominal_in and not fromlist:
+            return _empty(name)
         raise ModuleNotFoundError(f"No module named {name!r} (it needs CUDA)", name=name)
+
+
+def _empty(name: str) -> ModuleType:
+    """The top of a dotted name, as an import statement binds it."""
+    top, _, rest = name.partition(".")
+    module = ModuleType(top)
+    if rest:
+        setattr(module, rest.partition(".")[0], _empty(rest))
+    return module
 
 
 class Views:
@@ -195,7 +215,7 @@ class Views:
         if kind == "stand-in":
             return StandIn(name, entry["replacement"], product)
         if kind == "absent":
-            return Absent(name, product)
+            return Absent(name, product, entry.get("nominal_in", ()))
         raise PatchError(f"patches/views.toml: redirect {name!r} has unknown kind {kind!r}")
 
     def _importlib(self, real: ModuleType, scope: str) -> ModuleView:
@@ -207,10 +227,18 @@ class Views:
             redirect = redirects.get(name.partition(".")[0])
             if redirect is None or not self.active:
                 return importlib.import_module(name, package)
-            found: ModuleType = redirect.answer(self._import, name, ("__name__",))
+            found: ModuleType = redirect.answer(self._import, name, ("__name__",), "")
             return found
 
         return ModuleView(real, {"import_module": import_module})
+
+    def grant(self, name: str, modules: Iterable[str], package: str) -> None:
+        """Let `import name`, of something absent, yield `package` in these modules."""
+        for redirects in self._redirects.values():
+            absent = redirects[name]
+            if not isinstance(absent, Absent):
+                raise ValueError(f"{name} is not absent")
+            absent.instead.update(dict.fromkeys(modules, StandIn(name, package, name)))
 
     def scope_of(self, module: str) -> str | None:
         """The scope that a module's name falls into, if any."""
@@ -239,7 +267,8 @@ class Views:
             if level == 0 and self.active:
                 redirect = redirects.get(name.partition(".")[0])
                 if redirect is not None:
-                    return redirect.answer(real, name, fromlist or ())
+                    asked_by = globals.get("__name__") if globals else None
+                    return redirect.answer(real, name, fromlist or (), asked_by or "")
             return real(name, globals, locals, fromlist, level)
 
         return __import__

@@ -19,6 +19,7 @@ import torch.multiprocessing
 
 from nxdt_nemo.errors import NotOnNeuron
 from nxdt_nemo.patching.view import ModuleView, Views
+from nxdt_nemo.runtime.distributed_view import distributed_view
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["hook_cuda", "hook_methods", "to_lane", "view"]
@@ -371,6 +372,7 @@ def _torch_table(scope: str) -> dict[str, Any]:
         "autocast": _Autocast,
         "amp": ModuleView(torch.amp, amp),
         "load": load,
+        "distributed": distributed_view(),
         "multiprocessing": ModuleView(torch.multiprocessing, {"set_start_method": _set_start_method}),
         "Generator": generator,
         "is_autocast_enabled": _autocast_query("is_autocast_enabled"),

@@ -9,17 +9,38 @@ Proof: tests/testing/test_upstream.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from nxdt_nemo import activate, deactivate, is_active
+from nxdt_nemo._activation import views
 from nxdt_nemo.errors import NxdtError
+from nxdt_nemo.patching.finder import UpstreamFinder
 from nxdt_nemo.patching.view import ModuleView
 from nxdt_nemo.runtime.select import VARIABLE
 
-__all__ = ["pytest_load_initial_conftests", "pytest_report_header"]
+__all__ = ["pytest_addoption", "pytest_load_initial_conftests", "pytest_report_header"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--nxdt-view PACKAGE, --nxdt-te MODULE."""
+    parser.addoption(
+        "--nxdt-view",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="top-level package whose modules see the backend's torch, as a script does; for tests that name CUDA",
+    )
+    parser.addoption(
+        "--nxdt-te",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module that may `import transformer_engine` and is told that it has no FP8; for tests that do not use it",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,6 +52,9 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         except NxdtError as error:
             raise pytest.UsageError(f"nxdt-nemo: {error}") from error
         early_config.add_cleanup(deactivate)
+    options = early_config.known_args_namespace
+    early_config.add_cleanup(show_views(options.nxdt_view))
+    views().grant("transformer_engine", options.nxdt_te, "nxdt_nemo.testing.transformer_engine")
     early_config.add_cleanup(show_mocks())
 
 
@@ -39,6 +63,16 @@ def pytest_report_header() -> str:
     from nxdt_nemo.runtime import current
 
     return f"nxdt_nemo: {current().name} lane"
+
+
+def show_views(packages: Iterable[str]) -> Callable[[], None]:
+    """Let modules of these packages that are imported from now on be scripts of ours; returns what takes it back."""
+    scopes = views().scopes
+    before = scopes["main"]
+    scopes["main"] = before.union(packages)
+    # Before pytest's own hook, which stands in front when the backend was active before pytest.
+    sys.meta_path.sort(key=lambda finder: not isinstance(finder, UpstreamFinder))
+    return lambda: scopes.update(main=before)
 
 
 def show_mocks() -> Callable[[], None]:
@@ -51,7 +85,7 @@ def show_mocks() -> Callable[[], None]:
 
     import torch
 
-    modules = (importlib, torch, torch.amp, torch.cuda, torch.cuda.amp, torch.cuda.random, torch.jit)
+    modules = (importlib, torch, torch.amp, torch.cuda, torch.cuda.amp, torch.cuda.random, torch.distributed, torch.jit)
     found = {id(module): dict(vars(module)) for module in modules}
 
     def look(view: ModuleView, name: str) -> Any:

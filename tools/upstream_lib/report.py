@@ -14,7 +14,7 @@ from rich.table import Table
 from upstream_lib.outcomes import KINDS, Comparison, Side
 from upstream_lib.runs import PLUGIN, SUITES
 
-__all__ = ["as_markdown", "show"]
+__all__ = ["COLUMNS", "as_markdown", "last_line", "lines", "show"]
 
 COLUMNS = {"passed": "passed", "failed": "failed", "error": "errors", "not applicable": "not applicable"}
 PACKAGES = ("nemo_toolkit", "megatron-core", "lightning", "torch", "pytest")
@@ -36,7 +36,7 @@ def show(found: Comparison, console: Console) -> None:
         for test in tests:
             console.print(f"{test}: {reason.cause} ({reason.kind})", markup=False, highlight=False, soft_wrap=True)
     for test in found.unexplained:
-        console.print(f"UNEXPLAINED {test}: {_last_line(found.ours[test].text)}", style="red", markup=False)
+        console.print(f"UNEXPLAINED {test}: {last_line(found.ours[test].text)}", style="red", markup=False)
     for test in found.lost:
         console.print(f"LOST {test}: passed on stock", style="red", markup=False)
     console.print(_pytest_counts(found), _verdict(found), sep="\n", highlight=False)
@@ -56,7 +56,7 @@ without a network. The sides differ by `-p {PLUGIN}` only.
 
 | tests, stock / through us | {" | ".join(COLUMNS.values())} |
 |{"---|" * (len(COLUMNS) + 1)}
-{_lines(_counts(found))}
+{lines(_counts(found))}
 
 "Not applicable" are the tests that skip themselves (no GPU, a package that is not here) and failures of that kind
 below. As pytest counts:
@@ -69,7 +69,7 @@ below. As pytest counts:
 
 | cause | kind | stock | ours | why |
 |---|---|---|---|---|
-{_lines(_causes(found))}
+{lines(_causes(found))}
 
 {chr(10).join(f"- {kind}: {meaning}" for kind, meaning in KINDS.items())}
 
@@ -83,7 +83,7 @@ A module that cannot be imported counts as one error, whatever is in it: stock h
 
 | tests | in their words |
 |---|---|
-{_lines((str(number), text) for text, number in sorted(found.skips().items()))}
+{lines((str(number), text) for text, number in sorted(found.skips().items()))}
 """
 
 
@@ -124,10 +124,10 @@ def _verdict(found: Comparison) -> str:
     return f"Passed on stock and lost through us: {len(found.lost)}; unexplained: {len(found.unexplained)}."
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     said = [line for line in text.splitlines() if line.startswith("E ")] or text.strip().splitlines()
     return said[-1].removeprefix("E").strip() if said else ""
 
 
-def _lines(rows: Iterator[tuple[str, ...]]) -> str:
+def lines(rows: Iterator[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -14,7 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Norm"]
+__all__ = ["Norm", "normalized"]
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, config: Any, eps: float) -> Tensor:
+    """y of Norm for its parameters; config as Norm's."""
+    weight = weight + 1 if config.layernorm_zero_centered_gamma else weight
+    if config.normalization == "LayerNorm":
+        y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    else:
+        y = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    # Autocast computes norms in float32 and leaves them so; Apex's kernel gave back the autocast dtype,
+    # and the sequence-parallel collectives of the next linear layer want one dtype.
+    kind = x.device.type
+    return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 
 class Norm(nn.Module):
@@ -42,6 +55,7 @@ class Norm(nn.Module):
     ) -> None:
         """Upstream's signature; `config` decides, the last three arguments are upstream's leftovers."""
         super().__init__()
+        self.config = config
         self.normalization = config.normalization
         if self.normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(f"normalization={self.normalization!r} is neither 'LayerNorm' nor 'RMSNorm'")
@@ -64,15 +78,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        weight = self.weight + 1 if self.zero_centered_gamma else self.weight
-        if self.normalization == "LayerNorm":
-            y = F.layer_norm(x, self.hidden_size, weight, self.bias, self.eps)
-        else:
-            y = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
-        # Autocast computes norms in float32 and leaves them so; Apex's kernel gave back the autocast dtype,
-        # and the sequence-parallel collectives of the next linear layer want one dtype.
-        kind = x.device.type
-        return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
+        return normalized(x, self.weight, self.bias, self.config, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):

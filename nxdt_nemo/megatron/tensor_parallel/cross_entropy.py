@@ -68,7 +68,8 @@ class _CrossEntropy(torch.autograd.Function):
         _reduce(total, dist.ReduceOp.SUM, group)
         ctx.save_for_backward(logits, total, index, elsewhere)
         ctx.dtype = dtype
-        return (total.log() - chosen).view(target.shape)
+        # No view: upstream's schedules scale a loss in place, which autograd refuses for views made in here.
+        return total.view(target.shape).log() - chosen.view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:

@@ -1,0 +1,1 @@
+"""Room megatron/: what stands in for megatron.core.datasets."""

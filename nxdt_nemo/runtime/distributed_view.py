@@ -1,0 +1,88 @@
+"""torch.distributed as megatron.*, nemo.* and the user's script see it: NCCL means the runtime's backend.
+
+Room runtime/. Part of torch_view.py. What is a mistake of gloo's, and not a name of CUDA's, is in gaps.py and entered
+where upstream calls it. Proof: tests/runtime/test_distributed_view.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nxdt_nemo.patching.view import ModuleView
+from nxdt_nemo.runtime.select import current
+
+__all__ = ["distributed_view", "to_backend"]
+
+
+def to_backend(name: Any) -> Any:
+    """The lane's backend for a name that asks for NCCL ("nccl", "cpu:gloo,cuda:nccl"); else `name`."""
+    return current().backend if isinstance(name, str) and "nccl" in name.lower() else name
+
+
+def _type(device_type: str) -> str:
+    return current().device().type if device_type == "cuda" else device_type
+
+
+class _DeviceMeshType(type):
+    """`isinstance(x, DeviceMesh)` stays true for real meshes."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, dist.DeviceMesh)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, dist.DeviceMesh)
+
+
+class _DeviceMesh(metaclass=_DeviceMeshType):
+    """torch.distributed.DeviceMesh, with "cuda" meaning the runtime's device."""
+
+    def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> dist.DeviceMesh:  # type: ignore[misc]
+        return dist.DeviceMesh(_type(device_type), *args, **kwargs)
+
+    @staticmethod
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> dist.DeviceMesh:
+        """As torch's."""
+        return dist.DeviceMesh.from_group(group, _type(device_type), *args, **kwargs)
+
+
+@functools.wraps(dist.init_process_group)
+def _init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
+    kwargs.pop("device_id", None)  # NCCL's, to connect at once
+    dist.init_process_group(to_backend(backend), *args, **kwargs)
+
+
+@functools.wraps(dist.new_group)
+def _new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return dist.new_group(ranks, timeout, to_backend(backend), *args, **kwargs)
+
+
+@functools.wraps(dist.init_device_mesh)
+def _init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> dist.DeviceMesh:
+    return dist.init_device_mesh(_type(device_type), *args, **kwargs)
+
+
+@functools.wraps(dist.all_gather_into_tensor)
+def _all_gather_into_tensor(
+    output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
+) -> dist.Work | None:
+    """NCCL counts elements; gloo wants shapes that go together, and upstream has others."""
+    return dist.all_gather_into_tensor(output_tensor.view(-1), input_tensor.reshape(-1), *args, **kwargs)
+
+
+def distributed_view() -> ModuleView:
+    """torch.distributed for the modules that see the backend."""
+    meshes = {"init_device_mesh": _init_device_mesh, "DeviceMesh": _DeviceMesh}
+    return ModuleView(
+        dist,
+        meshes
+        | {
+            "init_process_group": _init_process_group,
+            "new_group": _new_group,
+            "all_gather_into_tensor": _all_gather_into_tensor,
+            "device_mesh": ModuleView(dist.device_mesh, meshes),
+        },
+    )
