@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nxdt_nemo.patching.view import ModuleView
+from nxdt_nemo.runtime import gaps
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["distributed_view", "to_backend"]
@@ -83,6 +84,8 @@ def distributed_view() -> ModuleView:
             "init_process_group": _init_process_group,
             "new_group": _new_group,
             "all_gather_into_tensor": _all_gather_into_tensor,
+            "all_gather": gaps.all_gather,
+            "reduce_scatter": gaps.reduce_scatter,
             "device_mesh": ModuleView(dist.device_mesh, meshes),
         },
     )

@@ -1,8 +1,9 @@
 """What gloo lacks of torch.distributed, in torch.distributed's own signatures, for upstream's direct calls.
 
 Room runtime/. Stands in for all_reduce with PREMUL_SUM (gloo 2.9 fails in the work's wait, which upstream
-never calls: gradients stay unreduced in silence), _coalescing_manager with a device (no startCoalescing) and
-the list form of all_to_all. Imports torch. Proof: tests/runtime/test_gaps.py.
+never calls: gradients stay unreduced in silence), _coalescing_manager with a device (no startCoalescing), the list
+form of all_to_all, and the list forms of all_gather and reduce_scatter where ranks have different sizes (experts' tokens).
+Imports torch. Proof: tests/runtime/test_gaps.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-__all__ = ["PremulSum", "all_reduce", "all_to_all", "coalescing"]
+__all__ = ["PremulSum", "all_gather", "all_reduce", "all_to_all", "coalescing", "reduce_scatter"]
 
 
 @dataclass(frozen=True)
@@ -74,4 +75,37 @@ def all_to_all(
     parts = received.split([tensor.numel() for tensor in output_tensor_list])
     for tensor, part in zip(output_tensor_list, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+    return work
+
+
+def all_gather(
+    tensor_list: Sequence[torch.Tensor],
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """torch.distributed.all_gather, also of tensors of different sizes, as NCCL has it; those are there on return."""
+    if len({part.shape for part in tensor_list}) == 1:
+        equal: dist.Work | None = dist.all_gather(list(tensor_list), tensor, group=group, async_op=async_op)
+        return equal
+    return all_to_all(tensor_list, [tensor] * len(tensor_list), group, async_op)
+
+
+def reduce_scatter(
+    output: torch.Tensor,
+    input_list: Sequence[torch.Tensor],
+    op: Any = None,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """torch.distributed.reduce_scatter, also of tensors of different sizes (sums only); those are there on return."""
+    op = dist.ReduceOp.SUM if op is None else op
+    if len({part.shape for part in input_list}) == 1:
+        equal: dist.Work | None = dist.reduce_scatter(output, list(input_list), op, group, async_op)
+        return equal
+    if op != dist.ReduceOp.SUM:
+        raise ValueError(f"reduce_scatter of tensors of different sizes with op={op}: gloo has sums only")
+    parts = [torch.empty_like(output) for _ in input_list]
+    work = all_to_all(parts, input_list, group, async_op)
+    torch.sum(torch.stack(parts), 0, out=output)
     return work

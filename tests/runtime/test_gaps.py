@@ -84,3 +84,36 @@ def exchanged(lane: CpuLane, async_op: bool) -> list[list[list[float]]]:
 def test_all_to_all_list(ranks: Run, async_op: bool) -> None:
     for me, taken in enumerate(ranks(3, exchanged, async_op)):
         assert taken == [[[10.0 * source + me] * 2] * (me + 1) for source in range(3)]
+
+
+def uneven(lane: CpuLane, async_op: bool) -> list[Any]:
+    """Rank r has r rows (rank 0 none): gathered, and their sums scattered again."""
+    me, world = dist.get_rank(), dist.get_world_size()
+    whole = torch.empty(sum(range(world)), 2)
+    mine = torch.full((me, 2), float(me))
+    gaps.all_gather(list(whole.split(list(range(world)))), mine, async_op=async_op)
+    part = torch.empty(me, 2)
+    gaps.reduce_scatter(part, list((whole * 10**me).split(list(range(world)))), async_op=async_op)
+    even = [torch.empty(1), torch.empty(1), torch.empty(1)]
+    gaps.all_gather(even, torch.tensor([float(me)]))
+    summed = torch.empty(1)
+    gaps.reduce_scatter(summed, even)
+    return [whole.tolist(), part.tolist(), summed.tolist()]
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_ranks_with_different_sizes(ranks: Run, async_op: bool) -> None:
+    for me, (whole, part, summed) in enumerate(ranks(3, uneven, async_op)):
+        assert whole == [[1.0] * 2, [2.0] * 2, [2.0] * 2]
+        assert part == [[111.0 * me] * 2] * me
+        assert summed == [3.0 * me]
+
+
+def largest(lane: CpuLane) -> str:
+    with pytest.raises(ValueError, match="sums only") as caught:
+        gaps.reduce_scatter(torch.empty(dist.get_rank()), [torch.ones(0), torch.ones(1)], op=dist.ReduceOp.MAX)
+    return str(caught.value)
+
+
+def test_different_sizes_are_summed_only(ranks: Run) -> None:
+    assert all("different sizes" in said for said in ranks(2, largest))
