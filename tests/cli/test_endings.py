@@ -20,7 +20,12 @@ ENDINGS = {
     "own hook": "import sys; sys.excepthook = lambda *e: print('hooked', e[0].__name__); 1 / 0",
     "thread": "import threading; t = threading.Thread(target=lambda: 1 / 0, name='t'); t.start(); t.join()",
     "interrupt": "raise KeyboardInterrupt",
-    "interrupt from outside": "import os, signal; os.kill(os.getpid(), signal.SIGINT)\nwhile True: pass",
+    "interrupt from outside": """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background does not have
+os.kill(os.getpid(), signal.SIGINT)
+while True: pass
+""",
 }
 
 

@@ -142,6 +142,7 @@ def test_copies_that_are_not_summed_turn_the_row_red(parity):
     assert min(row.errors.kinds) > 1e-4, row.errors
 
 
+@pytest.mark.slow
 def test_copies_that_are_counted_turn_the_row_red(parity):
     """Only the norm is wrong at first, and by way of clipping the losses."""
     row = parity.against_one_rank(LLAMA, TP4, 1e-6, "KV copies counted in the norm")
@@ -254,7 +255,8 @@ def test_the_files_hold_the_weights_that_were_trained(parity, saved):
         assert torch.equal(tensor, trained[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"])
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sharded_state_with_copies(parity, tmp_path, dtype):
     """Saved by two tensor-parallel ranks for one KV head, twice, by a sharded optimizer; with main parameters, too."""
     recipe = replace(ONE_GROUP, steps=6, dtype=dtype)

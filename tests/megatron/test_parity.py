@@ -52,7 +52,7 @@ def test_a_layout_equals_one_rank(parity, family, name):
     assert_good(parity.against_one_rank(Recipe.of(family), layout(name), ONE_RANK[family]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("fault", "name"), FAULTS)
 def test_a_mistake_turns_the_row_red(parity, family, fault, name):
     row = parity.against_one_rank(Recipe.of(family), layout(name), ONE_RANK[family], fault)

@@ -39,13 +39,16 @@ def parity() -> Iterator[Parity]:
         yield session
 
 
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize(("family", "name"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_sharded_equals_unsharded(parity, family, name):
     row = parity.zero_against_unsharded(Recipe.of(family), layout(name), 1e-6)
     assert row.good, row
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_without_clipping_it_is_the_same_to_the_bit(parity, dtype):
     """Two ranks' gradients add up the same way in a reduce-scatter; only the norm is summed in another order."""
     recipe = Recipe.of("gpt", dtype=dtype, clip=NO_CLIPPING)
@@ -60,7 +63,7 @@ def test_a_mistake_shows(parity):
     assert row.verdict == "red, as it must", row
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_rank_holds_its_part_of_the_state(parity, ranks, dtype):
     recipe = Recipe.of("gpt", dtype=dtype)
@@ -102,8 +105,11 @@ def test_resumed_in_another_layout(parity, saved, name):
     assert relative(rest.grad_norms, run.whole.grad_norms[3:]) <= 1e-6
 
 
-SAVED_IN = [("gpt", "pp2+zero"), ("llama", "tp2+zero")]
-SAVED_IN_4 = [(family, name) for family in FAMILIES for name in ("dp4+zero", "tp2spdp2+zero", "pp2dp2+zero")]
+SAVED_IN = [("llama", "tp2+zero")]
+SAVED_IN_4 = [
+    ("gpt", "pp2+zero"),
+    *((family, name) for family in FAMILIES for name in ("dp4+zero", "tp2spdp2+zero", "pp2dp2+zero")),
+]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +232,7 @@ def test_upstream_resumes_what_was_written_here(parity, saved):
 # --- megatron-core's other ways to share and to communicate ------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_overlapped_collectives_change_nothing(parity, saved, dtype, tmp_path):
     """Nor the checkpoint, which is written when parameters have not been gathered yet."""
     run, folder = saved[dtype], tmp_path / "overlapped"
@@ -301,7 +307,7 @@ def test_the_files_hold_each_parameters_state_by_name_in_its_shape(parity, saved
     assert all(tensor.dim() > 1 for key, tensor in state.items() if key.endswith("linear_fc2.weight"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_vocabulary_padded_to_another_size(parity, saved, tmp_path, dtype):
     """Rows that the checkpoint has not are zero, as upstream makes them."""
     run = saved[dtype]

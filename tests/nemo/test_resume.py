@@ -29,7 +29,11 @@ TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 ADAMW = ("model.optim.name=adamw",)
 
 
-@pytest.mark.parametrize("layout", [(), TP2, ADAMW], ids=["one rank", "tp2", "adamw"])
+@pytest.mark.parametrize(
+    "layout",
+    [TP2, *(pytest.param(layout, marks=pytest.mark.slow) for layout in ((), ADAMW))],
+    ids=["tp2", "one rank", "adamw"],
+)
 def test_killed_and_resumed_equals_uninterrupted(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
     whole = train(*STEPS, *layout, name="whole")
     assert whole.code == 0, whole.output[-3000:]
@@ -86,6 +90,7 @@ def test_resumed_at_an_epochs_end_and_within_the_next(train: Callable[..., Run],
         assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_name_does_not_count_samples(train: Callable[..., Run]) -> None:
     """NeMo takes the samples consumed from the name, and none where it does not say."""
     keys = (*STEPS, "exp_manager.checkpoint_callback_params.filename='run-{step}'")

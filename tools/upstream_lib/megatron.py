@@ -161,7 +161,12 @@ class Runs:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir()
         command = [sys.executable, "-m", "nxdt_nemo.testing.lockstep", f"--ranks={world}", f"--record={record}"]
-        command += [f"--basetemp={temp}", f"--logs={record.with_suffix('')}", f"--test-timeout={TEST_S}", f"--wait-timeout={WAIT_S}"]
+        command += [
+            f"--basetemp={temp}",
+            f"--logs={record.with_suffix('')}",
+            f"--test-timeout={TEST_S}",
+            f"--wait-timeout={WAIT_S}",
+        ]
         command += [f"--preload={module}" for module in PRELOAD] + ["--", *OPTIONS]
         command += [f"--nxdt-view={package}" for package in VIEWS]
         command += [f"--nxdt-te={module}" for module in self._plan.te]
