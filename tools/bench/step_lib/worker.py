@@ -162,10 +162,8 @@ class Ours(Side):
 
         super().__init__(recipe)
         current().init_ranks(0, 1, store=torch.distributed.HashStore())
-        state = ours._model_parallel(recipe, Layout())
-        model = ours._stage(recipe, Layout(), state)
-        ours.load(model, weights, recipe.family == "llama", 1, 0)
-        self.chunk, self.optimizer = ours._wrap(model, recipe)
+        training = ours.set_up(recipe, weights, Layout())
+        [self.chunk], self.optimizer = training.chunks, training.optimizer
         self.positions = torch.arange(recipe.seq).expand(recipe.micro_batch, -1)
 
     def zero(self) -> None:
