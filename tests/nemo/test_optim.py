@@ -385,6 +385,38 @@ def test_clipping_sees_reduced_gradients(ranks):
         assert own != pytest.approx(averaged, rel=1e-2)
 
 
+def clipped_with_experts(way: str) -> tuple[float, list[float]]:
+    """The norm and what becomes of the gradients of one parameter that both ranks hold, and of one expert each."""
+    import torch.distributed as dist
+    from nemo.collections.nlp.modules.common.megatron import clip_grads
+
+    from nxdt_nemo.testing.ours import _model_parallel, forget_groups
+    from nxdt_nemo.testing.recipe import Recipe, layout
+
+    _model_parallel(Recipe.of("mixtral"), layout("ep2dp2"))
+    try:
+        dense, expert = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        expert.allreduce = False
+        dense.grad, expert.grad = torch.tensor([3.0]), torch.tensor([4.0 if dist.get_rank() == 0 else 12.0])
+        function = clip_grads.clip_grad_norm_fp32
+        if way == "upstream's":
+            function = function.__wrapped__
+        norm = float(function([dense, expert], 1.0))
+        return norm, [dense.grad.item(), expert.grad.item()]
+    finally:
+        forget_groups()
+
+
+def test_all_experts_count_in_the_norm_that_clips(ranks):
+    """13: the root of 9, 16 and 144. The control: upstream's ranks divide what they hold alike by 5 and by 12.4."""
+    norms, grads = zip(*ranks(2, clipped_with_experts, "ours"), strict=True)
+    assert norms == pytest.approx([13.0, 13.0])
+    assert grads[0] == pytest.approx([3 / 13, 4 / 13]) and grads[1] == pytest.approx([3 / 13, 12 / 13])
+    norms, grads = zip(*ranks(2, clipped_with_experts, "upstream's"), strict=True)
+    assert norms == pytest.approx([5.0, 153**0.5])
+    assert grads[0][0] != grads[1][0]
+
+
 def schedulers() -> list[float]:
     """torch's schedulers and closures meet the wrapper as an optimizer."""
     net = Net()

@@ -58,7 +58,7 @@ def test_it_is_right_on_average(seed, step):
 def test_it_is_right_for_one_number():
     """Over steps, and over seeds."""
     x = torch.tensor([1.0 + 0.3 / 128, -3.0 - 0.9 / 64, 1e-30, 1e30])
-    for keys in ([(0, step) for step in range(4000)], [(seed, 1) for seed in range(4000)]):
+    for keys in ([(0, step) for step in range(1500)], [(seed, 1) for seed in range(1500)]):
         went = torch.stack([up(x, *key) for key in keys])
         for place, wanted in enumerate(fraction(x)):
             assert too_far(went[:, place], wanted.expand(len(keys))) < 5.0
