@@ -171,11 +171,10 @@ def markdown(report: Report, command: str) -> str:
 {heading(command)}
 A plain megatron-core loop: {SIZES["layers"]} layers, hidden size {SIZES["hidden"]}, vocabulary {SIZES["vocab"]},
 {BATCHES[False]} micro-batches of {SIZES["micro_batch"]} x {SIZES["seq"]} tokens, {BATCHES[True]} for several stages or
-replicas. GPT with feed-forward size {FFN["gpt"]} and 8 heads, Llama with {FFN["llama"]}, 8 heads and 4 KV heads. bfloat16
-has float32 main parameters;
-gradients are added up in float32. Bytes on one rank of the stage, counted in the second step
-(nxdt_nemo/testing/live_bytes.py) and computed (nxdt_nemo/megatron/memory.py, [memory.md](../memory.md)). A row is green
-when each ratio is within 0.9 and 1.1, that of the weights too, and the step leaves nothing behind.
+replicas. GPT with feed-forward size {FFN["gpt"]} and 8 heads, Llama with {FFN["llama"]}, 8 heads and 4 KV heads.
+bfloat16 has float32 main parameters; gradients are added up in float32. Bytes on one rank of the stage, counted in the
+second step (nxdt_nemo/testing/live_bytes.py) and computed (nxdt_nemo/megatron/memory.py, [memory.md](../memory.md)).
+A row is green when each ratio is within 0.9 and 1.1, that of the weights too, and the step leaves nothing behind.
 
 - fixed: weights, gradients and the optimizer's state, between two steps;
 - saved: storages that autograd keeps of one micro-batch's forward pass, parameters excluded (saved-tensor hooks);
