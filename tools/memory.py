@@ -28,7 +28,8 @@ from nxdt_nemo.testing.recipe import FAMILIES, Family, Recipe, layout
 LIMIT = 0.1
 LAYOUTS = "one,tp2,tp2sp,pp2"
 DROPPING = ("one", "tp2sp")  # layouts that are run with dropout too, in float32
-SIZES = {"layers": 4, "hidden": 256, "vocab": 1024, "seq": 256, "micro_batch": 2, "micro_batches": 4}
+SIZES = {"layers": 4, "hidden": 256, "vocab": 1024, "seq": 256, "micro_batch": 2}
+BATCHES = {True: 4, False: 2}  # micro-batches: for several stages or replicas, and without
 FFN = {"gpt": 1024, "llama": 688}
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.1
@@ -104,9 +105,11 @@ def _numbers(case: Case, found: Measured, items: Sequence[str]) -> list[str]:
     return cells
 
 
-def recipe_of(family: Family, dtype: str) -> Recipe:
-    """Activations outweigh constants, and a step takes a second."""
-    return Recipe.of(family, ffn=FFN[family], dtype=dtype, **SIZES)
+def case_of(family: Family, dtype: str, name: str, recompute: Recompute = "none") -> Case:
+    """Activations outweigh constants, and a step takes some seconds."""
+    place = layout(name)
+    batches = BATCHES[place.pp > 1 or place.dp > 1]
+    return Case(Recipe.of(family, ffn=FFN[family], dtype=dtype, micro_batches=batches, **SIZES), place, recompute)
 
 
 @dataclass
@@ -133,10 +136,8 @@ class Ranks:
 
 def steps(report: Report, ranks: Ranks, family: Family, names: Sequence[str]) -> Iterator[str]:
     """Recomputation in each layout, and with dropout, where attention keeps its scores. Yields what is done."""
-    cases = [
-        Case(recipe_of(family, dtype), layout(name), kind) for name, dtype, kind in product(names, DTYPES, RECOMPUTE)
-    ]
-    for case in cases:
+    for name, dtype, kind in product(names, DTYPES, RECOMPUTE):
+        case = case_of(family, dtype, name, kind)
         drops = str(case.layout) in DROPPING and case.recipe.dtype == "float32"
         for one in (case, replace(case, dropout=DROPOUT)) if drops else (case,):
             found = ranks.measure(one)
@@ -149,7 +150,7 @@ def steps(report: Report, ranks: Ranks, family: Family, names: Sequence[str]) ->
 def zero(report: Report, ranks: Ranks, family: Family) -> Iterator[str]:
     """ZeRO-1 off and on."""
     for dtype, name in product(DTYPES, ("dp4", "dp4+zero")):
-        case = Case(recipe_of(family, dtype), layout(name))
+        case = case_of(family, dtype, name)
         found = ranks.measure(case)
         report.add_zero(case, max(found, key=lambda one: one.fixed))
         yield f"{family}, {dtype}, {name}: {report.zero.lines[-1].cells[-1]}"
@@ -158,7 +159,7 @@ def zero(report: Report, ranks: Ranks, family: Family) -> Iterator[str]:
 def controls(report: Report, ranks: Ranks, family: Family) -> Iterator[str]:
     """Formulas that must not fit."""
     for kind, other in (("none", "full"), ("full", "none")):
-        case = Case(recipe_of(family, "float32"), recompute=kind)
+        case = case_of(family, "float32", "one", kind)
         report.add_control(case, ranks.measure(case)[0], other)
         yield f"{family}, {kind} by the formula of {other}: {report.controls.lines[-1].cells[-1]}"
 
@@ -169,11 +170,11 @@ def markdown(report: Report, command: str) -> str:
 
 {heading(command)}
 A plain megatron-core loop: {SIZES["layers"]} layers, hidden size {SIZES["hidden"]}, vocabulary {SIZES["vocab"]},
-{SIZES["micro_batches"]} micro-batches of {SIZES["micro_batch"]} x {SIZES["seq"]} tokens. GPT with feed-forward size
-{FFN["gpt"]} and 8 heads, Llama with {FFN["llama"]}, 8 heads and 4 KV heads. bfloat16 has float32 main parameters;
-gradients are added up in float32. Bytes on one rank of the stage, counted in the second step
-(nxdt_nemo/testing/live_bytes.py) and computed (nxdt_nemo/megatron/memory.py, [memory.md](../memory.md)). A row is green
-when each ratio is within 0.9 and 1.1, that of the weights too, and the step leaves nothing behind.
+{BATCHES[False]} micro-batches of {SIZES["micro_batch"]} x {SIZES["seq"]} tokens, {BATCHES[True]} for several stages or
+replicas. GPT with feed-forward size {FFN["gpt"]} and 8 heads, Llama with {FFN["llama"]}, 8 heads and 4 KV heads.
+bfloat16 has float32 main parameters; gradients are added up in float32. Bytes on one rank of the stage, counted in the
+second step (nxdt_nemo/testing/live_bytes.py) and computed (nxdt_nemo/megatron/memory.py, [memory.md](../memory.md)).
+A row is green when each ratio is within 0.9 and 1.1, that of the weights too, and the step leaves nothing behind.
 
 - fixed: weights, gradients and the optimizer's state, between two steps;
 - saved: storages that autograd keeps of one micro-batch's forward pass, parameters excluded (saved-tensor hooks);
