@@ -99,8 +99,9 @@ def in_layout(layout: Layout, side: Side) -> Iterator[None]:
 
 
 def _stub_cuda() -> None:
-    """What a layer of experts asks of CUDA: a device, a stream, sizes on the host."""
+    """What a layer of experts asks of CUDA and NCCL: a stream, sizes on the host, parts that differ in size."""
     import torch
+    import torch.distributed as dist
 
     from nxdt_nemo.testing.reference import _stub_cuda as stub_models
 
@@ -116,11 +117,25 @@ def _stub_cuda() -> None:
     def on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
+    def all_gather(parts: list[torch.Tensor], mine: torch.Tensor, group: Any) -> None:
+        for source, part in zip(dist.get_process_group_ranks(group), parts, strict=True):
+            part.copy_(mine if source == dist.get_rank() else part)
+            dist.broadcast(part, source, group=group)
+
+    def reduce_scatter(mine: torch.Tensor, parts: list[torch.Tensor], group: Any) -> None:
+        for rank, part in enumerate(parts):
+            total = part.clone()
+            dist.all_reduce(total, group=group)
+            if rank == group.rank():
+                mine.copy_(total)
+
     stream = Stream()
     stubs: list[tuple[Any, str, Any]] = [
         (torch.cuda, "Stream", lambda *_, **__: stream),
         (torch.cuda, "current_stream", lambda *_: stream),
         (torch.cuda, "stream", lambda _: nullcontext()),
+        (dist, "all_gather", all_gather),
+        (dist, "reduce_scatter", reduce_scatter),
     ]
     for name in ("moe_utils", "token_dispatcher"):
         module = importlib.import_module(f"megatron.core.transformer.moe.{name}")
