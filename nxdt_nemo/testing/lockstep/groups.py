@@ -59,7 +59,10 @@ def limit_groups(wait_s: float) -> None:
 
 
 def _share_loop() -> None:
-    """Let gloo groups that are made from now on listen in one thread, and connect two ranks when they first talk."""
+    """Let gloo groups that are made from now on listen in one thread.
+
+    Connected at once: with lazy_init, or TORCH_GLOO_LAZY_INIT, eight ranks on several groups wait for each other.
+    """
     from torch.distributed import distributed_c10d as c10d
 
     gloo, devices = c10d.ProcessGroupGloo, []
@@ -69,7 +72,7 @@ def _share_loop() -> None:
 
         def __call__(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
             if not devices:
-                devices.append(gloo.create_device(interface="lo", lazy_init=True))
+                devices.append(gloo.create_device(interface="lo", lazy_init=False))
             options = gloo._Options()
             options._devices, options._timeout = devices, timeout
             return gloo(store, rank, size, options)
