@@ -43,6 +43,13 @@ def test_a_file_has_run_when_all_its_tests_have(tmp_path: Path) -> None:
     }
 
 
+def test_a_rank_that_the_kernel_ended_is_no_outcome(tmp_path: Path) -> None:
+    ended = ran("one", "failed") | {"text": "rank 3: its process ended with code -9"}
+    log = written(tmp_path / "log", {"file": FILE, "tests": 1}, ended)
+    assert not log.outcomes
+    assert not log.ran("a/test_b.py")
+
+
 def test_a_file_without_tests_of_this_kind_has_run(tmp_path: Path) -> None:
     assert written(tmp_path / "log", {"file": FILE, "tests": 0}).ran("a/test_b.py")
 

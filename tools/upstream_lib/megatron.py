@@ -36,6 +36,7 @@ PRELOAD = (
     "megatron.training.training",
     "transformers",
 )
+NO_MEMORY = "its process ended with code -9"  # the kernel ended it: no outcome
 MARK = "pytest.mark.experimental"
 TEST_S, WAIT_S = 400, 150  # seconds for one test on all ranks, and for a collective; for a busy machine
 
@@ -95,11 +96,11 @@ class Log:
 
     def _add(self, line: dict[str, Any]) -> None:
         self.when |= {line["when"]} if "when" in line else set()
-        if "test" in line:
+        if "test" in line and NO_MEMORY not in line["text"]:
             self.outcomes[line["test"]] = Outcome(line["status"], line["text"])
         elif "error" in line:
             self.outcomes[line["file"]] = Outcome("error", line["error"])
-        else:
+        elif "file" in line:
             self.outcomes.pop(line["file"], None)  # it can be imported now
             self.tests[line["file"]] = max(line["tests"], self.tests.get(line["file"], 0))
 

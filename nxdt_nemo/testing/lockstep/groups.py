@@ -55,7 +55,8 @@ def limit_groups(wait_s: float) -> None:
             destroy_process_group(group)
         # else it stays: others share it, and only its own ranks say this
 
-    dist.init_process_group, dist.new_group, dist.destroy_process_group = init, new, destroy
+    replaced: Any = dist
+    replaced.init_process_group, replaced.new_group, replaced.destroy_process_group = init, new, destroy
 
 
 def _share_loop() -> None:
@@ -65,7 +66,8 @@ def _share_loop() -> None:
     """
     from torch.distributed import distributed_c10d as c10d
 
-    gloo, devices = c10d.ProcessGroupGloo, []
+    gloo: Any = c10d.ProcessGroupGloo
+    devices: list[Any] = []
 
     class Sharing:
         """In place of ProcessGroupGloo, which torch calls, and asks what is one."""
