@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -47,15 +47,21 @@ class Plan:
 
     ranks    (number of ranks, patterns of files below SUITE); a file may stand in several; on 1 run those in none
     te       test modules that may import transformer_engine, and learn that there is no FP8
+    memory   gigabytes of memory without which a file is not run, by pattern
     """
 
     ranks: tuple[tuple[int, tuple[str, ...]], ...]
     te: tuple[str, ...]
     reasons: tuple[Reason, ...]
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     def files(self, world: int, files: Iterable[str]) -> list[str]:
         """Those of `files`, paths below SUITE, that run on so many ranks."""
         return [file for file in files if world in self._worlds(file)]
+
+    def wants(self, file: str) -> int:
+        """Gigabytes that must be free for this file, of all its ranks."""
+        return max((size for pattern, size in self.memory.items() if fnmatch(file, pattern)), default=0)
 
     def _worlds(self, file: str) -> set[int]:
         return {world for world, found in self.ranks if any(fnmatch(file, pattern) for pattern in found)} or {1}
@@ -67,7 +73,7 @@ def load_plan(path: Path) -> Plan:
     ranks = tuple((int(world), tuple(patterns)) for world, patterns in table["ranks"].items())
     if unknown := [world for world, _ in ranks if world not in WORLDS]:
         raise ValueError(f"{path.name}: ranks {unknown[0]} is not one of {', '.join(map(str, WORLDS))}")
-    return Plan(ranks, tuple(table["te"]), tuple(as_reasons(table["reason"], path.name)))
+    return Plan(ranks, tuple(table["te"]), tuple(as_reasons(table["reason"], path.name)), table["memory"])
 
 
 @dataclass
@@ -162,7 +168,12 @@ class Runs:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir()
         command = [sys.executable, "-m", "nxdt_nemo.testing.lockstep", f"--ranks={world}", f"--record={record}"]
-        command += [f"--basetemp={temp}", f"--logs={record.with_suffix('')}", f"--test-timeout={TEST_S}", f"--wait-timeout={WAIT_S}"]
+        command += [
+            f"--basetemp={temp}",
+            f"--logs={record.with_suffix('')}",
+            f"--test-timeout={TEST_S}",
+            f"--wait-timeout={WAIT_S}",
+        ]
         command += [f"--preload={module}" for module in PRELOAD] + ["--", *OPTIONS]
         command += [f"--nxdt-view={package}" for package in VIEWS]
         command += [f"--nxdt-te={module}" for module in self._plan.te]
