@@ -146,9 +146,12 @@ class Runs:
             self._run(world, experimental, (*marked, "-m", "experimental", "--experimental"))
 
     def log(self, world: int) -> Log:
-        """What the tests came to, so far."""
+        """What the tests of the plan came to, so far."""
         plain, experimental = self._logs(world)
-        return Log({**plain.outcomes, **experimental.outcomes}, plain.when | experimental.when)
+        files = {f"{SUITE}/{file}" for file in self._plan.files(world, self.test_files())}
+        both = {**plain.outcomes, **experimental.outcomes}
+        found = {test: outcome for test, outcome in both.items() if test.partition("::")[0] in files}
+        return Log(found, plain.when | experimental.when)
 
     def _logs(self, world: int) -> tuple[Log, Log]:
         plain, experimental = self._paths(world)
