@@ -128,7 +128,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_passes.py").write_text(PASSES)
     (folder / "test_fails.py").write_text(FAILS)
-    words = ("--ranks=2", "--record=found.jsonl", "--test-timeout=20", "--wait-timeout=3", "--logs=logs")
+    words = ("--ranks=2", "--record=found.jsonl", "--test-timeout=10", "--wait-timeout=3", "--logs=logs")
     run = lockstep(folder, *words, "--", "-p", "no:cacheprovider")
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
     assert "nxdt_nemo: cpu lane" in run.stdout
@@ -152,7 +152,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
         ("test_the_next_one_has_ranks", "passed", ""),
         ("test_all_fail", "failed", "assert False"),
         ("test_one_dies", "failed", "rank 1: its process ended with code 7"),
-        ("test_one_hangs", "failed", "ranks 1 hang after 20 s"),
+        ("test_one_hangs", "failed", "ranks 1 hang after 10 s"),
         ("test_one_hangs", "failed", "in test_one_hangs"),
         ("test_one_skips", "passed", ""),
         ("test_all_skip", "skipped", "nowhere"),

@@ -43,6 +43,13 @@ def test_a_file_has_run_when_all_its_tests_have(tmp_path: Path) -> None:
     }
 
 
+def test_a_rank_that_the_kernel_ended_is_no_outcome(tmp_path: Path) -> None:
+    ended = ran("one", "failed") | {"text": "rank 3: its process ended with code -9"}
+    log = written(tmp_path / "log", {"file": FILE, "tests": 1}, ended)
+    assert not log.outcomes
+    assert not log.ran("a/test_b.py")
+
+
 def test_a_file_without_tests_of_this_kind_has_run(tmp_path: Path) -> None:
     assert written(tmp_path / "log", {"file": FILE, "tests": 0}).ran("a/test_b.py")
 
@@ -62,6 +69,12 @@ def test_ranks_of_a_file() -> None:
     assert {world: plan.files(world, files) for world in (1, 2, 8)} == {1: files[2:], 2: files[:2], 8: files[:1]}
 
 
+def test_memory_of_a_file() -> None:
+    plan = Plan((), (), (), {"a/*.py": 8, "a/test_b.py": 16})
+    assert [plan.wants(file) for file in ("a/test_b.py", "a/test_c.py", "test_d.py")] == [16, 8, 0]
+    assert command._fitting(plan, ["a/test_b.py", "test_d.py"])[-1] == "test_d.py"
+
+
 def test_the_plan_is_in_order() -> None:
     plan = load_plan(command.PLAN)
     assert [world for world, _ in plan.ranks] == [1, 2, 4, 8]
@@ -70,7 +83,7 @@ def test_the_plan_is_in_order() -> None:
 
 def test_an_unknown_number_of_ranks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
-    path.write_text('te = []\nreason = []\n[ranks]\n3 = ["*"]\n')
+    path.write_text('te = []\nreason = []\nmemory = {}\n[ranks]\n3 = ["*"]\n')
     with pytest.raises(ValueError, match=r"plan\.toml: ranks 3 is not one of 1, 2, 4, 8"):
         load_plan(path)
 
@@ -79,7 +92,12 @@ def page(kind: Kind, missing: list[str]) -> tuple[Result, str]:
     good, bad = Outcome("passed"), Outcome("failed", "E  needs kernels")
     worlds = {1: {f"{FILE}::one": good, f"{FILE}::two": bad}, 8: {f"{FILE}::one": bad}}
     reason = Reason("kernels", kind, "CUDA's", "two", "kernels")
-    found = Result(Suite(worlds, [reason]), {1: [], 8: missing}, ["2026-01-01 10:00", "2026-01-02 10:00"])
+    found = Result(
+        Suite(worlds, [reason]),
+        {1: [], 8: missing},
+        ["2026-01-01 10:00", "2026-01-02 10:00"],
+        {"c/test_d.py": 8}.__getitem__,
+    )
     return found, as_markdown(found)
 
 
@@ -89,7 +107,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "run from 2026-01-01 10:00 to 2026-01-02 10:00" in text
     for row in ("| 1 | 1 | 0 | 0 | 1 | 2 |", "| 8 | 0 | 1 | 0 | 0 | 1 |", "| all | 0 | 1 | 0 | 1 | 2 |"):
         assert row in text
-    assert "Not run to their end on 8 ranks: `c/test_d.py`." in text
+    assert "Not run to their end on 8 ranks: `c/test_d.py` (wants 8 GB of memory)." in text
     assert "- kernels (not applicable): `a/test_b.py` (1)" in text
     assert "- **unexplained**: `a/test_b.py::one`" in text
     assert "Not run" not in page("open", [])[1]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,6 +36,7 @@ PRELOAD = (
     "megatron.training.training",
     "transformers",
 )
+NO_MEMORY = "its process ended with code -9"  # the kernel ended it: no outcome
 MARK = "pytest.mark.experimental"
 TEST_S, WAIT_S = 400, 150  # seconds for one test on all ranks, and for a collective; for a busy machine
 
@@ -46,15 +47,21 @@ class Plan:
 
     ranks    (number of ranks, patterns of files below SUITE); a file may stand in several; on 1 run those in none
     te       test modules that may import transformer_engine, and learn that there is no FP8
+    memory   gigabytes of memory without which a file is not run, by pattern
     """
 
     ranks: tuple[tuple[int, tuple[str, ...]], ...]
     te: tuple[str, ...]
     reasons: tuple[Reason, ...]
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     def files(self, world: int, files: Iterable[str]) -> list[str]:
         """Those of `files`, paths below SUITE, that run on so many ranks."""
         return [file for file in files if world in self._worlds(file)]
+
+    def wants(self, file: str) -> int:
+        """Gigabytes that must be free for this file, of all its ranks."""
+        return max((size for pattern, size in self.memory.items() if fnmatch(file, pattern)), default=0)
 
     def _worlds(self, file: str) -> set[int]:
         return {world for world, found in self.ranks if any(fnmatch(file, pattern) for pattern in found)} or {1}
@@ -66,7 +73,7 @@ def load_plan(path: Path) -> Plan:
     ranks = tuple((int(world), tuple(patterns)) for world, patterns in table["ranks"].items())
     if unknown := [world for world, _ in ranks if world not in WORLDS]:
         raise ValueError(f"{path.name}: ranks {unknown[0]} is not one of {', '.join(map(str, WORLDS))}")
-    return Plan(ranks, tuple(table["te"]), tuple(as_reasons(table["reason"], path.name)))
+    return Plan(ranks, tuple(table["te"]), tuple(as_reasons(table["reason"], path.name)), table["memory"])
 
 
 @dataclass
@@ -95,11 +102,11 @@ class Log:
 
     def _add(self, line: dict[str, Any]) -> None:
         self.when |= {line["when"]} if "when" in line else set()
-        if "test" in line:
+        if "test" in line and NO_MEMORY not in line["text"]:
             self.outcomes[line["test"]] = Outcome(line["status"], line["text"])
         elif "error" in line:
             self.outcomes[line["file"]] = Outcome("error", line["error"])
-        else:
+        elif "file" in line:
             self.outcomes.pop(line["file"], None)  # it can be imported now
             self.tests[line["file"]] = max(line["tests"], self.tests.get(line["file"], 0))
 
@@ -139,9 +146,12 @@ class Runs:
             self._run(world, experimental, (*marked, "-m", "experimental", "--experimental"))
 
     def log(self, world: int) -> Log:
-        """What the tests came to, so far."""
+        """What the tests of the plan came to, so far."""
         plain, experimental = self._logs(world)
-        return Log({**plain.outcomes, **experimental.outcomes}, plain.when | experimental.when)
+        files = {f"{SUITE}/{file}" for file in self._plan.files(world, self.test_files())}
+        both = {**plain.outcomes, **experimental.outcomes}
+        found = {test: outcome for test, outcome in both.items() if test.partition("::")[0] in files}
+        return Log(found, plain.when | experimental.when)
 
     def _logs(self, world: int) -> tuple[Log, Log]:
         plain, experimental = self._paths(world)

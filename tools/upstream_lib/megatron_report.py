@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -24,11 +24,14 @@ PACKAGES = ("megatron-core", "torch", "pytest")
 
 @dataclass(frozen=True)
 class Result:
-    """What there is to say: the suite, files that have not run yet on so many ranks, and when the others did."""
+    """What there is to say: the suite, files that have not run yet on so many ranks, when the others did, and the
+    gigabytes that a file wants.
+    """
 
     suite: Suite
     missing: Mapping[int, Sequence[str]]
     when: Sequence[str]
+    wants: Callable[[str], int]
 
 
 def show(found: Result, console: Console) -> None:
@@ -109,7 +112,8 @@ def _by_world(found: Suite) -> Iterator[tuple[str, ...]]:
 def _not_run(found: Result) -> Iterator[str]:
     for world, files in found.missing.items():
         if files:
-            yield f"Not run to their end on {_ranks(world)}: {', '.join(f'`{file}`' for file in files)}."
+            sizes = {file: f" (wants {size} GB of memory)" if (size := found.wants(file)) else "" for file in files}
+            yield f"Not run to their end on {_ranks(world)}: {', '.join(f'`{file}`{sizes[file]}' for file in files)}."
 
 
 def _worlds(found: Suite) -> list[str]:

@@ -1,18 +1,22 @@
-"""The queue through which checkpoint writers report back, and what writes a file on a disk.
+"""The queue through which checkpoint writers report back, and what is written to a disk.
 
-Room megatron/. Stands in for two functions of megatron.core.dist_checkpointing.strategies.filesystem_async. The queue
+Room megatron/. Stands in for three functions of megatron.core.dist_checkpointing.strategies.filesystem_async. The queue
 on the cpu lane only: there forked writers, which upstream starts in the same process, share a plain queue.
 Proof: tests/nemo/test_resume.py, tests/megatron/test_utils.py.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import multiprocessing
-from collections.abc import Callable
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["get_write_results_queue", "write_preloaded_data"]
+__all__ = ["finish", "get_write_results_queue", "write_preloaded_data"]
 
 SECONDS = 60.0
 
@@ -57,3 +61,26 @@ def write_preloaded_data(
     if not str(write_bucket[0]).startswith("msc://"):
         kwargs.pop("use_msc", None)
     original(transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **kwargs)
+
+
+def finish(original: Callable[..., None], self: Any, metadata: Any, results: Sequence[Sequence[Any]]) -> None:
+    """Write `.metadata` with all that it holds: torch writes a copy of the fields that it knows.
+
+    megatron-core notes there (mcore_data) the true shapes of tensors that it saved flat, without which an optimizer's
+    shards do not load in another layout.
+    """
+    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+
+    if self.use_msc:
+        original(self, metadata, results)
+        return
+    whole = copy.copy(metadata)
+    whole.version, whole.storage_meta = CURRENT_DCP_VERSION, self.storage_meta()
+    whole.storage_data = {result.index: result.storage_data for of_rank in results for result in of_rank}
+    path = Path(self.path) / ".metadata"
+    written = path.with_suffix(".tmp")
+    with written.open("wb") as file:
+        pickle.dump(whole, file)
+        file.flush()
+        os.fsync(file.fileno())
+    written.replace(path)

@@ -18,6 +18,7 @@ import pytest
 
 from nxdt_nemo import activate
 from nxdt_nemo.runtime.select import VARIABLE
+from nxdt_nemo.testing import lockstep
 from nxdt_nemo.testing.lockstep.coordinator import Coordinator, Limits
 from nxdt_nemo.testing.lockstep.groups import limit_groups
 from nxdt_nemo.testing.lockstep.record import Record
@@ -29,7 +30,7 @@ PLUGIN = "nxdt_nemo.testing.upstream"
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     found = argparse.ArgumentParser(
-        prog="python -m nxdt_nemo.testing.lockstep", description=sys.modules[__package__].__doc__.splitlines()[0]
+        prog="python -m nxdt_nemo.testing.lockstep", description=str(lockstep.__doc__).splitlines()[0]
     )
     found.add_argument("--ranks", type=int, required=True, help="how many")
     found.add_argument("--record", type=Path, help="file to append to: a test passes if it does on every rank")

@@ -84,18 +84,19 @@ class Coordinator:
         return index + 1
 
     def _gather(self, test: Test) -> _Answers:
-        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         answers = _Answers({}, [])
         deadline = time.monotonic() + self._limits.test_s
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            pipe: Any
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
-                kind, value = pipe.recv()  # type: ignore[union-attr]
+                rank = waiting[pipe]
+                kind, value = pipe.recv()
                 if kind == "started":
                     self._children[rank] = value
                     continue
-                del waiting[pipe]  # type: ignore[arg-type]
+                del waiting[pipe]
                 if kind == "ended":
                     del self._children[rank]
                     value = [_failure(test, f"rank {rank}: its process ended with code {value}")]

@@ -55,21 +55,26 @@ def limit_groups(wait_s: float) -> None:
             destroy_process_group(group)
         # else it stays: others share it, and only its own ranks say this
 
-    dist.init_process_group, dist.new_group, dist.destroy_process_group = init, new, destroy
+    replaced: Any = dist
+    replaced.init_process_group, replaced.new_group, replaced.destroy_process_group = init, new, destroy
 
 
 def _share_loop() -> None:
-    """Let gloo groups that are made from now on listen in one thread, and connect two ranks when they first talk."""
+    """Let gloo groups that are made from now on listen in one thread.
+
+    Connected at once: with lazy_init, or TORCH_GLOO_LAZY_INIT, eight ranks on several groups wait for each other.
+    """
     from torch.distributed import distributed_c10d as c10d
 
-    gloo, devices = c10d.ProcessGroupGloo, []
+    gloo: Any = c10d.ProcessGroupGloo
+    devices: list[Any] = []
 
     class Sharing:
         """In place of ProcessGroupGloo, which torch calls, and asks what is one."""
 
         def __call__(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
             if not devices:
-                devices.append(gloo.create_device(interface="lo", lazy_init=True))
+                devices.append(gloo.create_device(interface="lo", lazy_init=False))
             options = gloo._Options()
             options._devices, options._timeout = devices, timeout
             return gloo(store, rank, size, options)
