@@ -56,7 +56,8 @@ at 1.0, dropout 0. Mixtral: 4 experts, the best two of each token, none dropped,
 padded sequences; a T5's pipeline ranks are half its encoder's, half its decoder's. `vpp` model chunks a pipeline rank,
 `first1`, `last1` one layer in that stage, `cut1-3` layers of each stage (pipeline_model_parallel_layout), `account`
 embedding and loss count as a layer, `etp` the tensor parallel size of experts, `+zero` ZeRO-1, `+grouped` all experts
-of a rank in two parameters, `+static` experts in fixed shapes; the reference is always one rank with the unsharded optimizer.
+of a rank in two parameters, `+static` experts in fixed shapes; the reference is always one rank with the unsharded
+optimizer.
 
 "NeMo" is MegatronGPTModel under trainer.fit, from YAML. It takes interleaved pipelines and experts with
 megatron_amp_O2 in bf16 only; such rows have a limit for each kind (loss, grad norm, gradient): twice what changes on

@@ -261,7 +261,7 @@ def _mismatch(question: dict[str, Any], found: Any) -> str:
         return "" if is_stub else f"upstream's own {type(found).__name__} is there, not a stub"
     replacement = _function(load_object(question["replacement"]))
     layers = list(_layers(found))
-    if not any(layer is replacement for layer in layers):
+    if not any(layer is replacement for layer in (found, *layers)):  # of None there are no layers
         return f"{found!r} is there, not {question['replacement']}"
     if question["upstream"] is None:
         return ""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nxdt_nemo.patching.view import ModuleView
 from nxdt_nemo.runtime import gaps
@@ -32,22 +33,22 @@ class _DeviceMeshType(type):
     """`isinstance(x, DeviceMesh)` stays true for real meshes."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, dist.DeviceMesh)
+        return isinstance(instance, DeviceMesh)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, dist.DeviceMesh)
+        return issubclass(subclass, DeviceMesh)
 
 
 class _DeviceMesh(metaclass=_DeviceMeshType):
     """torch.distributed.DeviceMesh, with "cuda" meaning the runtime's device."""
 
-    def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> dist.DeviceMesh:  # type: ignore[misc]
-        return dist.DeviceMesh(_type(device_type), *args, **kwargs)
+    def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:  # type: ignore[misc]
+        return DeviceMesh(_type(device_type), *args, **kwargs)
 
     @staticmethod
-    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> dist.DeviceMesh:
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
         """As torch's."""
-        return dist.DeviceMesh.from_group(group, _type(device_type), *args, **kwargs)
+        return DeviceMesh.from_group(group, _type(device_type), *args, **kwargs)
 
 
 @functools.wraps(dist.init_process_group)
@@ -61,9 +62,9 @@ def _new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *arg
     return dist.new_group(ranks, timeout, to_backend(backend), *args, **kwargs)
 
 
-@functools.wraps(dist.init_device_mesh)
-def _init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> dist.DeviceMesh:
-    return dist.init_device_mesh(_type(device_type), *args, **kwargs)
+@functools.wraps(init_device_mesh)
+def _init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+    return init_device_mesh(_type(device_type), *args, **kwargs)
 
 
 @functools.wraps(dist.all_gather_into_tensor)
@@ -71,7 +72,10 @@ def _all_gather_into_tensor(
     output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
 ) -> dist.Work | None:
     """NCCL counts elements; gloo wants shapes that go together, and upstream has others."""
-    return dist.all_gather_into_tensor(output_tensor.view(-1), input_tensor.reshape(-1), *args, **kwargs)
+    work: dist.Work | None = dist.all_gather_into_tensor(
+        output_tensor.view(-1), input_tensor.reshape(-1), *args, **kwargs
+    )
+    return work
 
 
 def distributed_view() -> ModuleView:

@@ -30,6 +30,8 @@ class Worker:
 OURS = """
 raise_when_static()
 
+nothing = None
+
 def run(a, b=1): return "ours"
 
 def narrow(a): return "ours"
@@ -153,6 +155,7 @@ def test_live_finds_what_is_in_place(written: Upstream, look: Live) -> None:
         written.record("fakeup.module.run", "ours:around", "wrap", name="around", order=2),
         written.record("fakeup.module.Worker", "ours:Worker", name="class"),
         written.record("fakeup.module.new", "ours:run", "define", name="new"),
+        written.record("fakeup.module.none", "ours:nothing", "define", name="none"),
         written.record("fakeup.absent", kind="stub", name="module-stub"),
         written.record("fakeup.module.gone", kind="stub", name="stub"),
         written.record("fakeup.module.later", "ours:run", "define", name="other-lane", lanes=("neuron",)),
