@@ -253,7 +253,7 @@ def run(case: Case, layout: Layout, side: Side) -> Found:
     routed: list[Any] = []
     layer.router.register_forward_hook(lambda _, __, found: routed.append(found[1].detach().clone()))
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
-    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)  # the shape that schedules give it
     x, dy = tokens_of(case, dist.get_rank(), layer.router.weight.detach())
     with fault_of(case.fault):
         y, bias = layer(x)
