@@ -18,9 +18,10 @@ __all__ = ["ERRORS"]
 Errors = Iterator[ConfigError]
 
 POSITION = "model.position_embedding_type"
-POSITIONS = ("learned_absolute", "rope", "none")  # megatron.core.models.gpt.GPTModel's, less one of images and text
+# megatron.core.models.gpt.GPTModel's, less one of images and text, and with one of ours.
+POSITIONS = ("learned_absolute", "rope", "none", "alibi")
 # Of NeMo's legacy models. megatron-core's GPTModel takes any name, and adds nothing for one that it does not know.
-LEGACY = ("alibi", "kerple", "xpos", "sandwich", "relative")
+LEGACY = ("kerple", "xpos", "sandwich", "relative")
 
 GRANULARITY = "model.activations_checkpoint_granularity"
 METHOD = "model.activations_checkpoint_method"
@@ -38,6 +39,16 @@ def positions(view: View) -> Errors:
     yield view.error(
         f"{POSITION}={value} {reason}; megatron-core would train without positions", f"use {or_list(POSITIONS)}"
     )
+
+
+def alibi(view: View) -> Errors:
+    """ALiBi is computed on whole sequences, without attention dropout."""
+    if view.get(POSITION) != "alibi":
+        return
+    if view.size("model.context_parallel_size") > 1:
+        yield view.error(f"{POSITION}=alibi needs whole sequences", "use model.context_parallel_size=1")
+    if view.training and view.get("model.attention_dropout", 0.1):  # NeMo's default
+        yield view.error(f"{POSITION}=alibi has no attention dropout", "use model.attention_dropout=0")
 
 
 def recomputation(view: View) -> Errors:
@@ -90,4 +101,4 @@ def _whole_chunks(view: View) -> Errors:
         )
 
 
-ERRORS: tuple[Callable[[View], Errors], ...] = (positions, recomputation, recomputed_parts)
+ERRORS: tuple[Callable[[View], Errors], ...] = (positions, alibi, recomputation, recomputed_parts)

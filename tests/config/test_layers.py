@@ -14,14 +14,22 @@ KEYS = {"granularity": GRANULARITY[2:], "method": METHOD[2:], "count": COUNT[2:]
 
 WRONG = [  # overrides, the line
     (
-        [f"{POSITION}=alibi"],
-        "model.position_embedding_type=alibi is of NeMo's legacy models; megatron-core would train without positions; "
-        "use learned_absolute, rope or none",
+        [f"{POSITION}=kerple"],
+        "model.position_embedding_type=kerple is of NeMo's legacy models; megatron-core would train without positions; "
+        "use learned_absolute, rope, none or alibi",
+    ),
+    (
+        [f"{POSITION}=alibi", "++model.attention_dropout=0.1"],
+        "model.position_embedding_type=alibi has no attention dropout; use model.attention_dropout=0",
+    ),
+    (
+        [f"{POSITION}=alibi", "++model.attention_dropout=0", "++model.context_parallel_size=2", "trainer.devices=2"],
+        "model.position_embedding_type=alibi needs whole sequences; use model.context_parallel_size=1",
     ),
     (
         [f"{POSITION}=rotary"],
         "model.position_embedding_type=rotary is not a kind of position embedding; megatron-core would train without "
-        "positions; use learned_absolute, rope or none",
+        "positions; use learned_absolute, rope, none or alibi",
     ),
     ([f"{GRANULARITY}=some"], "{granularity}=some is not known; use selective, full or null"),
     ([f"{GRANULARITY}=full", f"{METHOD}=even", f"{COUNT}=1"], "{method}=even is not known; use uniform, block or null"),
@@ -49,6 +57,7 @@ def test_a_mistake_is_one_line(errors, overrides, line):
 RIGHT = [
     [f"{POSITION}=rope"],
     [f"{POSITION}=none"],
+    [f"{POSITION}=alibi", "++model.attention_dropout=0"],
     [f"{GRANULARITY}=selective"],
     [f"{GRANULARITY}=selective", f"{METHOD}=uniform"],
     [f"{GRANULARITY}=full", f"{METHOD}=uniform", f"{COUNT}=2"],

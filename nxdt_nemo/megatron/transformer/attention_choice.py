@@ -37,6 +37,7 @@ class Call:
 
     causal   the layer is causal and nobody handed in a mask
     masked, biased, packed   a mask, an additive bias, packed sequences are handed in
+    alibi    distances are taken from the scores
     window   the configuration has a window_size
     dropout  probabilities are dropped in this call
     parts    ranks that the sequence is cut among; comm is how they talk (cp_comm_type)
@@ -53,6 +54,7 @@ class Call:
     causal: bool
     masked: bool = False
     biased: bool = False
+    alibi: bool = False
     packed: bool = False
     window: bool = False
     dropout: bool = False
@@ -62,7 +64,9 @@ class Call:
     @property
     def plain(self) -> bool:
         """Causal self attention and nothing else."""
-        return self.causal and self.queries == self.keys and not (self.biased or self.packed or self.window)
+        return (
+            self.causal and self.queries == self.keys and not (self.biased or self.alibi or self.packed or self.window)
+        )
 
     @property
     def kernel_misfit(self) -> str:
@@ -94,6 +98,13 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = (
+    Refusal(
+        "model.position_embedding_type",
+        "ALiBi with context parallelism, or with dropout in training",
+        lambda call: call.alibi and (call.parts > 1 or call.dropout),
+        "alibi is computed on whole sequences and without attention dropout",
+        "set model.context_parallel_size=1 and model.attention_dropout=0",
+    ),
     Refusal(
         "model.attention_dropout",
         "context parallelism, dropout in training",
@@ -159,8 +170,8 @@ ROWS = (
     ),
     Row(
         "blocked",
-        "packed sequences, window_size or an additive bias",
-        lambda call: call.packed or call.window or call.biased,
+        "packed sequences, window_size, ALiBi or an additive bias",
+        lambda call: call.packed or call.window or call.alibi or call.biased,
         "upstream's local attention has none of these",
     ),
     Row(

@@ -2,8 +2,10 @@
 
 Room megatron/. Subclass of megatron.core.transformer.dot_product_attention.DotProductAttention; enters by
 ModuleSpec, no patch. Takes what upstream has in TEDotProductAttention only: context parallelism, packed sequences,
-`window_size` and an additive bias. Which implementation: attention_choice.py, docs/attention.md.
-Proof: tests/megatron/test_attention.py, test_attention_choice.py, test_context_parallel.py, test_parity.py.
+`window_size` and an additive bias; and ALiBi, which NeMo's legacy models have.
+Which implementation: attention_choice.py, docs/attention.md.
+Proof: tests/megatron/test_attention.py, test_attention_choice.py, test_alibi.py, test_context_parallel.py,
+test_parity.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.megatron.transformer import context_parallel, nki_flash
+from nxdt_nemo.megatron.transformer.alibi import slopes_of
 from nxdt_nemo.megatron.transformer.attention_choice import Call, choose
 from nxdt_nemo.megatron.transformer.blocked_attention import Rule, blocked_attention
 from nxdt_nemo.megatron.transformer.packed_sequences import chunks_of, local_order, segments_of
@@ -34,7 +38,8 @@ class DotProductAttention(_DotProductAttention):
     What upstream's own code computes stays to the bit upstream's as long as the sequence is short: a mask of the
     caller's, which fills with -10000 (a row that is hidden altogether attends to all), and dropout, whose random
     numbers a resumed run must draw as the first one did. There the softmax is plain torch, whatever
-    `masked_softmax_fusion` says. Arguments as upstream.
+    `masked_softmax_fusion` says. Arguments as upstream. With config.position_embedding_type "alibi" (which upstream's
+    GPTModel reads there too, and takes for no positions) distances are taken from the scores, by alibi.py.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class DotProductAttention(_DotProductAttention):
         self.scale_mask_softmax.scaled_masked_softmax_fusion = False
         self.cp_comm_type = cp_comm_type or "p2p"
         self.cp_group: Any = _cp_group(model_comm_pgs) if config.context_parallel_size > 1 else None
+        self._tp_group: Any = getattr(model_comm_pgs, "tp", None)
+        self._self_attention = attention_type == "self"
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
@@ -127,6 +134,7 @@ class DotProductAttention(_DotProductAttention):
             causal=mask is None and self._is_causal(packed is not None),
             masked=mask is not None,
             biased=bias is not None,
+            alibi=self._alibi,
             packed=packed is not None,
             window=self.config.window_size is not None,
             dropout=self.training and self.attention_dropout.p > 0.0,
@@ -144,7 +152,13 @@ class DotProductAttention(_DotProductAttention):
         """Bounds and the caller's mask. Under a causal layer a window looks back only, as in TransformerEngine."""
         left, right = self.config.window_size or (-1, -1)
         causal = call.causal or (call.window and self._is_causal(call.packed))
-        return Rule(int(left), 0 if causal else int(right), offset=call.keys - call.queries, hidden=mask)
+        return Rule(
+            int(left),
+            0 if causal else int(right),
+            offset=call.keys - call.queries,
+            hidden=mask,
+            slopes=self._slopes() if call.alibi else None,
+        )
 
     def _mask(self, call: Call, packed: Any, mask: Tensor | None, device: torch.device) -> Tensor | None:
         """Everything that is hidden, for upstream's own code: [1, 1, S, T] or as the caller's mask."""
@@ -194,6 +208,20 @@ class DotProductAttention(_DotProductAttention):
         if name == "upstream":  # no scores are made whole here
             name = "blocked"
         return lambda query, key, value, rule: self._local(name, query, key, value, rule, None)
+
+    @property
+    def _alibi(self) -> bool:
+        return self._self_attention and getattr(self.config, "position_embedding_type", None) == "alibi"
+
+    def _slopes(self) -> Tensor:
+        """Of this rank's heads, float32 [N]."""
+        lane = current()
+        group = lane.group_of(self._tp_group or parallel_state.get_tensor_model_parallel_group())
+        whole, kv_heads = slopes_of(self.config.num_attention_heads, lane.device()), KVHeads.of(self.config, group.size)
+        if kv_heads is not None:
+            parts = whole.chunk(group.size)
+            whole = torch.cat([parts[kv_heads.place(rank)] for rank in range(group.size)])
+        return lane.shard(whole, 0, group)
 
     @property
     def _scale(self) -> float:

@@ -44,7 +44,12 @@ def get_specs(
 
 
 def mcore_model_customize(upstream: Any, cfg: Any, model: Any) -> None:
-    """Upstream's, for each chunk of an interleaved pipeline too."""
+    """Upstream's, for each chunk of an interleaved pipeline too; and the layers learn of ALiBi.
+
+    megatron-core's GPTModel takes `position_embedding_type: alibi` for no positions at all.
+    """
+    if cfg.get("position_embedding_type") == "alibi":
+        model.config.position_embedding_type = "alibi"
     with _not_interleaved(cfg):
         upstream(cfg, model)
 
