@@ -7,6 +7,7 @@ has changed them. Proof: tests/megatron/test_parity.py.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -202,6 +203,7 @@ def forget_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()  # layers hold groups, and layers are in cycles
 
 
 def _stages(recipe: Recipe, layout: Layout, state: Any, fields: Mapping[str, Any] | None = None) -> list[Any]:

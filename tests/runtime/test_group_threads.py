@@ -1,13 +1,15 @@
-"""A process group that nobody holds any more is gone, with its thread."""
+"""A process group that nobody holds any more is gone, with its thread: a rank at rest costs nothing."""
 
 from __future__ import annotations
 
-import gc
+from typing import Any
 
 import pytest
 
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
+from nxdt_nemo.testing.parity import Parity
 from nxdt_nemo.testing.pytest_plugin import Gloo
+from nxdt_nemo.testing.recipe import Recipe, layout
 
 pytestmark = pytest.mark.ranks
 
@@ -18,24 +20,20 @@ def threads() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("Threads"))
 
 
-def left_over() -> int:
-    """Threads that four layouts leave behind, each asked for the lane's view of its groups."""
-    from megatron.core import parallel_state
-
-    from nxdt_nemo.runtime import current
-    from nxdt_nemo.testing.ours import forget_groups
+def left_over(recipe: Recipe, weights: dict[str, Any]) -> int:
+    """Threads that runs leave behind, the lane's views of their groups included."""
+    from nxdt_nemo.testing.ours import train
 
     counts = []
-    for _ in range(6):
-        forget_groups()
-        gc.collect()
+    for _ in range(3):
+        train(recipe, weights, layout("tp2"), steps=range(1))
         counts.append(threads())
-        parallel_state.initialize_model_parallel(2)
-        current().group_of(parallel_state.get_tensor_model_parallel_group())
-    forget_groups()
-    return counts[-1] - counts[1]  # the first layout warms up
+    return counts[-1] - counts[0]  # the first run warms up
 
 
 def test_layouts_leave_no_threads(gloo: Gloo) -> None:
     pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    assert max(gloo(2, left_over, init=ACTIVE, env=ACTIVE_ENV)) < 4
+    recipe = Recipe.of("gpt", steps=1)
+    with Parity() as parity:
+        weights = parity.weights(recipe)
+    assert max(gloo(2, left_over, recipe, weights, init=ACTIVE, env=ACTIVE_ENV)) < 4
