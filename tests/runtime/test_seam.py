@@ -23,6 +23,7 @@ ALLOWED = {  # file: (what it may use, why)
     "testing/rank.py": ("gloo", "a rank of the pool runs without any lane, so that stock code can be tested in it"),
     "testing/pytest_plugin.py": ("gloo", "the name of the fixture"),
     "testing/reference.py": (r"torch\.cuda(\.random)?(\..*)?", "stock megatron-core as the reference, no lane in it"),
+    "testing/moe_layer.py": (r"torch\.cuda(\..*)?", "stock layers of experts as the reference, no lane in it"),
 }
 
 
