@@ -176,7 +176,7 @@ OTHERS = {
 }
 SIZES = ("one rank", "tp2", "pp2")
 RESUMED = [
-    ("distributed_fused_adam", ("one rank with fused_adam",), False),
+    ("distributed_fused_adam", ("one rank with fused_adam",), True),
     ("distributed_fused_adam", (*SIZES, "one rank with adamw", "dp2 with mcore_distributed_optim"), True),
     ("mcore_distributed_optim", (*SIZES, "one rank with fused_adam", "dp2 with distributed_fused_adam"), True),
     ("fused_adam", ("dp2 with distributed_fused_adam", "dp2 with mcore_distributed_optim"), True),
