@@ -14,7 +14,8 @@ from typing import Any
 
 from nxdt_nemo.megatron.memory import Estimate, Job, Recompute, estimate
 from nxdt_nemo.testing import ours
-from nxdt_nemo.testing.recipe import Layout, Recipe, micro_batches
+from nxdt_nemo.testing.mistakes import Training
+from nxdt_nemo.testing.recipe import Layout, Recipe
 
 __all__ = ["RECOMPUTE", "Case", "Measured", "measure"]
 
@@ -128,13 +129,14 @@ def _measure(case: Case) -> Measured:
         weights = _settled(live)
         chunks, optimizer = ours._wrap(model, recipe, layout.zero)
         model[0].config.finalize_model_grads_func = finalize_model_grads
+        training = Training(model, chunks, optimizer, [])
         saved = SavedBytes(model[0].parameters())
         with _first_forward(model[0], saved) as found:
-            _step(chunks, optimizer, case, 0)
+            _step(training, case, 0)
         before = _settled(live)
         live.reset_peak()
         with _ends_of_forward(model[0], live) as ends:
-            _step(chunks, optimizer, case, 1)
+            _step(training, case, 1)
         peak, left = live.peak, _settled(live) - before
     stage = state.get_pipeline_model_parallel_rank()
     return Measured(stage, weights, before, found[0], max(ends) - before, peak - before, left)
@@ -145,15 +147,9 @@ def _settled(live: Any) -> int:
     return int(live.now)
 
 
-def _step(chunks: list[Any], optimizer: Any, case: Case, step: int) -> None:
-    from megatron.core import parallel_state
-
-    rank = parallel_state.get_data_parallel_rank()
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    ours._forward_backward(chunks, case.recipe, micro_batches(case.recipe, step)[rank :: case.layout.dp])
-    optimizer.step()
+def _step(training: Training, case: Case, step: int) -> None:
+    ours.gradients_of(training, case.recipe, case.layout, step)
+    training.optimizer.step()
 
 
 @contextmanager

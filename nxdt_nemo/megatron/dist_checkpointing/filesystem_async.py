@@ -2,7 +2,8 @@
 
 Room megatron/. Stands in for three functions of megatron.core.dist_checkpointing.strategies.filesystem_async. The queue
 on the cpu lane only: there forked writers, which upstream starts in the same process, share a plain queue.
-Proof: tests/nemo/test_resume.py, tests/megatron/test_utils.py.
+Proof: tests/nemo/test_resume.py; of what is written tools/test_megatron.py, which runs upstream's own
+dist_checkpointing/test_flattened_resharding.py.
 """
 
 from __future__ import annotations
