@@ -42,13 +42,11 @@ def positions(view: View) -> Errors:
 
 
 def alibi(view: View) -> Errors:
-    """ALiBi is computed on whole sequences, without attention dropout."""
+    """ALiBi is computed on whole sequences."""
     if view.get(POSITION) != "alibi":
         return
     if view.size("model.context_parallel_size") > 1:
         yield view.error(f"{POSITION}=alibi needs whole sequences", "use model.context_parallel_size=1")
-    if view.training and view.get("model.attention_dropout", 0.1):  # NeMo's default
-        yield view.error(f"{POSITION}=alibi has no attention dropout", "use model.attention_dropout=0")
 
 
 def recomputation(view: View) -> Errors:

@@ -394,18 +394,47 @@ def view(real: ModuleType, scope: str) -> ModuleView:
 
 
 def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
-    """`x.cuda()` moves to the runtime's device when a module in scope says it; returns what takes it back.
+    """CUDA's names in methods mean the runtime's device when a module in scope says them; returns what takes it back.
 
-    Tensor.to and Tensor.type stay torch's own: they are on everyone's hot path.
+    `x.cuda()`, `module.to("cuda")` and `torch.nn.Linear(..., device="cuda")`. Tensor.to and Tensor.type stay
+    torch's own: they are on everyone's hot path, and other libraries register handlers for Tensor.to itself.
     """
-    owners = (module.Tensor, module.nn.Module)
-    undo = [hook_cuda(owner, views) for owner in owners]
+    undo = [hook_cuda(owner, views) for owner in (module.Tensor, module.nn.Module)]
+    undo.append(_hook_device(module.nn.Module, "to", views))
+    undo += [_hook_device(owner, "__init__", views) for owner in _with_device(module.nn)]
 
     def restore() -> None:
         for step in undo:
             step()
 
     return restore
+
+
+def _with_device(nn: ModuleType) -> list[type]:
+    """The classes of torch.nn whose own __init__ takes a device, by name or (LSTM and its kin) among its keywords."""
+    found = []
+    for owner in dict.fromkeys(each for each in vars(nn).values() if isinstance(each, type)):
+        code = getattr(vars(owner).get("__init__"), "__code__", None)
+        if code is not None and issubclass(owner, nn.Module) and {"device", "kwargs"} & {*code.co_varnames}:
+            found.append(owner)
+    return found
+
+
+def _hook_device(owner: type, name: str, views: Views) -> Callable[[], None]:
+    """Let method `name` of owner take CUDA's names for a device from callers in scope; returns what takes it back."""
+    original = vars(owner)[name]
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if views.scope_of(sys._getframe(1).f_globals.get("__name__", "")) is not None:
+            if name == "to" and args:
+                args = (to_lane(args[0]), *args[1:])
+            if "device" in kwargs:
+                kwargs["device"] = to_lane(kwargs["device"])
+        return original(self, *args, **kwargs)
+
+    setattr(owner, name, method)
+    return lambda: setattr(owner, name, original)
 
 
 def hook_cuda(owner: type, views: Views) -> Callable[[], None]:

@@ -19,11 +19,7 @@ WRONG = [  # overrides, the line
         "use learned_absolute, rope, none or alibi",
     ),
     (
-        [f"{POSITION}=alibi", "++model.attention_dropout=0.1"],
-        "model.position_embedding_type=alibi has no attention dropout; use model.attention_dropout=0",
-    ),
-    (
-        [f"{POSITION}=alibi", "++model.attention_dropout=0", "++model.context_parallel_size=2", "trainer.devices=2"],
+        [f"{POSITION}=alibi", "++model.context_parallel_size=2", "trainer.devices=2"],
         "model.position_embedding_type=alibi needs whole sequences; use model.context_parallel_size=1",
     ),
     (
@@ -57,7 +53,7 @@ def test_a_mistake_is_one_line(errors, overrides, line):
 RIGHT = [
     [f"{POSITION}=rope"],
     [f"{POSITION}=none"],
-    [f"{POSITION}=alibi", "++model.attention_dropout=0"],
+    [f"{POSITION}=alibi", "++model.attention_dropout=0.1"],
     [f"{GRANULARITY}=selective"],
     [f"{GRANULARITY}=selective", f"{METHOD}=uniform"],
     [f"{GRANULARITY}=full", f"{METHOD}=uniform", f"{COUNT}=2"],

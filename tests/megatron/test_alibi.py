@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, _model_parallel, forget_groups
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
@@ -94,18 +93,25 @@ def test_equals_what_is_written_out(gloo: Gloo, tp: int, groups: int) -> None:
     assert worst(gloo(tp, on_a_rank, tp, groups, "none", init=ACTIVE, env=ACTIVE_ENV), groups) > 1e-2
 
 
-def refused() -> str:
-    _model_parallel(Recipe.of("gpt"), Layout())
+def dropped(tp: int) -> tuple[list[torch.Tensor], bool]:
+    """Two calls with dropout, of values that are all 1; and whether the generator that all ranks share stood still."""
+    _model_parallel(Recipe.of("gpt"), Layout(tp=tp))
     try:
-        with pytest.raises(ConfigError) as caught:
-            layer(N, attention_dropout=0.1)(*inputs(N)[:3], None)
-        return str(caught.value)
+        query, key, value = (x.chunk(tp, 2)[0] for x in inputs(N)[:3])
+        attention = layer(N, tensor_model_parallel_size=tp, attention_dropout=0.3)
+        before = torch.get_rng_state()
+        found = [attention(query, key, torch.ones_like(value), None) for _ in range(2)]
+        whole = attention.eval()(query, key, torch.ones_like(value), None)
+        return [*found, whole], torch.equal(before, torch.get_rng_state())
     finally:
         forget_groups()
 
 
 @pytest.mark.ranks
-def test_dropout_is_one_line(gloo: Gloo) -> None:
+def test_dropout_draws_from_the_ranks_own_stream(gloo: Gloo) -> None:
     pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    said = gloo(1, refused, init=ACTIVE, env=ACTIVE_ENV)[0]
-    assert "model.position_embedding_type" in said and "model.attention_dropout=0" in said
+    (first, untouched), (second, _) = gloo(2, dropped, 2, init=ACTIVE, env=ACTIVE_ENV)
+    assert untouched
+    one, again, whole = first
+    assert not torch.equal(one, again) and not torch.equal(one, second[0])
+    assert torch.allclose(whole, torch.ones_like(whole)) and abs(float(one.mean()) - 1) < 0.1

@@ -44,7 +44,10 @@ CHOSEN = [
     ("blocked", replace(BASE, window=True)),
     ("blocked", replace(BASE, biased=True)),
     ("upstream", replace(BASE, packed=True, dropout=True)),
+    ("blocked", replace(BASE, alibi=True, dropout=True)),
+    ("blocked", replace(BASE, biased=True, dropout=True)),
     ("ring", RING),
+    ("ring", replace(RING, dropout=True)),
     ("ring", replace(RING, packed=True, window=True)),
     ("all_to_all", replace(RING, comm="a2a")),
     ("all_gather", replace(RING, comm="all_gather", parts=8)),
@@ -60,7 +63,7 @@ def test_chosen(name: str, call: Call) -> None:
 @pytest.mark.parametrize(
     "call, place, words",
     [
-        (replace(RING, dropout=True), "model.attention_dropout", "context_parallel_size=2"),
+        (replace(RING, alibi=True), "model.position_embedding_type", "set model.context_parallel_size=1"),
         (replace(RING, masked=True), "attention_mask", "context_parallel_size=2"),
         (replace(RING, biased=True), "attention_mask", "no bias"),
         (replace(RING, comm="a2a+p2p"), "model.cp_comm_type", "'a2a+p2p' is not available on this backend; use p2p"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo.megatron.transformer import blocked_attention as kernel
 from nxdt_nemo.megatron.transformer.blocked_attention import HIDDEN, Rule, attend, blocked_attention, merge
 from nxdt_nemo.megatron.transformer.packed_sequences import segments_of
 
@@ -199,6 +200,69 @@ def test_another_rule_would_be_seen(name: str, wrong: Case) -> None:
 
 
 # --- rows that see nothing, and parts put together --------------------------------------------------------------------
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+P = 0.3
+DROPPED = {"all": {}, "causal": {"right": 0}, "alibi": {"slopes": torch.tensor([2.0 ** -(n + 1) for n in range(N)])}}
+
+
+def dropped_formula(rule: Rule, groups: int, block: int) -> Found:
+    """Written out in float64, with the factors that a generator seeded like the kernel's draws, block by block."""
+    made, direction = tensors(Case(groups=groups, dtype=F64))
+    leaves = [x.requires_grad_() for x in made]
+    key, value = (x.repeat_interleave(N // groups, 1) for x in leaves[1:])
+    gap = torch.arange(37) - torch.arange(37)[:, None]
+    scores = SCALE * leaves[0] @ key.transpose(-1, -2)
+    if rule.slopes is not None:
+        scores = scores - rule.slopes.double()[:, None, None] * gap.abs()
+    if rule.right == 0:
+        scores = scores.masked_fill(gap > 0, -math.inf)
+    torch.manual_seed(8)
+    rows = []
+    for start in range(0, 37, block):
+        stop = min(start + block, 37)
+        seen = stop if rule.right == 0 else 37
+        drawn = torch.empty(B, groups, N // groups, stop - start, seen, dtype=F64).bernoulli_(1 - P) / (1 - P)
+        rows.append(torch.nn.functional.pad(drawn.flatten(1, 2), (0, 37 - seen)))
+    y = scores.softmax(-1) * torch.cat(rows, 2) @ value
+    return {"y": y.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(y, leaves, direction), strict=True))}
+
+
+def dropped(rule: Rule, groups: int, block: int) -> Found:
+    made, direction = tensors(Case(groups=groups, dtype=F64))
+    leaves = [x.requires_grad_() for x in made]
+    torch.manual_seed(8)
+    y = blocked_attention(*leaves, replace(rule, dropout=P), SCALE, block=block)
+    after = torch.get_rng_state()
+    gradients = torch.autograd.grad(y, leaves, direction)
+    assert torch.equal(torch.get_rng_state(), after), "backward draws nothing that forward did not"
+    return {"y": y.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+
+
+@pytest.mark.parametrize("block", [8, 64])
+@pytest.mark.parametrize("groups", [N, 2])
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout(name: str, groups: int, block: int) -> None:
+    rule = Rule(**DROPPED[name])
+    found = errors(dropped(rule, groups, block), dropped_formula(rule, groups, block))
+    assert max(found.values()) <= 1e-13, found
+
+
+def test_other_draws_in_backward_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "the_same_draws", lambda start: torch.random.fork_rng(devices=[]))
+    found = errors(dropped(Rule(right=0), N, 8), dropped_formula(Rule(right=0), N, 8))
+    assert {name for name, error in found.items() if error > 1e-2} == {"dq", "dk", "dv"}
+
+
+def test_so_much_is_dropped_and_differently_in_each_call() -> None:
+    """Of equal probabilities with values 1, what is left of a row is how many stayed."""
+    zeros, ones = torch.zeros(1, N, 64, D), torch.ones(1, N, 64, D)
+    torch.manual_seed(1)
+    one, other = (blocked_attention(zeros, zeros, ones, Rule(dropout=P), SCALE, block=16)[..., 0] for _ in range(2))
+    assert not torch.equal(one, other) and one.flatten().unique().numel() > 10
+    assert abs(float(one.mean()) - 1) < 0.02 and float(one.std()) == pytest.approx((P / (1 - P) / 64) ** 0.5, rel=0.15)
 
 
 def test_a_row_that_sees_nothing_is_zero_and_so_are_its_gradients() -> None:

@@ -204,6 +204,60 @@ def test_a_mistake_would_be_seen(gloo: Gloo, comm: str, fault: str, wrong: set[s
     assert {name for name, error in found.items() if error > 1e-3} == wrong, found
 
 
+def slopes(comm: str, fault: str) -> tuple[float, float, float]:
+    """With dropout: the derivative of this rank's <result, direction> along a change of all inputs, by central
+    differences and by the gradients; summed over ranks the two agree. And the mean of the result for values of 1."""
+    import torch.distributed as dist
+
+    from nxdt_nemo.megatron.transformer import context_parallel
+    from nxdt_nemo.megatron.transformer.blocked_attention import Rule, blocked_attention
+    from nxdt_nemo.megatron.transformer.packed_sequences import chunks_of
+    from nxdt_nemo.runtime.select import current
+
+    case, group = Case(comm, groups=4, dtype=F64), current().group_of(dist.group.WORLD)
+    chunks = chunks_of(None, None, S // (2 * group.size), group.size, torch.device("cpu"))
+    *inputs, direction = (mine(x, case, group.size, group.rank) for x in whole(case))
+    change = [torch.randn(x.shape, dtype=F64, generator=torch.Generator().manual_seed(group.rank)) for x in inputs]
+    rule = Rule(right=0, dropout=0.3)
+
+    def result(*heads: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(11)  # ranks draw the same numbers, as Megatron's stream makes them
+        if comm == "a2a":
+            core = lambda q, k, v, inner: blocked_attention(q, k, v, inner, SCALE, block=8)  # noqa: E731
+            return context_parallel.all_to_all_attention(*heads, rule, core, chunks, group)
+        run = {"p2p": context_parallel.ring_attention, "all_gather": context_parallel.all_gather_attention}[comm]
+        return run(*heads, rule, SCALE, chunks, group)
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    y = result(*leaves)
+    same = context_parallel.the_same_draws
+    if fault:
+        context_parallel.the_same_draws = lambda start: torch.random.fork_rng(devices=[])
+    try:
+        gradients = torch.autograd.grad(y, leaves, direction)
+    finally:
+        context_parallel.the_same_draws = same
+    ahead, behind = (result(*(x + sign * 1e-5 * d for x, d in zip(inputs, change, strict=True))) for sign in (1, -1))
+    measured = float(((ahead - behind) / 2e-5 * direction).sum())
+    mean = float(result(*inputs[:2], torch.ones_like(inputs[2])).mean())
+    return measured, sum(float((g * d).sum()) for g, d in zip(gradients, change, strict=True)), mean
+
+
+@pytest.mark.parametrize("comm", ["p2p", "a2a", "all_gather"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_dropout(gloo: Gloo, world: int, comm: str) -> None:
+    """Backward leaves out what forward left out, and what stays is as much as all was."""
+    measured, computed, means = (list(x) for x in zip(*gloo(world, slopes, comm, ""), strict=True))
+    assert sum(computed) == pytest.approx(sum(measured), rel=1e-8)
+    assert sum(means) / world == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("comm", ["p2p", "all_gather"])
+def test_other_draws_in_backward_would_be_seen(gloo: Gloo, comm: str) -> None:
+    measured, computed, _ = (sum(x) for x in zip(*gloo(2, slopes, comm, "other draws"), strict=True))
+    assert computed != pytest.approx(measured, rel=1e-3)
+
+
 def kept(comm: str) -> tuple[int, int]:
     """Bytes that a rank keeps for backward: of tensors as long as its own tokens, and of all."""
     import torch.distributed as dist

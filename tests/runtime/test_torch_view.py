@@ -44,7 +44,7 @@ def main() -> ModuleView:
 def snapshot() -> dict[str, int]:
     """Every attribute of the real modules by identity."""
     modules = {"": torch, "cuda.": torch.cuda, "amp.": torch.amp, "cuda.amp.": torch.cuda.amp, "jit.": torch.jit}
-    modules |= {"Tensor.": torch.Tensor, "Module.": torch.nn.Module, "random.": torch.cuda.random}
+    modules |= {"Tensor.": torch.Tensor, "Module.": torch.nn.Module, "Linear.": torch.nn.Linear, "random.": torch.cuda.random}
     return {f"{prefix}{name}": id(value) for prefix, m in modules.items() for name, value in list(vars(m).items())}
 
 
@@ -335,7 +335,18 @@ def test_compilers_are_left_out_for_upstream_only(up, main):
 
 # --- methods -------------------------------------------------------------------------------------------
 
-METHODS = "def tensor(x): return x.cuda()\ndef module(m): return m.cuda(0)\n"
+METHODS = """
+def tensor(x): return x.cuda()
+def module(m): return m.cuda(0)
+def move(m): return m.to("cuda:0")
+def move_by_name(m): return m.to(device="cuda")
+def linear(torch): return torch.nn.Linear(2, 2, device="cuda")
+def lstm(torch): return torch.nn.LSTM(2, 2, device="cuda")
+def norm(torch):
+    class Norm(torch.nn.LayerNorm):
+        def __init__(self): super().__init__(2, device="cuda")
+    return Norm()
+"""
 
 
 def called_from(name: str) -> dict[str, Any]:
@@ -353,12 +364,19 @@ def test_cuda_methods_look_at_the_caller():
         for name in ("megatron.core.x", "__main__"):
             assert called_from(name)["tensor"](tensor).device == CPU
             assert called_from(name)["module"](layer) is layer
+            assert called_from(name)["move"](layer) is called_from(name)["move_by_name"](layer) is layer
+            for make in ("linear", "lstm", "norm"):
+                assert {weight.device for weight in called_from(name)[make](torch).parameters()} == {CPU}
         if not torch.cuda.is_available():
             for name in ("helper", "megatronic"):
                 with pytest.raises((RuntimeError, AssertionError)):
                     called_from(name)["tensor"](tensor)
-                with pytest.raises((RuntimeError, AssertionError)):
-                    called_from(name)["module"](layer)
+                for method in ("module", "move", "move_by_name"):
+                    with pytest.raises((RuntimeError, AssertionError)):
+                        called_from(name)[method](layer)
+                for make in ("linear", "lstm", "norm"):
+                    with pytest.raises((RuntimeError, AssertionError)):
+                        called_from(name)[make](torch)
     finally:
         undo()
     assert snapshot() == before

@@ -100,17 +100,10 @@ class Refusal(NamedTuple):
 REFUSALS = (
     Refusal(
         "model.position_embedding_type",
-        "ALiBi with context parallelism, or with dropout in training",
-        lambda call: call.alibi and (call.parts > 1 or call.dropout),
-        "alibi is computed on whole sequences and without attention dropout",
-        "set model.context_parallel_size=1 and model.attention_dropout=0",
-    ),
-    Refusal(
-        "model.attention_dropout",
-        "context parallelism, dropout in training",
-        lambda call: call.parts > 1 and call.dropout,
-        "context_parallel_size={parts} computes probabilities twice and cannot drop the same ones",
-        "set model.attention_dropout=0",
+        "ALiBi with context parallelism",
+        lambda call: call.alibi and call.parts > 1,
+        "alibi is computed on whole sequences",
+        "set model.context_parallel_size=1",
     ),
     Refusal(
         "attention_mask",
@@ -158,8 +151,8 @@ ROWS = (
     ),
     Row(
         "upstream",
-        "dropout in training",
-        lambda call: call.dropout,
+        "dropout in training, without ALiBi and additive bias",
+        lambda call: call.dropout and not (call.alibi or call.biased),
         "a resumed run must draw the random numbers that the first one drew",
     ),
     Row(

@@ -14,12 +14,15 @@ a key and of a value. Arithmetic is float32, or float64 for float64 inputs, what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nxdt_nemo.runtime.select import current
 
 __all__ = [
     "BLOCK",
@@ -32,6 +35,8 @@ __all__ = [
     "by_token",
     "merge",
     "row_products",
+    "start_of_draws",
+    "the_same_draws",
 ]
 
 BLOCK = 512
@@ -51,6 +56,8 @@ class Rule:
     segments     of queries [S] and keys [T], integer: a query sees keys of its own segment only
     hidden       bool, broadcast to [B, N, S, T]: True makes the score HIDDEN, as upstream's masks do
     slopes       [N] (ALiBi, Press et al. 2021, arXiv:2108.12409): score - slope * |distance|
+    dropout      the chance that a probability is left out; those that stay are divided by 1 - dropout. Drawn from the
+                 device's generator, block by block: backward has to start from the state that forward started from
     A row that sees nothing at all has the result 0 and the log-sum-exp -inf.
     """
 
@@ -61,6 +68,7 @@ class Rule:
     segments: tuple[Tensor, Tensor] | None = None
     hidden: Tensor | None = None
     slopes: Tensor | None = None
+    dropout: float = 0.0
 
     def columns(self, rows: slice, keys: int) -> slice:
         """The keys that these queries can see: at least one, so that no block is empty."""
@@ -90,6 +98,12 @@ class Rule:
         if self.slopes is None:
             return None
         return -self.slopes[:, None, None] * self._distance(rows, columns, device).abs()
+
+    def kept(self, weights: Tensor) -> Tensor | None:
+        """Factors of these probabilities, 0 or 1 / (1 - dropout), drawn anew; None without dropout."""
+        if self.dropout == 0.0:
+            return None
+        return torch.empty_like(weights).bernoulli_(1.0 - self.dropout).div_(1.0 - self.dropout)
 
     def _bounds_cut(self, rows: slice, columns: slice) -> bool:
         if self.positions is not None:
@@ -141,6 +155,7 @@ class _Blocked(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, rule: Rule, scale: float, block: int
     ) -> Tensor:
+        ctx.start = start_of_draws(rule)
         out, lse = attend(query, key, value, rule, scale, bias, block)
         out = by_token(out, query.dtype)
         ctx.save_for_backward(query, key, value, bias, out, lse)
@@ -153,7 +168,8 @@ class _Blocked(torch.autograd.Function):
         query, key, value, bias, out, lse = ctx.saved_tensors
         rule, scale, block = ctx.rest
         delta = row_products(grad, out, lse.dtype)
-        found = attend_backward(query, key, value, lse, delta, grad, rule, scale, bias, block)
+        with the_same_draws(ctx.start):
+            found = attend_backward(query, key, value, lse, delta, grad, rule, scale, bias, block)
         inputs = (query, key, value, bias)
         given = (None if x is None or g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
         return (*given, None, None, None)
@@ -178,6 +194,8 @@ def attend(
             top = one.scores.amax(-1, keepdim=True).clamp_min(torch.finfo(one.scores.dtype).min)
             weights = one.scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
+            kept = rule.kept(weights)
+            weights = weights if kept is None else weights.mul_(kept)
             out = one.join(weights) @ one.value
             outs.append(one.heads(out / one.join(total.masked_fill(total == 0, 1.0))))
             lses.append((top + total.log()).squeeze(-1).flatten(1, 2))
@@ -208,8 +226,10 @@ def attend_backward(
         for one in _blocks(query, key, value, rule, scale, bias, block):
             weights = one.scores.sub_(one.split(wide[:, :, one.rows].unsqueeze(-1))).exp_()
             incoming = one.join(one.split(grad[:, :, one.rows].to(weights.dtype)))
-            of_value = one.join(weights).transpose(-1, -2) @ incoming
+            kept = rule.kept(weights)
+            of_value = one.join(weights if kept is None else weights * kept).transpose(-1, -2) @ incoming
             slope = (incoming @ one.value.transpose(-1, -2)).view_as(weights)
+            slope = slope if kept is None else slope.mul_(kept)
             slope = slope.sub_(one.split(delta[:, :, one.rows].unsqueeze(-1))).mul_(weights)
             if one.hidden is not None:
                 slope = slope.masked_fill_(one.hidden, 0.0)  # their scores are constants
@@ -221,6 +241,26 @@ def attend_backward(
             sums = _added(sums, (of_key, of_value), one.columns, key.shape[2])
         assert sums is not None, "there is at least one block"
         return Gradients(torch.cat(queries, 2), *sums, torch.cat(biases, 2) if biases else None)
+
+
+def start_of_draws(rule: Rule) -> Tensor | None:
+    """What a forward pass keeps so that backward leaves the same probabilities out: the generator's state."""
+    return current().rng_state() if rule.dropout else None
+
+
+@contextmanager
+def the_same_draws(start: Tensor | None) -> Iterator[None]:
+    """Draw what was drawn from `start` on; the generator goes on afterwards as if nothing had been drawn."""
+    if start is None:
+        yield
+        return
+    lane = current()
+    now = lane.rng_state()
+    lane.set_rng_state(start)
+    try:
+        yield
+    finally:
+        lane.set_rng_state(now)
 
 
 def by_token(out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,6 +37,8 @@ from nxdt_nemo.megatron.transformer.blocked_attention import (
     by_token,
     merge,
     row_products,
+    start_of_draws,
+    the_same_draws,
 )
 from nxdt_nemo.megatron.transformer.packed_sequences import Chunks
 from nxdt_nemo.runtime.collectives import reshard
@@ -52,7 +54,7 @@ def ring_attention(
 ) -> Tensor:
     """[B, N, L, E] from query [B, N, L, D], key [B, G, L, D] and value [B, G, L, E], in chunk order.
 
-    rule  its bounds only; places and segments are those of chunks
+    rule  its bounds and dropout only; places and segments are those of chunks
     """
     out: Tensor = _Ring.apply(query, key, value, rule, scale, chunks, group)  # type: ignore[no-untyped-call]
     return out
@@ -85,7 +87,7 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule, scale: float, chunks: Chunks, group: Group
     ) -> Tensor:
-        found = None
+        ctx.start, found = start_of_draws(rule), None
         for pieces, here in _visits(torch.cat((key, value), -1), rule, chunks, group):
             found = _attended(query, here, pieces, scale, found)
         return _saved(ctx, query, key, value, found, (rule, scale, chunks, group))
@@ -97,13 +99,14 @@ class _Ring(torch.autograd.Function):
         rule, scale, chunks, group = ctx.rest
         rows = lse, row_products(grad, out, lse.dtype), grad
         of_query, mine, travelling = None, None, None
-        for pieces, here in _visits(torch.cat((key, value), -1), rule, chunks, group):
-            for_query, terms = _backward(query, here, key.shape[-1], rows, pieces, scale)
-            of_query = for_query if of_query is None else of_query + for_query
-            if mine is None:  # these need no journey
-                mine = terms
-            else:
-                travelling = terms if travelling is None else _next(travelling, group) + terms
+        with the_same_draws(ctx.start):
+            for pieces, here in _visits(torch.cat((key, value), -1), rule, chunks, group):
+                for_query, terms = _backward(query, here, key.shape[-1], rows, pieces, scale)
+                of_query = for_query if of_query is None else of_query + for_query
+                if mine is None:  # these need no journey
+                    mine = terms
+                else:
+                    travelling = terms if travelling is None else _next(travelling, group) + terms
         assert of_query is not None and mine is not None, "a group has a rank"
         if travelling is not None:  # the last step of the round takes them home
             mine = mine + _next(travelling, group)
@@ -117,6 +120,7 @@ class _AllGather(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule, scale: float, chunks: Chunks, group: Group
     ) -> Tensor:
+        ctx.start = start_of_draws(rule)
         found = _attended(query, _whole(key, value, group), _gathered_pieces(rule, chunks, group), scale)
         return _saved(ctx, query, key, value, found, (rule, scale, chunks, group))
 
@@ -127,7 +131,8 @@ class _AllGather(torch.autograd.Function):
         rule, scale, chunks, group = ctx.rest
         rows = lse, row_products(grad, out, lse.dtype), grad
         pieces, whole = _gathered_pieces(rule, chunks, group), _whole(key, value, group)
-        of_query, terms = _backward(query, whole, key.shape[-1], rows, pieces, scale)
+        with the_same_draws(ctx.start):
+            of_query, terms = _backward(query, whole, key.shape[-1], rows, pieces, scale)
         return _given(ctx, of_query, group.ops.reduce_scatter(_by_rank(terms, group.size), 2, group))
 
 

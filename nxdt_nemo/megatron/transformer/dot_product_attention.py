@@ -11,12 +11,14 @@ test_parity.py.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention as _DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
@@ -107,11 +109,12 @@ class DotProductAttention(_DotProductAttention):
         else:
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             rule = self._rule(call, attention_mask)
-            if call.parts > 1:
-                context = self._distributed(call, query, key, value, rule, packed)
-            else:
-                rule = replace(rule, segments=_segments(call, packed))
-                context = self._local(name, query, key, value, rule, attention_bias)
+            with self._draws(call):
+                if call.parts > 1:
+                    context = self._distributed(call, query, key, value, rule, packed)
+                else:
+                    rule = replace(rule, segments=_segments(call, packed))
+                    context = self._local(name, query, key, value, rule, attention_bias)
             context = context.permute(2, 0, 1, 3).flatten(2)
         return context.squeeze(1) if packed is not None else context
 
@@ -142,6 +145,14 @@ class DotProductAttention(_DotProductAttention):
             comm=self.cp_comm_type,
         )
 
+    def _draws(self, call: Call) -> AbstractContextManager[None]:
+        """The stream that drops probabilities, as upstream: a rank's own among those that cut the heads. With sequence
+        parallelism the whole block draws from it already."""
+        if not call.dropout or self.config.sequence_parallel:
+            return nullcontext()
+        fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return fork
+
     def _is_causal(self, packed: bool) -> bool:
         """Upstream's softmax looks at the type it was built with, not at the one in the call; and of the types that
         TransformerEngine has besides, it hides nothing for padding_causal."""
@@ -158,6 +169,7 @@ class DotProductAttention(_DotProductAttention):
             offset=call.keys - call.queries,
             hidden=mask,
             slopes=self._slopes() if call.alibi else None,
+            dropout=self.attention_dropout.p if call.dropout else 0.0,
         )
 
     def _mask(self, call: Call, packed: Any, mask: Tensor | None, device: torch.device) -> Tensor | None:
