@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ __all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "gradients_of", "our_spec
 
 ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
+_WRAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # megatron-core's DistributedDataParallel
 
 
 @dataclass
@@ -203,7 +205,14 @@ def forget_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    gc.collect()  # layers hold groups, and layers are in cycles
+    # Layers hold groups, and layers are in cycles. One goes through autograd, where gc cannot see it: DDP's hooks hold
+    # the DDP, and a dispatcher of experts keeps probabilities, whose graph holds the parameters that have the hooks.
+    for chunk in list(_WRAPPED):
+        chunk._modules.clear()
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None:  # remembers its last 32 modules, and they their groups
+        rotary.RotaryEmbedding.forward.cache_clear()
+    gc.collect()
 
 
 def _stages(recipe: Recipe, layout: Layout, state: Any, fields: Mapping[str, Any] | None = None) -> list[Any]:
@@ -326,6 +335,7 @@ def _wrap(
 
     buckets = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=zero, **(ddp or {}))
     chunks = [DistributedDataParallel(one.config, buckets, one) for one in model]
+    _WRAPPED.update(chunks)
     if buckets.overlap_grad_reduce:
         waits = [chunk.no_sync for chunk in chunks]
         model[0].config.no_sync_func = waits if len(chunks) > 1 else waits[0]

@@ -18,7 +18,7 @@ from nxdt_nemo.testing.matrix import TOLERANCE, NemoRow
 from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.nemo_run import NemoPart
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
-from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.pool import RankPool, RankPools
 from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.reference import STOCK_ENV, Trained
 
@@ -124,10 +124,14 @@ def _gradient_errors(left: Mapping[str, torch.Tensor], right: Mapping[str, torch
 
 @dataclass
 class Parity:
-    """Runs each side once for each recipe and layout, on pools that are kept. Close it, or use `with`."""
+    """Runs each side once for each recipe and layout, on pools that are kept. Close it, or use `with`.
+
+    pools  of others, which they close; without, its own
+    """
 
     timeout: float = 300.0
-    _pools: dict[tuple[str, int], RankPool] = field(default_factory=dict, repr=False)
+    pools: RankPools | None = None
+    _own: RankPools = field(default_factory=RankPools, repr=False)
     _weights: dict[Recipe, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _stock: dict[Recipe, Trained] = field(default_factory=dict, repr=False)
     _ours: dict[tuple[Recipe, Layout, Fault], tuple[Trained, float]] = field(default_factory=dict, repr=False)
@@ -143,31 +147,28 @@ class Parity:
         self.close()
 
     def close(self) -> None:
-        """End all ranks."""
-        while self._pools:
-            self._pools.popitem()[1].close()
+        """End all ranks of its own."""
+        self._own.close()
         while self._folders:
             self._folders.popitem()[1].cleanup()
 
     def weights(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """The undivided model's initial weights."""
         if recipe not in self._weights:
-            [self._weights[recipe]] = self._stock_pool().run("nxdt_nemo.testing.reference:initial_weights", recipe)
+            self._weights[recipe] = self._run_stock("reference:initial_weights", recipe)
         return self._weights[recipe]
 
     def stock(self, recipe: Recipe) -> Trained:
         """Upstream on one rank."""
         if recipe not in self._stock:
-            function, weights = "nxdt_nemo.testing.reference:train", self.weights(recipe)
-            [self._stock[recipe]] = self._stock_pool().run(function, recipe, weights)
+            self._stock[recipe] = self._run_stock("reference:train", recipe, self.weights(recipe))
         return self._stock[recipe]
 
     def ours(self, recipe: Recipe, layout: Layout, fault: Fault = "") -> tuple[Trained, float]:
         """The backend in a layout, and how far copies of gradients differ between its ranks."""
         key = (recipe, layout, fault)
         if key not in self._ours:
-            pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
-            parts = pool.run("nxdt_nemo.testing.ours:train", recipe, self.weights(recipe), layout, fault)
+            parts = self._run_ours(layout, recipe, self.weights(recipe), layout, fault)
             self._ours[key] = ours.assemble(parts)
             self._bytes[recipe, layout] = [part.state_bytes for part in parts]
         return self._ours[key]
@@ -187,17 +188,16 @@ class Parity:
 
         ddp  further fields of megatron-core's DistributedDataParallelConfig
         """
-        pool = self._pool("ours", layout.world, ACTIVE, ACTIVE_ENV)
         arguments = (recipe, self.weights(recipe), layout, fault, steps, resume, save, ddp)
-        return ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments))[0]
+        return ours.assemble(self._run_ours(layout, *arguments))[0]
 
     def stock_leg(
         self, recipe: Recipe, steps: range, *, resume: Path | None = None, save: Path | None = None
     ) -> Trained:
         """As leg, of upstream on one rank, with upstream's own writer and reader."""
         arguments = (recipe, self.weights(recipe), None, None, "matrices", steps, resume, save)
-        [trained] = self._stock_pool().run("nxdt_nemo.testing.reference:train", *arguments)
-        return trained  # type: ignore[no-any-return]
+        trained: Trained = self._run_stock("reference:train", *arguments)
+        return trained
 
     def state_bytes(self, recipe: Recipe, layout: Layout) -> list[int]:
         """Each rank's bytes of optimizer state, after a run in a layout."""
@@ -249,7 +249,7 @@ class Parity:
         """NeMo on one rank, against stock megatron-core fed with the batches and rates that NeMo used."""
         mine, copies, part = self.nemo(recipe, Layout())
         arguments = (recipe, self.weights(recipe), part.batches, part.lrs, "all but biases")
-        [theirs] = self._stock_pool().run("nxdt_nemo.testing.reference:train", *arguments)
+        theirs = self._run_stock("reference:train", *arguments)
         return Row(recipe.family, "NeMo, one rank", "megatron-core, replayed", tolerance, errors(mine, theirs, copies))
 
     def nemo_against_one_rank(self, recipe: Recipe, layout: Layout, tolerance: float | Errors, **changes: Any) -> Row:
@@ -275,7 +275,7 @@ class Parity:
     def _text(self, recipe: Recipe) -> Path:
         if recipe not in self._folders:
             self._folders[recipe] = tempfile.TemporaryDirectory(prefix="nxdt_nemo_text_")
-            self._stock_pool().run("nxdt_nemo.testing.nemo_run:write_text", recipe, Path(self._folders[recipe].name))
+            self._run_stock("nemo_run:write_text", recipe, Path(self._folders[recipe].name))
         return Path(self._folders[recipe].name)
 
     def against_stock(self, recipe: Recipe, tolerance: float) -> Row:
@@ -292,11 +292,13 @@ class Parity:
         left = f"{layout}, {fault}" if fault else str(layout)
         return Row(recipe.family, left, "ours, one rank", tolerance, errors(mine, one, copies), bool(fault))
 
-    def _stock_pool(self) -> RankPool:
-        return self._pool("stock", 1, None, STOCK_ENV)
+    def _run_ours(self, layout: Layout, *arguments: Any) -> list[Any]:
+        function = "nxdt_nemo.testing.ours:train"
+        return self._run(layout.world, function, *arguments, init=ACTIVE, env=ACTIVE_ENV)
 
-    def _pool(self, side: str, world: int, init: str | None, env: Mapping[str, str]) -> RankPool:
-        key = (side, world)
-        if key not in self._pools:
-            self._pools[key] = RankPool(world, env=env, init=init, timeout=self.timeout)
-        return self._pools[key]
+    def _run_stock(self, function: str, *arguments: Any) -> Any:
+        [found] = self._run(1, f"nxdt_nemo.testing.{function}", *arguments, env=STOCK_ENV)
+        return found
+
+    def _run(self, *arguments: Any, **named: Any) -> list[Any]:
+        return (self.pools or self._own).run(*arguments, timeout=self.timeout, **named)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["RankError", "RankPool", "function_name"]
+__all__ = ["RankError", "RankPool", "RankPools", "function_name"]
 
 ENDED = ("exit", "timeout")
 GRACE_S = 5.0  # how long the others may take once one rank has failed: they may wait for it in a collective
@@ -224,6 +224,40 @@ class RankPool:
             stack = rank.stack.read_text() if number in waiting and rank.stack.exists() else "returned\n"
             parts.append(f"--- rank {number}\n{stack}")
         return "".join(parts)
+
+
+@dataclass
+class RankPools:
+    """One pool for each (world size, init, env), started when first asked for. Close it, or use `with`."""
+
+    timeout: float = 300.0
+    _pools: dict[tuple[Any, ...], RankPool] = field(default_factory=dict, repr=False)
+
+    def __enter__(self) -> RankPools:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self,
+        world: int,
+        function: str | Callable[..., Any],
+        *args: Any,
+        init: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """RankPool.run on the pool of that kind."""
+        key = (world, init, tuple(sorted((env or {}).items())))
+        if key not in self._pools:
+            self._pools[key] = RankPool(world, env=env or {}, init=init)
+        return self._pools[key].run(function, *args, timeout=timeout or self.timeout)
+
+    def close(self) -> None:
+        """End all ranks."""
+        while self._pools:
+            self._pools.popitem()[1].close()
 
 
 def _free_port() -> int:

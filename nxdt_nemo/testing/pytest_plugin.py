@@ -1,4 +1,4 @@
-"""The pytest fixture `gloo`: functions run on ranks that the whole session shares.
+"""The pytest fixtures `gloo`, functions run on ranks that the whole session shares, and `parity`, tables on them.
 
 Room testing/. Load it with `pytest_plugins = ["nxdt_nemo.testing.pytest_plugin"]` in the root conftest.py.
 Imports pytest and the pool, no torch. Proof: tests/testing/test_pool.py.
@@ -7,13 +7,16 @@ Imports pytest and the pool, no torch. Proof: tests/testing/test_pool.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.pool import RankPools
 
-__all__ = ["Gloo", "gloo"]
+if TYPE_CHECKING:
+    from nxdt_nemo.testing.parity import Parity
+
+__all__ = ["Gloo", "gloo", "parity"]
 
 
 class Gloo(Protocol):
@@ -31,22 +34,22 @@ class Gloo(Protocol):
 
 
 @pytest.fixture(scope="session")
-def gloo() -> Iterator[Gloo]:
-    """One pool for each (world size, init, env), started when first asked for and closed with the session."""
-    pools: dict[tuple[Any, ...], RankPool] = {}
+def _pools() -> Iterator[RankPools]:
+    with RankPools() as pools:
+        yield pools
 
-    def run(
-        world: int,
-        function: str | Callable[..., Any],
-        *args: Any,
-        init: str | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> list[Any]:
-        key = (world, init, tuple(sorted((env or {}).items())))
-        pool = pools.setdefault(key, RankPool(world, env=env or {}, init=init))
-        return pool.run(function, *args, timeout=timeout)
 
-    yield run
-    for pool in pools.values():
-        pool.close()
+@pytest.fixture(scope="session")
+def gloo(_pools: RankPools) -> Gloo:
+    """Runs a function on one pool for each (world size, init, env), started when first asked for."""
+    return _pools.run
+
+
+@pytest.fixture(scope="session")
+def parity(_pools: RankPools) -> Iterator[Parity]:
+    """Rows of a parity table, on the session's ranks; what a recipe gives in a layout is computed once."""
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    from nxdt_nemo.testing.parity import Parity
+
+    with Parity(pools=_pools) as session:
+        yield session

@@ -5,7 +5,7 @@ Layers, gradients, norms, weights and checkpoints of a plain megatron-core loop,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.testing import ours
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
-from nxdt_nemo.testing.parity import Parity, Row, relative
+from nxdt_nemo.testing.parity import Row, relative
 from nxdt_nemo.testing.pytest_plugin import Gloo
 from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.script_run import read_tensors
@@ -29,13 +29,6 @@ ONE_GROUP = Recipe.of("llama", heads=8, kv_groups=1)
 TP4, TP8 = Layout(tp=4), Layout(tp=8)
 TRN1: dict[str, Any] = {"kv_head_order": "trn1"}
 Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 @pytest.fixture

@@ -5,24 +5,14 @@ The whole matrix is `make test-layouts` (tools/layouts.py); here is the part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from nxdt_nemo.testing.matrix import FAST, LAYOUTS, MISTAKES, TOLERANCE, recipe_of
-from nxdt_nemo.testing.parity import Parity
 from nxdt_nemo.testing.recipe import Recipe
 
 pytestmark = pytest.mark.ranks
 
 CASES = [(family, name) for family, names in FAST.items() for name in names.split()]
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 @pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])

@@ -6,7 +6,6 @@ not read each other's moments, sequential or grouped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 RECIPE = Recipe.of("mixtral", steps=6, layers=2)
 HALF = 3
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 @pytest.mark.parametrize(

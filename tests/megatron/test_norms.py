@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +11,10 @@ import torch
 
 from nxdt_nemo.testing.matrix import recipe_of
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
-from nxdt_nemo.testing.parity import NO_CLIPPING, Parity
+from nxdt_nemo.testing.parity import NO_CLIPPING
 from nxdt_nemo.testing.recipe import Layout, Recipe, layout, micro_batches
 
 pytestmark = pytest.mark.ranks
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 def norms_of(recipe: Recipe, weights: dict[str, torch.Tensor], place: Layout, blind_to: str) -> dict[str, float]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nxdt_nemo.testing.parity import Parity, Row, relative
+from nxdt_nemo.testing.parity import Row, relative
 from nxdt_nemo.testing.recipe import FAMILIES, Layout, Recipe, layout
 
 pytestmark = pytest.mark.ranks
@@ -29,13 +28,6 @@ FAULTS = [  # what is done wrong, in which layout
     ("norm gradients not reduced", "tp2sp"),
     ("one gradient x 1.01", "tp2"),
 ]
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 def assert_good(row: Row) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Part, assemble
-from nxdt_nemo.testing.parity import Parity
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.recipe import Layout, Recipe, layout
 from nxdt_nemo.testing.weights import merge
@@ -19,13 +17,6 @@ from nxdt_nemo.testing.weights import merge
 pytestmark = pytest.mark.ranks
 
 RECIPE = Recipe.of("gpt", layers=2, micro_batches=2, steps=4, dtype="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 def train(seed: int | None, *arguments: Any) -> Part:

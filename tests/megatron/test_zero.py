@@ -6,7 +6,6 @@ A plain megatron-core loop. The same through NeMo: tests/nemo/test_zero.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from nxdt_nemo.testing.matrix import recipe_of
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
-from nxdt_nemo.testing.parity import NO_CLIPPING, Parity, relative
+from nxdt_nemo.testing.parity import NO_CLIPPING, relative
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.recipe import FAMILIES, Recipe, layout
 from nxdt_nemo.testing.script_run import read_tensors
@@ -30,13 +29,6 @@ LOADED_IN_4 = ["dp4+zero", "tp2dp2+zero", "pp2dp2+zero"]
 MOMENTS = {"exp_avg", "exp_avg_sq"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}  # NeMo: overlap_grad_sync, overlap_param_sync
 INSTANCES = {"num_distributed_optimizer_instances": 2}
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]

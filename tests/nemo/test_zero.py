@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
-from nxdt_nemo.testing.parity import Parity, relative
+from nxdt_nemo.testing.parity import relative
 from nxdt_nemo.testing.recipe import Recipe, layout
 
 from .conftest import Run
@@ -31,13 +31,6 @@ STEPS = (
     "model.bias=True",  # else all parameters of fused_adam are in one group, and those of megatron-core's in two
     "exp_manager.checkpoint_callback_params.save_top_k=-1",
 )
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("nemo", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 def rows() -> list[Any]:
@@ -176,18 +169,16 @@ OTHERS = {
 }
 SIZES = ("one rank", "tp2", "pp2")
 RESUMED = [
-    ("distributed_fused_adam", ("one rank with fused_adam",), True),
-    ("distributed_fused_adam", (*SIZES, "one rank with adamw", "dp2 with mcore_distributed_optim"), True),
-    ("mcore_distributed_optim", (*SIZES, "one rank with fused_adam", "dp2 with distributed_fused_adam"), True),
-    ("fused_adam", ("dp2 with distributed_fused_adam", "dp2 with mcore_distributed_optim"), True),
-    ("adamw", ("dp2 with distributed_fused_adam", "dp2 with mcore_distributed_optim"), True),
+    ("distributed_fused_adam", ("one rank with fused_adam",)),
+    ("distributed_fused_adam", (*SIZES, "one rank with adamw", "dp2 with mcore_distributed_optim")),
+    ("mcore_distributed_optim", (*SIZES, "one rank with fused_adam", "dp2 with distributed_fused_adam")),
+    ("fused_adam", ("dp2 with distributed_fused_adam", "dp2 with mcore_distributed_optim")),
+    ("adamw", ("dp2 with distributed_fused_adam", "dp2 with mcore_distributed_optim")),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "others"),
-    [pytest.param(name, others, marks=[pytest.mark.slow] if slow else []) for name, others, slow in RESUMED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "others"), RESUMED)
 def test_killed_and_resumed_in_another_layout(
     train: Callable[..., Run], tmp_path: Path, name: str, others: tuple[str, ...]
 ) -> None:

@@ -44,7 +44,12 @@ def main() -> ModuleView:
 def snapshot() -> dict[str, int]:
     """Every attribute of the real modules by identity."""
     modules = {"": torch, "cuda.": torch.cuda, "amp.": torch.amp, "cuda.amp.": torch.cuda.amp, "jit.": torch.jit}
-    modules |= {"Tensor.": torch.Tensor, "Module.": torch.nn.Module, "Linear.": torch.nn.Linear, "random.": torch.cuda.random}
+    modules |= {
+        "Tensor.": torch.Tensor,
+        "Module.": torch.nn.Module,
+        "Linear.": torch.nn.Linear,
+        "random.": torch.cuda.random,
+    }
     return {f"{prefix}{name}": id(value) for prefix, m in modules.items() for name, value in list(vars(m).items())}
 
 

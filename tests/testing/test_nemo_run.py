@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from nxdt_nemo.testing.parity import Parity, Row
+from nxdt_nemo.testing.parity import Row
 from nxdt_nemo.testing.recipe import FAMILIES, Layout, Recipe, layout
 
 pytestmark = pytest.mark.ranks
@@ -14,13 +12,6 @@ pytestmark = pytest.mark.ranks
 UPSTREAM = 1e-6
 ONE_RANK = {"gpt": 1e-6, "llama": 1e-5}
 LAYOUTS = ["tp2", "tp2sp", "pp2", "tp2pp2", "dp2"]
-
-
-@pytest.fixture(scope="module")
-def parity() -> Iterator[Parity]:
-    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    with Parity() as session:
-        yield session
 
 
 def assert_good(row: Row) -> None:
