@@ -2,8 +2,8 @@
 
 Room megatron/. Stands in for three functions of megatron.core.dist_checkpointing.strategies.filesystem_async. The queue
 on the cpu lane only: there forked writers, which upstream starts in the same process, share a plain queue.
-Proof: tests/nemo/test_resume.py; of what is written tools/test_megatron.py, which runs upstream's own
-dist_checkpointing/test_flattened_resharding.py.
+Proof: tests/megatron/test_filesystem_async.py, tests/nemo/test_resume.py; and upstream's own
+dist_checkpointing/test_flattened_resharding.py, which tools/test_megatron.py runs.
 """
 
 from __future__ import annotations
