@@ -75,6 +75,47 @@ def embedded(scattered: bool, deterministic: bool, dtype: str, ids: str) -> dict
         forget_groups()
 
 
+def accumulated(tied: bool) -> dict[str, Any]:
+    """Two micro-batches' gradients in main_grad, as megatron-core's hooks leave them, of ours and by torch's."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+    from megatron.core.transformer import TransformerConfig
+
+    _model_parallel(Recipe.of("gpt"), Layout(tp=dist.get_world_size()))
+    try:
+        config = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=1)
+        group = parallel_state.get_tensor_model_parallel_group()
+        layer = VocabParallelEmbedding(V, H, init_method=torch.nn.init.normal_, config=config, tp_group=group)
+        layer.weight.zero_out_wgrad = tied
+        model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
+        model.zero_grad_buffer()
+        expected = torch.zeros_like(layer.weight)
+        for seed in (5, 6):
+            made = torch.Generator().manual_seed(seed)
+            tokens = torch.randint(0, V, (B, S), generator=made)
+            direction = torch.randn(B, S, H, generator=made)
+            model(tokens).backward(direction)
+            mine = (tokens >= layer.vocab_start_index) & (tokens < layer.vocab_end_index)
+            expected.index_put_((tokens[mine] - layer.vocab_start_index,), direction[mine], accumulate=True)
+        added = layer.weight.grad_added_to_main_grad
+        main_grad, left = layer.weight.main_grad.clone(), layer.weight.grad
+        return {"found": main_grad, "expected": expected, "left": left, "in place": added}
+    finally:
+        forget_groups()
+
+
+@pytest.mark.parametrize(("ranks", "tied"), [(1, False), (1, True), (2, False)])
+def test_gradients_add_up_in_the_buffer(gloo, ranks, tied):
+    """Without a gradient of the weight's size; a tied weight's takes the usual way."""
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    for part in gloo(ranks, accumulated, tied, init=ACTIVE, env=ACTIVE_ENV):
+        assert torch.allclose(part["found"], part["expected"], rtol=0, atol=1e-6) and part["expected"].any()
+        assert part["left"] is None
+        assert part["in place"] is not tied
+
+
 CASES = [  # ranks, scattered over the sequence, deterministic_mode, dtype, ids
     (1, False, False, "float32", "all"),
     (2, False, False, "float32", "all"),

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nxdt_nemo.runtime.select import current
 
@@ -54,5 +55,37 @@ def vocab_parallel_embedding(self: Any, input_: Tensor) -> Tensor:
 
 
 def _rows(self: Any, ids: Tensor) -> Tensor:
-    found: Tensor = self.weight[ids] if self.deterministic_mode else F.embedding(ids, self.weight)
-    return found
+    if self.deterministic_mode:
+        return self.weight[ids]  # type: ignore[no-any-return]
+    if current().ragged and _adds_to_main_grad(self.weight):
+        found: Tensor = _Rows.apply(ids, self.weight)  # type: ignore[no-untyped-call]
+        return found
+    return F.embedding(ids, self.weight)
+
+
+def _adds_to_main_grad(weight: Tensor) -> bool:
+    """Has the weight a buffer of gradients, and megatron-core's flag that says a gradient is there already? A tied
+    weight's gradient comes from two places, and its flag says that the other one's has to be added."""
+    flagged = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+    return flagged and not getattr(weight, "zero_out_wgrad", False)
+
+
+class _Rows(torch.autograd.Function):
+    """An embedding whose gradient touches the rows that it has, in main_grad: torch's is a tensor of the weight's size,
+    of zeros for the most part, that is written once and read once more."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        ids, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None
+        main_grad = weight.main_grad
+        main_grad.index_add_(0, ids.flatten(), grad.reshape(-1, grad.shape[-1]).to(main_grad.dtype))
+        weight.grad_added_to_main_grad = True
+        return None, torch.empty_like(weight)  # as upstream's fused linear layers: for the hooks, nobody reads it
