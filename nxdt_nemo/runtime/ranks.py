@@ -51,6 +51,7 @@ class RanksLane(Lane):
             return
         if store is None and init_method is None:
             _check_launcher(rank, world)
+        self.register_backend()
         dist.init_process_group(
             self.backend, init_method=init_method, store=store, rank=rank, world_size=world, timeout=timeout
         )

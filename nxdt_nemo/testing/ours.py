@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.families import Stage, build, config_of, losses_of, mean_of, stock_specs
 from nxdt_nemo.testing.mistakes import Fault, Training, mistake
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
@@ -119,6 +120,7 @@ def set_up(
     model = _stages(recipe, layout, state, fields)
     if weights is not None:
         load(model, weights, recipe.gated, Ranks.here())
+    model = [current().place(stage) for stage in model]
     chunks, optimizer = _wrap(model, recipe, layout.zero, ddp)
     model[0].config.finalize_model_grads_func = finalize_model_grads
     named = [] if weights is None else list(global_names(model, weights, Ranks.here()))

@@ -12,17 +12,13 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
 from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     import torch
     import torch.distributed as dist
-    from torch._C._distributed_c10d import Store
 
     from nxdt_nemo.runtime.gaps import PremulSum
     from nxdt_nemo.runtime.ops import Ops
@@ -70,18 +66,29 @@ class XlaLane(RanksLane):
             else:
                 os.environ[PJRT] = before
 
-        undo = keep_out("torch_xla.distributed.xla_backend")  # replaces torch.distributed.new_group for everyone
-
-        def both() -> None:
-            undo()
-            restore()
-
-        return both
+        return restore
 
     def device(self, local_rank: int = 0) -> torch.device:
         import torch_xla
 
         return torch_xla.device()  # type: ignore[no-any-return]
+
+    def place(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Module.to makes new parameters here: it drops `tensor_model_parallel` and the like, and unties tied ones."""
+        import torch
+
+        device, made = self.device(), {}
+        for part in module.modules():
+            for name, old in part._parameters.items():
+                if old is None or old.device == device:
+                    continue
+                if old not in made:
+                    made[old] = torch.nn.Parameter(old.detach().to(device), old.requires_grad)
+                    made[old].__dict__.update(vars(old))
+                part._parameters[name] = made[old]
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else buffer.to(device)
+        return module
 
     def device_count(self) -> int:
         return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or 1
@@ -130,32 +137,25 @@ class XlaLane(RanksLane):
     def manual_seed(self, seed: int) -> None:
         import torch_xla.core.xla_model as xm
 
-        xm.set_rng_state(seed % 2**63)
+        xm.set_rng_state(seed % 2**64)
 
     def rng_state(self) -> torch.Tensor:
+        """torch_xla's is one number of 64 bits, without a sign: int64 [1] of the same bits."""
         import torch
         import torch_xla.core.xla_model as xm
 
-        return torch.tensor([xm.get_rng_state()], dtype=torch.int64)
+        state = xm.get_rng_state()
+        return torch.tensor([state - 2**64 if state >= 2**63 else state], dtype=torch.int64)
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         import torch_xla.core.xla_model as xm
 
-        xm.set_rng_state(int(state[0]))
+        xm.set_rng_state(int(state[0]) % 2**64)
 
-    def init_ranks(
-        self,
-        rank: int,
-        world: int,
-        *,
-        init_method: str | None = None,
-        store: Store | None = None,
-        timeout: timedelta | None = None,
-    ) -> None:
+    def register_backend(self) -> None:
         from nxdt_nemo.runtime.xla.process_group import register
 
         register(self.backend, self.transport)
-        super().init_ranks(rank, world, init_method=init_method, store=store, timeout=timeout)
 
     @cached_property
     def transport(self) -> Transport:

@@ -21,12 +21,7 @@ from nxdt_nemo.runtime.xla.transport import Transport
 
 __all__ = ["XlaProcessGroup", "register"]
 
-NAMES = {
-    dist.ReduceOp.SUM: "sum",
-    dist.ReduceOp.AVG: "avg",
-    dist.ReduceOp.MAX: "max",
-    dist.ReduceOp.MIN: "min",
-}
+NAMES = ("sum", "avg", "max", "min")
 Work = Any
 
 
@@ -39,6 +34,13 @@ def register(name: str, transport: Transport) -> None:
         return XlaProcessGroup(store, rank, size, timeout, transport)
 
     dist.Backend.register_backend(name, create, devices=["xla"])
+
+
+def _name_of(op: Any) -> str:
+    for name in NAMES:
+        if op == getattr(dist.ReduceOp, name.upper()):  # torch's own are equal, and have other hashes
+            return name
+    raise LaneError(f"reducing by {op} has no counterpart on the xla lane", fix=f"use one of {', '.join(NAMES)}")
 
 
 def _done(tensors: Any) -> Work:
@@ -82,44 +84,42 @@ class XlaProcessGroup(ProcessGroup):
 
     # --- collectives, by the names of torch._C._distributed_c10d.ProcessGroup ---
 
-    def allreduce(self, tensors: Sequence[torch.Tensor], options: Any = None) -> Work:
+    def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         if not _on_xla(tensors):
-            return self._gloo.allreduce(tensors, options or dist.AllreduceOptions())
-        op = NAMES.get(options.reduceOp if options else dist.ReduceOp.SUM)
-        if op is None:
-            raise LaneError(f"all_reduce with {options.reduceOp} has no counterpart on the xla lane")
+            return self._gloo.allreduce(tensors, opts or dist.AllreduceOptions())
+        op = "sum" if opts is None else _name_of(opts.reduceOp)
         if not self._alone():
             for tensor in tensors:
                 tensor.copy_(self._transport.all_reduce(tensor, op, self._group))
         return _done(tensors)
 
-    def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], options: Any = None) -> Work:
-        return self.allreduce(tensors, options)
+    def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
+        return self.allreduce(tensors, opts)
 
-    def reduce(self, tensors: Sequence[torch.Tensor], options: Any) -> Work:
-        return self.allreduce(tensors, options) if _on_xla(tensors) else self._gloo.reduce(tensors, options)
+    def reduce(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
+        return self.allreduce(tensors, opts) if _on_xla(tensors) else self._gloo.reduce(tensors, opts)
 
-    def broadcast(self, tensors: Sequence[torch.Tensor], options: Any) -> Work:
+    def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
         if not _on_xla(tensors):
-            return self._gloo.broadcast(tensors, options)
+            return self._gloo.broadcast(tensors, opts)
         if not self._alone():
             for tensor in tensors:
-                tensor.copy_(self._transport.broadcast(tensor, options.rootRank, self._group))
+                tensor.copy_(self._transport.broadcast(tensor, opts.rootRank, self._group))
         return _done(tensors)
 
-    def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, options: Any = None) -> Work:
+    def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
-            return self._gloo._allgather_base(whole, mine, options or dist.AllgatherOptions())
+            return self._gloo._allgather_base(whole, mine, opts or dist.AllgatherOptions())
         flat = mine.reshape(-1)
         found = flat if self._alone() else self._transport.all_gather(flat, 0, self._group)
         whole.copy_(found.view(whole.shape))
         return _done([whole])
 
     def allgather(
-        self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], options: Any = None
+        self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
         if not _on_xla(inputs):
-            return self._gloo.allgather(outputs, inputs, options or dist.AllgatherOptions())
+            return self._gloo.allgather(outputs, inputs, opts or dist.AllgatherOptions())
         for parts, mine in zip(outputs, inputs, strict=True):
             found = mine[None] if self._alone() else self._transport.all_gather(mine[None], 0, self._group)
             for part, one in zip(parts, found.unbind(0), strict=True):
@@ -127,50 +127,50 @@ class XlaProcessGroup(ProcessGroup):
         return _done(outputs)
 
     def allgather_into_tensor_coalesced(
-        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], options: Any = None
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
         for whole, mine in zip(outputs, inputs, strict=True):
             self._allgather_base(whole, mine)
         return _done(outputs)
 
-    def _reduce_scatter_base(self, mine: torch.Tensor, whole: torch.Tensor, options: Any = None) -> Work:
+    def _reduce_scatter_base(self, mine: torch.Tensor, whole: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
-            return self._gloo._reduce_scatter_base(mine, whole, options or dist.ReduceScatterOptions())
-        average = options is not None and options.reduceOp == dist.ReduceOp.AVG
+            return self._gloo._reduce_scatter_base(mine, whole, opts or dist.ReduceScatterOptions())
+        average = opts is not None and opts.reduceOp == dist.ReduceOp.AVG
         flat = whole.reshape(-1)
         found = flat if self._alone() else self._transport.reduce_scatter(flat, 0, self._group)
         mine.copy_((found / self.size() if average else found).view(mine.shape))
         return _done([mine])
 
     def reduce_scatter_tensor_coalesced(
-        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], options: Any = None
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
         for mine, whole in zip(outputs, inputs, strict=True):
-            self._reduce_scatter_base(mine, whole, options)
+            self._reduce_scatter_base(mine, whole, opts)
         return _done(outputs)
 
     def reduce_scatter(
-        self, outputs: Sequence[torch.Tensor], inputs: Sequence[Sequence[torch.Tensor]], options: Any = None
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[Sequence[torch.Tensor]], opts: Any = None
     ) -> Work:
         if not _on_xla(outputs):
-            return self._gloo.reduce_scatter(outputs, inputs, options or dist.ReduceScatterOptions())
+            return self._gloo.reduce_scatter(outputs, inputs, opts or dist.ReduceScatterOptions())
         for mine, parts in zip(outputs, inputs, strict=True):
-            self._reduce_scatter_base(mine, torch.stack(list(parts)), options)
+            self._reduce_scatter_base(mine, torch.stack(list(parts)), opts)
         return _done(outputs)
 
     def alltoall_base(
-        self, output: torch.Tensor, given: torch.Tensor, out: Sequence[int], sizes: Sequence[int], options: Any = None
+        self, output: torch.Tensor, given: torch.Tensor, out: Sequence[int], sizes: Sequence[int], opts: Any = None
     ) -> Work:
         if not _on_xla([output, given]):
-            return self._gloo.alltoall_base(output, given, list(out), list(sizes), options or dist.AllToAllOptions())
+            return self._gloo.alltoall_base(output, given, list(out), list(sizes), opts or dist.AllToAllOptions())
         found = given
         if not self._alone():
             found = self._transport.all_to_all(given, self._group, out or None, sizes or None)
         output.copy_(found.view(output.shape))
         return _done([output])
 
-    def barrier(self, options: Any = None) -> Work:
-        return self._gloo.barrier(options or dist.BarrierOptions())
+    def barrier(self, opts: Any = None) -> Work:
+        return self._gloo.barrier(opts or dist.BarrierOptions())
 
     def send(self, tensors: Sequence[torch.Tensor], target: int, tag: int = 0) -> Work:
         if not _on_xla(tensors):
@@ -186,11 +186,11 @@ class XlaProcessGroup(ProcessGroup):
             tensor.copy_(one)
         return _done(tensors)
 
-    def gather(self, outputs: Any, inputs: Sequence[torch.Tensor], options: Any) -> Work:
-        return self._host_only("gather", inputs).gather(outputs, inputs, options)
+    def gather(self, outputs: Any, inputs: Sequence[torch.Tensor], opts: Any) -> Work:
+        return self._host_only("gather", inputs).gather(outputs, inputs, opts)
 
-    def scatter(self, outputs: Sequence[torch.Tensor], inputs: Any, options: Any) -> Work:
-        return self._host_only("scatter", outputs).scatter(outputs, inputs, options)
+    def scatter(self, outputs: Sequence[torch.Tensor], inputs: Any, opts: Any) -> Work:
+        return self._host_only("scatter", outputs).scatter(outputs, inputs, opts)
 
     def _host_only(self, name: str, tensors: Sequence[torch.Tensor]) -> ProcessGroupGloo:
         if _on_xla(tensors):
