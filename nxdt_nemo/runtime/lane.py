@@ -129,8 +129,8 @@ class Lane(ABC):
     def set_rng_state(self, state: torch.Tensor) -> None:
         """Put the device's generator back into a state that rng_state gave."""
 
-    def register_backend(self) -> None:
-        """Let torch.distributed know `backend`, where it is none of torch's. Before ranks come up; any number of times."""
+    def register_backend(self) -> None:  # noqa: B027 - most backends are torch's
+        """Let torch.distributed know `backend`, where it is none of torch's; before ranks come up, and again if need be."""
 
     @abstractmethod
     def init_ranks(

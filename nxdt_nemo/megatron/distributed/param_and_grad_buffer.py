@@ -32,7 +32,7 @@ class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
         if buffer_type is not upstream.BufferType.GRAD:
             return super()._get(shape, start_index, buffer_type)  # type: ignore[no-any-return]
         made = torch.zeros(shape, dtype=self.grad_dtype, device=self.grad_data.device)
-        made.start = start_index  # type: ignore[attr-defined] - its place in the plan
+        made.start = start_index  # type: ignore[attr-defined]
         return made
 
     def scale_gradients(self, scaling_factor: float) -> None:

@@ -1,7 +1,7 @@
 """torch.distributed.new_group as torch has it.
 
-Room runtime/. torch_xla puts a function of fewer arguments in its place, for everyone, when it is imported; megatron-core
-calls it with all of them. Proof: tests/runtime/test_xla.py.
+Room runtime/. torch_xla puts a function of fewer arguments in its place, for everyone, when it is imported;
+megatron-core calls it with all of them. Proof: tests/runtime/test_xla.py.
 """
 
 from __future__ import annotations

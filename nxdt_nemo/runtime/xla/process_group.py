@@ -1,8 +1,8 @@
 """torch.distributed on XLA tensors, for upstream's direct calls.
 
 Room runtime/. Stands in for torch_xla/distributed/xla_backend.py (2.9), whose groups of some ranks know only
-themselves, whose all-to-all ignores them and whose barrier does nothing. Host tensors (objects, flags, barriers) go over
-gloo. Imports torch. Proof: tests/runtime/test_xla.py, test_xla_ranks.py.
+themselves, whose all-to-all ignores them and whose barrier does nothing. Host tensors (objects, flags, barriers) go
+over gloo. Imports torch. Proof: tests/runtime/test_xla.py, test_xla_ranks.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = ["XlaProcessGroup", "register"]
 
 NAMES = ("sum", "avg", "max", "min")
 Work = Any
+_ProcessGroup: Any = ProcessGroup  # its stubs are of C++'s overloads
 
 
 def register(name: str, transport: Transport) -> None:
@@ -49,12 +50,12 @@ def _done(tensors: Any) -> Work:
     return _create_work_from_future(future)
 
 
-class XlaProcessGroup(ProcessGroup):
+class XlaProcessGroup(_ProcessGroup):
     """A process group whose collectives on XLA tensors are the transport's, and on host tensors gloo's."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any, transport: Transport) -> None:
         super().__init__(rank, size)
-        self._gloo = ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo: Any = ProcessGroupGloo(store, rank, size, timeout)
         self._transport = transport
         self._described = ""
 
@@ -192,7 +193,7 @@ class XlaProcessGroup(ProcessGroup):
     def scatter(self, outputs: Sequence[torch.Tensor], inputs: Any, opts: Any) -> Work:
         return self._host_only("scatter", outputs).scatter(outputs, inputs, opts)
 
-    def _host_only(self, name: str, tensors: Sequence[torch.Tensor]) -> ProcessGroupGloo:
+    def _host_only(self, name: str, tensors: Sequence[torch.Tensor]) -> Any:
         if _on_xla(tensors):
             raise LaneError(f"torch.distributed.{name} of tensors on the device has no counterpart on the xla lane")
         return self._gloo
