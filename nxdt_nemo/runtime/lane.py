@@ -130,7 +130,7 @@ class Lane(ABC):
         """Put the device's generator back into a state that rng_state gave."""
 
     def register_backend(self) -> None:  # noqa: B027 - most backends are torch's
-        """Let torch.distributed know `backend`, where it is none of torch's; before ranks come up, and again if need be."""
+        """Let torch.distributed know `backend`, where it is none of torch's; before ranks come up, or again."""
 
     @abstractmethod
     def init_ranks(

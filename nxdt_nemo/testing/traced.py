@@ -17,33 +17,23 @@ from nxdt_nemo.testing.recipe import Layout, Recipe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TRACED_ENV", "Traced", "counters", "train"]
+__all__ = ["TRACED_ENV", "Traced", "train"]
 
 TRACED_ENV = {"NXDT_NEMO_RUNTIME": "xla", "NXDT_NEMO": "0"}
-METRICS = {"CompileTime": "compiled", "ExecuteTime": "executed", "TransferFromDeviceTime": "read"}
 
 
 @dataclass
 class Traced:
-    """losses and grad_norms of each step, and what the device did in it: see counters."""
+    """losses and grad_norms of each step, and what the device did in it: see runtime/xla/metrics.py."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     steps: list[dict[str, int]] = field(default_factory=list)
 
 
-def counters() -> dict[str, int]:
-    """Since the process began: graphs compiled and executed, tensors read back, and operations that fell off XLA."""
-    import torch_xla.debug.metrics as met
-
-    found = {short: (met.metric_data(name) or (0,))[0] for name, short in METRICS.items()}
-    aten = {name: met.counter_value(name) for name in met.counter_names() if name.startswith("aten::")}
-    return found | {name: value for name, value in aten.items() if value}
-
-
 def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, steps: int) -> Traced:
     """One rank's part of some steps; losses on a last stage only."""
-    import torch_xla.core.xla_model as xm
+    from nxdt_nemo.runtime.xla.metrics import counters, wait
 
     lane = current()
     lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -56,7 +46,7 @@ def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, step
         norm = update(training.optimizer, recipe, step, read=lambda found: found)
         kept.append(([sum(losses) / len(losses)] if losses else [], norm))
         lane.step_boundary()
-        xm.wait_device_ops()  # or its execution counts in the next step
+        wait()
         now = counters()
         report.steps.append({name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)})
         before = now

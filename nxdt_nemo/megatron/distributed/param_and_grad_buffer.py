@@ -22,7 +22,7 @@ class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        nothing = self.grad_data.new_empty(0)
+        nothing: Tensor = torch.empty(0, dtype=self.grad_dtype, device=self.grad_data.device)
         self.grad_data = nothing
         for bucket in self.buckets:
             bucket.length = bucket.grad_data.numel()

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
 from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
 from nxdt_nemo.runtime.ranks import RanksLane
@@ -45,15 +46,15 @@ class XlaLane(RanksLane):
 
     @classmethod
     def probe(cls, *, asked: bool = False) -> Verdict:
-        """Without a Neuron device it rehearses on XLA:CPU, which `auto` does not choose."""
+        """On XLA:CPU where there is no Neuron device. `auto` does not choose it in this release: see docs/xla.md."""
         if installed("torch_xla") is None:
             hint = ": pip install 'nxdt-nemo[xla]'" if asked else ""
             return Verdict(False, f"torch_xla is not installed{hint}")
         if not neuron_devices():
-            return Verdict(asked, "no Neuron device: XLA:CPU" if asked else "no Neuron device")
+            return Verdict(asked, "XLA:CPU" if asked else "no Neuron device")
         if installed("libneuronxla") is None:
             return Verdict(False, "libneuronxla is not installed: it comes with the AWS Neuron SDK")
-        return Verdict(True, "torch_xla and a Neuron device")
+        return Verdict(asked, "a Neuron device, on which nobody has tried it" if asked else "has to be asked for")
 
     def enter_process(self) -> Undo:
         """torch_xla reads PJRT_DEVICE when it is imported: it is set before."""
@@ -125,7 +126,8 @@ class XlaLane(RanksLane):
     def _memory_info(self) -> dict[str, int]:
         import torch_xla.core.xla_model as xm
 
-        return xm.get_memory_info(self.device())  # type: ignore[return-value]
+        found: dict[str, int] = xm.get_memory_info(self.device())
+        return found
 
     def synchronize(self) -> None:
         import torch_xla
@@ -160,9 +162,11 @@ class XlaLane(RanksLane):
     @cached_property
     def transport(self) -> Transport:
         """How ranks of groups of more than one talk."""
-        from nxdt_nemo.runtime.xla.transport import Hosted, InGraph
+        from nxdt_nemo.runtime.xla.transport import Hosted
 
-        return Hosted() if self._on_host else InGraph()
+        if not self._on_host:
+            raise LaneError("collectives between NeuronCores are not in this release yet", fix="use one rank")
+        return Hosted()
 
     @cached_property
     def ops(self) -> Ops:

@@ -2,7 +2,7 @@
 
 Room runtime/. Stands in for torch_xla/distributed/xla_backend.py (2.9), whose groups of some ranks know only
 themselves, whose all-to-all ignores them and whose barrier does nothing. Host tensors (objects, flags, barriers) go
-over gloo. Imports torch. Proof: tests/runtime/test_xla.py, test_xla_ranks.py.
+over gloo. Imports torch. Proof: tests/runtime/test_xla.py, tests/megatron/test_xla.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo, _create_work_from_future
+from torch._C import _distributed_c10d
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.groups import Group
@@ -23,7 +23,7 @@ __all__ = ["XlaProcessGroup", "register"]
 
 NAMES = ("sum", "avg", "max", "min")
 Work = Any
-_ProcessGroup: Any = ProcessGroup  # its stubs are of C++'s overloads
+c10d: Any = _distributed_c10d  # its stubs are of C++'s overloads, and not all
 
 
 def register(name: str, transport: Transport) -> None:
@@ -31,7 +31,7 @@ def register(name: str, transport: Transport) -> None:
     if name.upper() in dist.Backend._plugins:
         return
 
-    def create(store: dist.Store, rank: int, size: int, timeout: Any) -> XlaProcessGroup:
+    def create(store: Any, rank: int, size: int, timeout: Any) -> XlaProcessGroup:
         return XlaProcessGroup(store, rank, size, timeout, transport)
 
     dist.Backend.register_backend(name, create, devices=["xla"])
@@ -47,15 +47,15 @@ def _name_of(op: Any) -> str:
 def _done(tensors: Any) -> Work:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(tensors)
-    return _create_work_from_future(future)
+    return c10d._create_work_from_future(future)
 
 
-class XlaProcessGroup(_ProcessGroup):
+class XlaProcessGroup(c10d.ProcessGroup):
     """A process group whose collectives on XLA tensors are the transport's, and on host tensors gloo's."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any, transport: Transport) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any, transport: Transport) -> None:
         super().__init__(rank, size)
-        self._gloo: Any = ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo: Any = c10d.ProcessGroupGloo(store, rank, size, timeout)
         self._transport = transport
         self._described = ""
 
@@ -81,13 +81,13 @@ class XlaProcessGroup(_ProcessGroup):
         return current().group_of(self)
 
     def _alone(self) -> bool:
-        return self.size() == 1
+        return bool(self.size() == 1)
 
     # --- collectives, by the names of torch._C._distributed_c10d.ProcessGroup ---
 
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         if not _on_xla(tensors):
-            return self._gloo.allreduce(tensors, opts or dist.AllreduceOptions())
+            return self._gloo.allreduce(tensors, opts or c10d.AllreduceOptions())
         op = "sum" if opts is None else _name_of(opts.reduceOp)
         if not self._alone():
             for tensor in tensors:
@@ -110,7 +110,7 @@ class XlaProcessGroup(_ProcessGroup):
 
     def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
-            return self._gloo._allgather_base(whole, mine, opts or dist.AllgatherOptions())
+            return self._gloo._allgather_base(whole, mine, opts or c10d.AllgatherOptions())
         flat = mine.reshape(-1)
         found = flat if self._alone() else self._transport.all_gather(flat, 0, self._group)
         whole.copy_(found.view(whole.shape))
@@ -120,7 +120,7 @@ class XlaProcessGroup(_ProcessGroup):
         self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
         if not _on_xla(inputs):
-            return self._gloo.allgather(outputs, inputs, opts or dist.AllgatherOptions())
+            return self._gloo.allgather(outputs, inputs, opts or c10d.AllgatherOptions())
         for parts, mine in zip(outputs, inputs, strict=True):
             found = mine[None] if self._alone() else self._transport.all_gather(mine[None], 0, self._group)
             for part, one in zip(parts, found.unbind(0), strict=True):
@@ -136,7 +136,7 @@ class XlaProcessGroup(_ProcessGroup):
 
     def _reduce_scatter_base(self, mine: torch.Tensor, whole: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
-            return self._gloo._reduce_scatter_base(mine, whole, opts or dist.ReduceScatterOptions())
+            return self._gloo._reduce_scatter_base(mine, whole, opts or c10d.ReduceScatterOptions())
         average = opts is not None and opts.reduceOp == dist.ReduceOp.AVG
         flat = whole.reshape(-1)
         found = flat if self._alone() else self._transport.reduce_scatter(flat, 0, self._group)
@@ -154,7 +154,7 @@ class XlaProcessGroup(_ProcessGroup):
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[Sequence[torch.Tensor]], opts: Any = None
     ) -> Work:
         if not _on_xla(outputs):
-            return self._gloo.reduce_scatter(outputs, inputs, opts or dist.ReduceScatterOptions())
+            return self._gloo.reduce_scatter(outputs, inputs, opts or c10d.ReduceScatterOptions())
         for mine, parts in zip(outputs, inputs, strict=True):
             self._reduce_scatter_base(mine, torch.stack(list(parts)), opts)
         return _done(outputs)
@@ -163,7 +163,7 @@ class XlaProcessGroup(_ProcessGroup):
         self, output: torch.Tensor, given: torch.Tensor, out: Sequence[int], sizes: Sequence[int], opts: Any = None
     ) -> Work:
         if not _on_xla([output, given]):
-            return self._gloo.alltoall_base(output, given, list(out), list(sizes), opts or dist.AllToAllOptions())
+            return self._gloo.alltoall_base(output, given, list(out), list(sizes), opts or c10d.AllToAllOptions())
         found = given
         if not self._alone():
             found = self._transport.all_to_all(given, self._group, out or None, sizes or None)
@@ -171,7 +171,7 @@ class XlaProcessGroup(_ProcessGroup):
         return _done([output])
 
     def barrier(self, opts: Any = None) -> Work:
-        return self._gloo.barrier(opts or dist.BarrierOptions())
+        return self._gloo.barrier(opts or c10d.BarrierOptions())
 
     def send(self, tensors: Sequence[torch.Tensor], target: int, tag: int = 0) -> Work:
         if not _on_xla(tensors):

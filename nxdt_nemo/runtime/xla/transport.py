@@ -1,12 +1,10 @@
 """How the ranks of a group exchange XLA tensors, and the lane's table of collectives on top of it.
 
 Room runtime/. Functional: no argument is written to. Imports torch and torch_xla.
-Proof: tests/runtime/test_xla.py, test_xla_ranks.py.
+Proof: tests/runtime/test_xla.py, tests/megatron/test_xla.py.
 
-    InGraph  collectives of the traced graph, with the replica groups of the whole world (Neuron, and the audit)
-    Hosted   the graph is cut and host copies go over gloo: processes on XLA:CPU, whose client sees a world of one
-
-A group of one rank needs neither.
+Processes on XLA:CPU, whose client sees a world of one: the graph is cut and host copies go over gloo. A group of one
+rank needs nothing. Collectives inside the graph are not there yet.
 """
 
 from __future__ import annotations
@@ -19,14 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch_xla
-import torch_xla.core.xla_model as xm
 
-from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.ops import Ops, Receive, Send
 
-__all__ = ["Hosted", "InGraph", "Transport", "table"]
+__all__ = ["Hosted", "Transport", "table"]
 
 
 class Transport(ABC):
@@ -57,63 +53,6 @@ class Transport(ABC):
 
     @abstractmethod
     def shard(self, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor: ...
-
-
-class InGraph(Transport):
-    """XLA's own collectives. Replica groups are the mesh of the group: every rank lowers the same ones.
-
-    Layouts are not pinned: a pinned all-gather becomes an all-reduce of twice the bytes.
-    """
-
-    def __init__(self) -> None:
-        self._ranks: dict[tuple[tuple[int, ...], ...], torch.Tensor] = {}
-
-    def all_reduce(self, x: torch.Tensor, op: str, group: Group) -> torch.Tensor:
-        scale, kind = (1.0 / group.size, "sum") if op == "avg" else (1.0, op)
-        reduced: torch.Tensor = torch_xla._XLAC._xla_all_reduce(kind, x, scale, _mesh(group), False)
-        return reduced
-
-    def broadcast(self, x: torch.Tensor, source: int, group: Group) -> torch.Tensor:
-        mine = self._rank(group, x.device) == source
-        return self.all_reduce(torch.where(mine, x, torch.zeros_like(x)), "sum", group)
-
-    def all_gather(self, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        whole: torch.Tensor = xm.all_gather(x, dim, groups=_mesh(group), pin_layout=False)
-        return whole
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        return xm.reduce_scatter(
-            xm.REDUCE_SUM, x, 1.0, dim % x.dim(), group.size, groups=_mesh(group), pin_layout=False
-        )
-
-    def all_to_all(
-        self, x: torch.Tensor, group: Group, out: Sequence[int] | None, given: Sequence[int] | None
-    ) -> torch.Tensor:
-        if (out or given) and len({*(out or ()), *(given or ())}) > 1:
-            raise LaneError(f"all_to_all of {group.name} with unequal parts cannot be traced")
-        sent: torch.Tensor = xm.all_to_all(x, 0, 0, group.size, groups=_mesh(group), pin_layout=False)
-        return sent
-
-    def permute(self, x: torch.Tensor, pairs: Sequence[tuple[int, int]], group: Group) -> torch.Tensor:
-        everyone = [[ranks[source], ranks[target]] for ranks in group.mesh for source, target in pairs]
-        return xm.collective_permute(x, everyone)
-
-    def exchange(self, sends: Sequence[Send], receives: Sequence[Receive], group: Group) -> list[torch.Tensor]:
-        raise LaneError(
-            f"point-to-point between ranks of {group.name} is no part of one program for all ranks",
-            fix="use pipeline_model_parallel_size=1 on this lane",
-        )
-
-    def shard(self, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        part = x.shape[dim] // group.size
-        rows = torch.arange(part, device=x.device) + self._rank(group, x.device) * part
-        return x.index_select(dim, rows)
-
-    def _rank(self, group: Group, device: torch.device) -> torch.Tensor:
-        """The place in the group, as a value on the device: one program for all ranks."""
-        if group.mesh not in self._ranks:
-            self._ranks[group.mesh] = torch.tensor(group.rank, dtype=torch.int64).to(device)
-        return self._ranks[group.mesh]
 
 
 class Hosted(Transport):
@@ -178,10 +117,6 @@ class Hosted(Transport):
     def shard(self, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
         part = x.shape[dim] // group.size
         return x.narrow(dim, group.rank * part, part)
-
-
-def _mesh(group: Group) -> list[list[int]]:
-    return [list(ranks) for ranks in group.mesh]
 
 
 def _host(x: torch.Tensor) -> torch.Tensor:
