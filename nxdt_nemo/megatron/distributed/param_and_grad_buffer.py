@@ -20,6 +20,8 @@ __all__ = ["_ParamAndGradBucketGroup", "_ParamAndGradBuffer"]
 class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
     """Upstream's plan of buckets; no flat tensor of gradients."""
 
+    grad_data: Tensor
+
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         nothing: Tensor = torch.empty(0, dtype=self.grad_dtype, device=self.grad_data.device)
