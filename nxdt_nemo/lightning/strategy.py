@@ -57,7 +57,9 @@ class NeuronStrategyMixin:
         self.setup_distributed()  # type: ignore[attr-defined]
 
     def _get_process_group_backend(self) -> str:
-        return current().backend
+        lane = current()
+        lane.register_backend()
+        return lane.backend
 
     # --- random states -------------------------------------------------------------------------------
 

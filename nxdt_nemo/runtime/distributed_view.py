@@ -22,7 +22,11 @@ __all__ = ["distributed_view", "to_backend"]
 
 def to_backend(name: Any) -> Any:
     """The lane's backend for a name that asks for NCCL ("nccl", "cpu:gloo,cuda:nccl"); else `name`."""
-    return current().backend if isinstance(name, str) and "nccl" in name.lower() else name
+    if not isinstance(name, str) or "nccl" not in name.lower():
+        return name
+    lane = current()
+    lane.register_backend()
+    return lane.backend
 
 
 def _type(device_type: str) -> str:

@@ -85,6 +85,10 @@ class Lane(ABC):
     def device(self, local_rank: int = 0) -> torch.device:
         """The device of a rank on this host."""
 
+    def place(self, module: torch.nn.Module) -> torch.nn.Module:
+        """`module` with its parameters and buffers on this rank's device, what upstream noted on them included."""
+        return module.to(self.device())
+
     @abstractmethod
     def device_count(self) -> int:
         """Devices of this host that ranks can be placed on."""
@@ -124,6 +128,9 @@ class Lane(ABC):
     @abstractmethod
     def set_rng_state(self, state: torch.Tensor) -> None:
         """Put the device's generator back into a state that rng_state gave."""
+
+    def register_backend(self) -> None:  # noqa: B027 - most backends are torch's
+        """Let torch.distributed know `backend`, where it is none of torch's; before ranks come up, or again."""
 
     @abstractmethod
     def init_ranks(

@@ -5,11 +5,13 @@ Room runtime/. Imports the standard library only. Proof: tests/runtime/test_sele
 
 from __future__ import annotations
 
+import os
+import re
 from importlib.machinery import PathFinder
 from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
 
-__all__ = ["installed", "neuron_devices"]
+__all__ = ["host_memory", "installed", "neuron_devices", "process_memory", "reset_process_peak", "text"]
 
 
 def installed(module: str, distribution: str | None = None) -> str | None:
@@ -27,3 +29,30 @@ def installed(module: str, distribution: str | None = None) -> str | None:
 def neuron_devices() -> int:
     """Neuron devices that the driver shows."""
     return len(list(Path("/dev").glob("neuron[0-9]*")))
+
+
+def host_memory() -> int:
+    """Bytes that this host, or the container, has."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = text("/sys/fs/cgroup/memory.max").strip()
+    return min(host, int(limit)) if limit.isdigit() else host
+
+
+def process_memory() -> tuple[int, int, int]:
+    """Bytes of this process: private, resident, and the highest resident since the start or reset_process_peak."""
+    status = dict(re.findall(r"^(\w+):\s*(\d+) kB$", text("/proc/self/status"), re.MULTILINE))
+    private, resident, peak = (int(status.get(key, 0)) * 1024 for key in ("RssAnon", "VmRSS", "VmHWM"))
+    return private, resident, max(peak, resident)
+
+
+def reset_process_peak() -> None:
+    """Start process_memory's peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def text(path: str) -> str:
+    """A file of the kernel's, "" on a system that has none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

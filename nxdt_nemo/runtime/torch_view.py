@@ -120,6 +120,22 @@ def _autocast_query(name: str) -> Callable[..., Any]:
     return query
 
 
+class _TensorType(type):
+    """torch.cuda.FloatTensor and the like: a dtype on the runtime's device, in isinstance and in a call."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        here = isinstance(instance, torch.Tensor) and instance.device.type == current().device().type
+        return here and instance.dtype == cls.real.dtype  # type: ignore[attr-defined]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = cls.real(*args, **kwargs)  # type: ignore[attr-defined]
+        return made.to(current().device())
+
+
+def _tensor_type(name: str) -> Any:
+    return _TensorType(name, (), {"real": getattr(torch, name)})
+
+
 class _Stream:
     """One stream: work on this backend is ordered by the device itself."""
 
@@ -173,17 +189,33 @@ class _Event:
         return True
 
 
+class _Generator:
+    """The generator of a device that has none of torch's: its state is the lane's."""
+
+    def get_state(self) -> torch.Tensor:
+        return current().rng_state()
+
+    def set_state(self, state: torch.Tensor) -> None:
+        current().set_rng_state(state)
+
+    def manual_seed(self, seed: int) -> _Generator:
+        current().manual_seed(int(seed))
+        return self
+
+    graphsafe_get_state, graphsafe_set_state = get_state, set_state
+
+
 class _Generators:
     """torch.cuda.default_generators: one, whatever the index."""
 
-    def __getitem__(self, _: Any) -> torch.Generator:
-        return torch.default_generator
+    def __getitem__(self, _: Any) -> Any:
+        return torch.default_generator if current().device().type == "cpu" else _Generator()
 
     def __len__(self) -> int:
         return 1
 
-    def __iter__(self) -> Iterator[torch.Generator]:
-        yield torch.default_generator
+    def __iter__(self) -> Iterator[Any]:
+        yield self[0]
 
 
 class _DeviceContext:
@@ -316,7 +348,7 @@ def _cuda_table() -> dict[str, Any]:
     ):
         table[name] = _nothing
     for name in TENSOR_TYPES:
-        table[name] = getattr(torch, name)
+        table[name] = _tensor_type(name)
     return table | random
 
 
@@ -431,6 +463,8 @@ def _hook_device(owner: type, name: str, views: Views) -> Callable[[], None]:
                 args = (to_lane(args[0]), *args[1:])
             if "device" in kwargs:
                 kwargs["device"] = to_lane(kwargs["device"])
+            if name == "to" and current().device() in (*args, *kwargs.values()):
+                current().place(self)
         return original(self, *args, **kwargs)
 
     setattr(owner, name, method)
@@ -447,7 +481,8 @@ def hook_cuda(owner: type, views: Views) -> Callable[[], None]:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if views.scope_of(caller) is None:
             return original(self, *args, **kwargs)
-        return self.to(current().device())
+        lane = current()
+        return lane.place(self) if isinstance(self, torch.nn.Module) else self.to(lane.device())
 
     owner.cuda = cuda  # type: ignore[attr-defined]
     return lambda: setattr(owner, "cuda", original) if own else delattr(owner, "cuda")

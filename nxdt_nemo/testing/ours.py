@@ -10,10 +10,11 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.families import Stage, build, config_of, losses_of, mean_of, stock_specs
 from nxdt_nemo.testing.mistakes import Fault, Training, mistake
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "gradients_of", "our_specs", "set_up", "train", "update"]
+
+Read = Callable[[Any], Any]
 
 ACTIVE = "nxdt_nemo:activate"  # a pool's init
 ACTIVE_ENV = {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}
@@ -119,6 +122,7 @@ def set_up(
     model = _stages(recipe, layout, state, fields)
     if weights is not None:
         load(model, weights, recipe.gated, Ranks.here())
+    model = [current().place(stage) for stage in model]
     chunks, optimizer = _wrap(model, recipe, layout.zero, ddp)
     model[0].config.finalize_model_grads_func = finalize_model_grads
     named = [] if weights is None else list(global_names(model, weights, Ranks.here()))
@@ -138,7 +142,7 @@ def _steps(report: Part, recipe: Recipe, layout: Layout, training: Training, ste
         report.grad_norms.append(update(training.optimizer, recipe, step))
 
 
-def gradients_of(training: Training, recipe: Recipe, layout: Layout, step: int) -> list[float]:
+def gradients_of(training: Training, recipe: Recipe, layout: Layout, step: int, read: Read = float) -> list[Any]:
     """A step's forward and backward passes; returns the losses of this rank's micro-batches, see _forward_backward."""
     from megatron.core import parallel_state
 
@@ -146,15 +150,15 @@ def gradients_of(training: Training, recipe: Recipe, layout: Layout, step: int) 
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    return _forward_backward(training.chunks, recipe, batches)
+    return _forward_backward(training.chunks, recipe, batches, read)
 
 
-def update(optimizer: Any, recipe: Recipe, step: int) -> float:
-    """The optimizer's step; returns the gradients' norm."""
+def update(optimizer: Any, recipe: Recipe, step: int, read: Read = float) -> Any:
+    """The optimizer's step; returns the gradients' norm, as `read` makes it of upstream's."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr_at(step)
         group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
-    return float(optimizer.step()[1])
+    return read(optimizer.step()[1])
 
 
 def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:
@@ -353,21 +357,25 @@ def _wrap(
     return chunks, get_megatron_optimizer(adam, chunks)
 
 
-def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch]) -> list[float]:
-    """Each micro-batch's loss (on the last stage, else none); gradients are left in main_grad, reduced."""
+def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch], read: Read) -> list[Any]:
+    """Each micro-batch's loss (on the last stage, else none), as `read` makes it of a tensor; gradients are left in
+    main_grad, reduced."""
+    import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    lane = current()
+    loss_dtype = torch.float64 if lane.supports(torch.float64) else torch.float32
 
     def forward(source: Any, stage: Any) -> tuple[torch.Tensor, Any]:
         whole = next(source)
         batch, positions = _zigzag(whole, cp, cp_rank)
 
         def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-            known = mean_of(losses.detach().double(), recipe, batch, whole.labels.size)
+            known = mean_of(losses.detach().to(loss_dtype), recipe, batch, whole.labels.size)
             # the schedule multiplies by the context parallel size, since it averages over these ranks' gradients
-            return mean_of(losses.float(), recipe, batch, whole.labels.size), {"loss": float(known) * cp}
+            return mean_of(losses.float(), recipe, batch, whole.labels.size), {"loss": read(known) * cp}
 
         return losses_of(stage, recipe, batch, positions), loss_of
 

@@ -32,7 +32,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def has(monkeypatch: pytest.MonkeyPatch, devices: int = 0, **versions: str) -> None:
     """This machine has these packages and as many Neuron devices."""
-    for module in (xla, neuron):
+    for module in (xla.lane, neuron):
         monkeypatch.setattr(module, "installed", lambda name, *_: versions.get(name))
         monkeypatch.setattr(module, "neuron_devices", lambda: devices)
 
@@ -45,7 +45,12 @@ AUTO = [  # devices, packages, the reason that is printed
     (
         2,
         {"torch": "2.10.0", "torch_neuronx": "1", "torch_xla": "2.10"},
-        "neuron: not in this release yet; xla: not in this release yet",
+        "neuron: not in this release yet; xla: libneuronxla is not installed: it comes with the AWS Neuron SDK",
+    ),
+    (
+        2,
+        {"torch": "2.9.0", "torch_xla": "2.9.0", "libneuronxla": "2"},
+        "neuron: needs torch>=2.10, found 2.9.0; xla: has to be asked for",
     ),
 ]
 
@@ -68,7 +73,6 @@ def test_auto_takes_the_best_that_is_usable(monkeypatch: pytest.MonkeyPatch) -> 
 
 ASKED = [  # lane, packages, what the one line says
     ("xla", {}, ["torch_xla is not installed: pip install 'nxdt-nemo[xla]'"]),
-    ("xla", {"torch_xla": "2.9.0"}, ["xla lane: not in this release yet"]),
     ("neuron", {"torch": "2.9.0"}, ["needs torch>=2.10, found 2.9.0", "torch_neuronx is not installed: "]),
     ("neuron", {"torch": "2.10.0", "torch_neuronx": "1"}, ["no Neuron device", "neuron lane: not in this release yet"]),
     ("tpu", {}, ["'tpu' is not a lane", "use auto, cpu, xla or neuron"]),
@@ -90,6 +94,12 @@ def test_a_wish_that_cannot_be_met_is_one_line(
         assert part in str(error.value)
     with pytest.raises(LaneError):
         current()
+
+
+def test_the_xla_lane_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, 0, torch="2.9.0", torch_xla="2.9.0")
+    lane, reason = select("xla")
+    assert (lane.name, reason) == ("xla", "asked for by runtime=xla")
 
 
 def test_an_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

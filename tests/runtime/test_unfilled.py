@@ -1,4 +1,4 @@
-"""The xla and neuron lanes of this release: the whole interface, and each call says that it is not there."""
+"""The neuron lane of this release: the whole interface, and each call says that it is not there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.lane import Lane
 from nxdt_nemo.runtime.neuron import NeuronLane
 from nxdt_nemo.runtime.unfilled import UnfilledLane
-from nxdt_nemo.runtime.xla import XlaLane
 
 METHODS = sorted(Lane.__abstractmethods__ - {"probe"})
 
 
-@pytest.mark.parametrize("lane", [XlaLane, NeuronLane])
+@pytest.mark.parametrize("lane", [NeuronLane])
 @pytest.mark.parametrize("method", METHODS)
 def test_says_that_it_is_not_there(lane: type[UnfilledLane], method: str) -> None:
     member = inspect.getattr_static(lane, method)

@@ -40,6 +40,18 @@ class AdamSettings:
     bias_correction: bool
     weight_decay: float
 
+    def of_this_step(self, like: torch.Tensor) -> Sequence[torch.Tensor]:
+        """lr, 1 - beta1^step and 1 - beta2^step, float32 [] beside `like`.
+
+        Numbers go to the device together, once a step, as data: a new value must not be a new constant in a graph, and
+        a graph of a number is not the graph of 0 or of 1 where constants are folded.
+        """
+        lr, step = self.lr, self.step
+        if not isinstance(lr, torch.Tensor) and not isinstance(step, torch.Tensor):
+            corrections = [1.0 - beta**step if self.bias_correction else 1.0 for beta in (self.beta1, self.beta2)]
+            return torch.tensor([lr, *corrections], dtype=torch.float32).to(like.device).unbind(0)
+        return [self.learning_rate(like), self.correction(self.beta1, like), self.correction(self.beta2, like)]
+
     def correction(self, beta: float, like: torch.Tensor) -> torch.Tensor:
         """1 - beta^step, a float32 tensor: a new value each step must not be a new constant in a graph."""
         if not self.bias_correction:
@@ -96,8 +108,16 @@ def _one_pass(grads: Tensors, params: Tensors, means: Tensors, squares: Tensors,
     return True
 
 
-def _formula(grads: Tensors, params: Tensors, means: Tensors, squares: Tensors, s: AdamSettings) -> None:
+def _formula(
+    grads: Tensors,
+    params: Tensors,
+    means: Tensors,
+    squares: Tensors,
+    s: AdamSettings,
+    numbers: Sequence[torch.Tensor],
+) -> None:
     """Apex's formula in float32, for any device and dtype."""
+    lr, correction1, correction2 = numbers
     g, p, m, v = (in_float32(tensors) for tensors in (grads, params, means, squares))
     if not s.decoupled and s.weight_decay:
         g = list(torch._foreach_add(g, p, alpha=s.weight_decay))
@@ -105,14 +125,14 @@ def _formula(grads: Tensors, params: Tensors, means: Tensors, squares: Tensors, 
     torch._foreach_add_(m, g, alpha=1 - s.beta1)
     torch._foreach_mul_(v, s.beta2)
     torch._foreach_addcmul_(v, g, g, value=1 - s.beta2)
-    denominators = torch._foreach_div(v, s.correction(s.beta2, p[0]))
+    denominators = torch._foreach_div(v, correction2)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, s.eps)
-    updates = torch._foreach_div(m, s.correction(s.beta1, p[0]))
+    updates = torch._foreach_div(m, correction1)
     torch._foreach_div_(updates, denominators)
     if s.decoupled and s.weight_decay:
         torch._foreach_add_(updates, p, alpha=s.weight_decay)
-    torch._foreach_mul_(updates, s.learning_rate(p[0]))
+    torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(p, updates)
     for computed, stored in ((p, params), (m, means), (v, squares)):
         store(computed, stored)
@@ -123,10 +143,12 @@ def adam_update(grads: Tensors, params: Tensors, means: Tensors, squares: Tensor
 
     p -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), m_hat and v_hat bias-corrected.
     """
+    numbers: Sequence[torch.Tensor] | None = None
     for run in _runs(params):
         g, p, m, v = grads[run], params[run], means[run], squares[run]
         if not _one_pass(g, p, m, v, settings):
-            _formula(g, p, m, v, settings)
+            numbers = numbers or settings.of_this_step(p[0])
+            _formula(g, p, m, v, settings, numbers)
 
 
 def multi_tensor_adam(

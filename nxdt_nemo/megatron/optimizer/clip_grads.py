@@ -1,21 +1,54 @@
-"""Gradient clipping that does not ask for a CUDA tensor.
+"""Gradient clipping that does not ask for a CUDA tensor, and on a traced lane does not read the norm.
 
-Room megatron/. Stands in for megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32.
-Proof: tests/megatron/test_zero.py.
+Room megatron/. Stands in for two functions of megatron.core.optimizer.clip_grads.
+Proof: tests/megatron/test_zero.py, test_xla.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["clip_grad_by_total_norm_fp32"]
+from nxdt_nemo.apex._kernels.scale_norm import norms
+from nxdt_nemo.runtime.select import current
+
+__all__ = ["clip_grad_by_total_norm_fp32", "get_grad_norm_fp32"]
+
+
+def get_grad_norm_fp32(
+    upstream: Callable[..., float],
+    grads_for_norm: list[Tensor] | Tensor,
+    norm_type: float = 2,
+    grad_stats_parallel_group: dist.ProcessGroup | None = None,
+    **others: Any,
+) -> float | Tensor:
+    """Upstream's norm; on a traced lane a tensor [], float32, since a value would cut the step in two graphs."""
+    if current().ragged:
+        return upstream(grads_for_norm, norm_type, grad_stats_parallel_group, **others)
+    grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else list(grads_for_norm)
+    each = norms(grads) if norm_type == 2 else _norms(grads, norm_type)
+    if math.isinf(norm_type):
+        total, op = each.amax(), dist.ReduceOp.MAX
+    else:
+        total, op = (each**norm_type).sum(), dist.ReduceOp.SUM
+    dist.all_reduce(total, op=op, group=grad_stats_parallel_group)
+    return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
+
+
+def _norms(grads: list[Tensor], norm_type: float) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32) for grad in grads])
 
 
 def clip_grad_by_total_norm_fp32(
-    parameters: Iterable[Tensor] | Tensor, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    parameters: Iterable[Tensor] | Tensor,
+    max_norm: float,
+    total_norm: float | Tensor,
+    use_decoupled_grad: bool = False,
 ) -> None:
     """Scale the float32 gradients in place by max_norm / (total_norm + 1e-6) where that is less than one.
 
@@ -25,5 +58,7 @@ def clip_grad_by_total_norm_fp32(
     params = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [grad for param in params if (grad := getattr(param, name, None)) is not None]
     scale = max_norm / (total_norm + 1.0e-6)
-    if scale < 1.0 and grads:
+    if isinstance(scale, Tensor):
+        torch._foreach_mul_(grads, scale.clamp_max(1.0))
+    elif scale < 1.0 and grads:
         torch._foreach_mul_(grads, scale)

@@ -25,7 +25,7 @@ from nxdt_nemo.megatron.optimizer.sharded_state import (
     state_template,
     whole_states,
 )
-from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece, refuse_on_traced_lanes
 
 __all__ = ["DistributedOptimizer"]
 
@@ -251,7 +251,8 @@ def _bucket(bucket: Any, buffer: Any) -> Bucket:
 
 
 def _refuse(optimizer: Any, config: Any, ddp_config: Any) -> None:
-    """Raise NotOnNeuron for settings that this optimizer does not have."""
+    """Raise NotOnNeuron for settings that this optimizer does not have, LaneError for a lane."""
+    refuse_on_traced_lanes("use_distributed_optimizer=True", "use False")
     for key, found in (
         ("use_custom_fsdp", ddp_config.use_custom_fsdp),
         ("optimizer_cpu_offload", config.optimizer_cpu_offload),

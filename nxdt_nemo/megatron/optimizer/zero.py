@@ -18,9 +18,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.rounding import copy_rounded_
+from nxdt_nemo.runtime.select import current
 
-__all__ = ["Bucket", "Piece", "allocate", "gather_parameters", "reduce_gradients"]
+__all__ = ["Bucket", "Piece", "allocate", "gather_parameters", "reduce_gradients", "refuse_on_traced_lanes"]
 
 Span = tuple[nn.Parameter, int, int]
 
@@ -107,6 +109,13 @@ class Bucket:
             if hasattr(param, name):
                 setattr(main, name, getattr(param, name))
         return Piece(param, start, stop, model, grad, main)
+
+
+def refuse_on_traced_lanes(place: str, fix: str) -> None:
+    """Raise LaneError where graphs are traced: each rank's pieces would be another graph."""
+    lane = current()
+    if not lane.ragged:
+        raise LaneError(f"sharded optimizers are not on the {lane.name} lane in this release yet", place=place, fix=fix)
 
 
 def allocate(params: Sequence[nn.Parameter], group: dist.ProcessGroup) -> Bucket:

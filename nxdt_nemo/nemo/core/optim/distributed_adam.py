@@ -32,7 +32,14 @@ from nxdt_nemo.megatron.optimizer.sharded_state import (
     state_template,
     whole_states,
 )
-from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece, allocate, gather_parameters, reduce_gradients
+from nxdt_nemo.megatron.optimizer.zero import (
+    Bucket,
+    Piece,
+    allocate,
+    gather_parameters,
+    reduce_gradients,
+    refuse_on_traced_lanes,
+)
 from nxdt_nemo.runtime.hosts import carries_host_memory
 
 __all__ = ["MegatronDistributedFusedAdam"]
@@ -77,6 +84,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         bucket_cap_mb: float = 100,
         **layout: Any,
     ) -> None:
+        refuse_on_traced_lanes("model.optim.name=distributed_fused_adam", "use fused_adam")
         if disable_distributed_parameters:
             _stop("disable_distributed_parameters", True, "use optim.name=fused_adam, which shards nothing")
         if str_to_dtype(dtype) != torch.float32:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nxdt_nemo.runtime.select import current
+
 __all__ = ["setup_embeddings_and_output_layer"]
 
 
@@ -19,6 +21,8 @@ def setup_embeddings_and_output_layer(upstream: Callable[[Any], None], self: Any
     """Upstream's, then `shared` on copies of embeddings, and `zero_out_wgrad` on a weight used at both ends."""
     from megatron.core import parallel_state
 
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        current().place(self)  # upstream moves the data of the two ends' weights, which not every lane can
     upstream(self)
     if not self.pre_process:
         return

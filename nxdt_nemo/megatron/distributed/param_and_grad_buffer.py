@@ -1,0 +1,86 @@
+"""Gradients that add up in a tensor of each parameter's own, where steps are traced.
+
+Room megatron/. Stands in for two classes of megatron.core.distributed.param_and_grad_buffer on traced lanes. Upstream's
+main_grad is a view of one flat tensor: traced, each write to a view is a copy of the flat tensor (430 to 820 ms a step
+against 122). Here a bucket is put together when it is reduced, and taken apart again; a group of one rank does neither.
+Proof: tests/megatron/test_xla.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import param_and_grad_buffer as upstream
+from torch import Tensor
+
+__all__ = ["_ParamAndGradBucketGroup", "_ParamAndGradBuffer"]
+
+
+class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
+    """Upstream's plan of buckets; no flat tensor of gradients."""
+
+    grad_data: Tensor
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        nothing: Tensor = torch.empty(0, dtype=self.grad_dtype, device=self.grad_data.device)
+        self.grad_data = nothing
+        for bucket in self.buckets:
+            bucket.length = bucket.grad_data.numel()
+            bucket.grad_data = nothing
+
+    def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> Tensor:
+        if buffer_type is not upstream.BufferType.GRAD:
+            return super()._get(shape, start_index, buffer_type)  # type: ignore[no-any-return]
+        made = torch.zeros(shape, dtype=self.grad_dtype, device=self.grad_data.device)
+        made.start = start_index  # type: ignore[attr-defined]
+        return made
+
+    def scale_gradients(self, scaling_factor: float) -> None:
+        for param in self.params:
+            param.main_grad.mul_(scaling_factor)
+
+    def reset(self) -> None:
+        for param in self.params:
+            param.main_grad.zero_()
+
+
+class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
+    """Reduces what upstream reduces."""
+
+    def start_grad_sync(self) -> None:
+        distributed = self.ddp_config.use_distributed_optimizer
+        group = self.intra_distributed_optimizer_instance_group if distributed else self.data_parallel_group
+        if group.size() == 1 and not distributed:
+            for bucket in self.buckets:
+                if bucket.gradient_scaling_factor != 1.0:
+                    torch._foreach_mul_([p.main_grad for p in bucket.params_list], bucket.gradient_scaling_factor)
+            self.grad_reduce_handle = None
+            return
+        for bucket in self.buckets:
+            bucket.grad_data = _together(bucket)
+        super().start_grad_sync()
+        if not distributed:
+            for bucket in self.buckets:
+                _apart(bucket)
+
+
+def _together(bucket: Any) -> Tensor:
+    """All of a bucket's gradients, each in its place, zeros between."""
+    pieces, at = [], bucket.offset
+    for param in sorted(bucket.params_list, key=lambda param: param.main_grad.start):
+        flat = param.main_grad.flatten()
+        if param.main_grad.start > at:
+            pieces.append(flat.new_zeros(param.main_grad.start - at))
+        pieces.append(flat)
+        at = param.main_grad.start + flat.numel()
+    rest = bucket.offset + bucket.length - at
+    return torch.cat([*pieces, pieces[0].new_zeros(rest)] if rest else pieces)
+
+
+def _apart(bucket: Any) -> None:
+    for param in bucket.params_list:
+        begin = param.main_grad.start - bucket.offset
+        param.main_grad.copy_(bucket.grad_data[begin : begin + param.main_grad.numel()].view_as(param.main_grad))
+    bucket.grad_data = bucket.grad_data.new_empty(0)

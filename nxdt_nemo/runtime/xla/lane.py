@@ -1,0 +1,212 @@
+"""The lane itself: torch-xla's device, random numbers, ranks and the ends of steps.
+
+Room runtime/. torch_xla is imported when the lane is used, torch_neuronx by torch_xla where it is there; without it
+the same programs run on XLA:CPU. Proof: tests/runtime/test_xla.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from nxdt_nemo.errors import LaneError
+from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
+from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
+from nxdt_nemo.runtime.ranks import RanksLane
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from nxdt_nemo.runtime.gaps import PremulSum
+    from nxdt_nemo.runtime.ops import Ops
+    from nxdt_nemo.runtime.xla.transport import Transport
+
+__all__ = ["XlaLane"]
+
+PJRT = "PJRT_DEVICE"
+
+
+class XlaLane(RanksLane):
+    """Graphs traced by torch-xla, one process a NeuronCore; XLA:CPU where there is none.
+
+    Values that a step computes are read at the next boundary: see defer.
+    """
+
+    name = "xla"
+    backend = "nxdt_xla"  # not torch_xla's "xla", whose groups of some ranks are groups of one (xla_backend.py)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
+        self._due: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
+
+    @classmethod
+    def probe(cls, *, asked: bool = False) -> Verdict:
+        """On XLA:CPU where there is no Neuron device. `auto` does not choose it in this release: see docs/xla.md."""
+        if installed("torch_xla") is None:
+            hint = ": pip install 'nxdt-nemo[xla]'" if asked else ""
+            return Verdict(False, f"torch_xla is not installed{hint}")
+        if not neuron_devices():
+            return Verdict(asked, "XLA:CPU" if asked else "no Neuron device")
+        if installed("libneuronxla") is None:
+            return Verdict(False, "libneuronxla is not installed: it comes with the AWS Neuron SDK")
+        return Verdict(asked, "a Neuron device, on which nobody has tried it" if asked else "has to be asked for")
+
+    def enter_process(self) -> Undo:
+        """torch_xla reads PJRT_DEVICE when it is imported: it is set before."""
+        before = os.environ.get(PJRT)
+        os.environ[PJRT] = "NEURON" if neuron_devices() else "CPU"
+
+        def restore() -> None:
+            if before is None:
+                os.environ.pop(PJRT, None)
+            else:
+                os.environ[PJRT] = before
+
+        return restore
+
+    def device(self, local_rank: int = 0) -> torch.device:
+        import torch_xla
+
+        return torch_xla.device()  # type: ignore[no-any-return]
+
+    def place(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Module.to makes new parameters here: it drops `tensor_model_parallel` and the like, and unties tied ones."""
+        import torch
+
+        device, made = self.device(), {}
+        for part in module.modules():
+            for name, old in part._parameters.items():
+                if old is None or old.device == device:
+                    continue
+                if old not in made:
+                    made[old] = torch.nn.Parameter(old.detach().to(device), old.requires_grad)
+                    made[old].__dict__.update(vars(old))
+                part._parameters[name] = made[old]
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else buffer.to(device)
+        return module
+
+    def device_count(self) -> int:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or 1
+
+    def name_of_device(self) -> str:
+        import torch_xla.runtime as xr
+
+        return f"XLA:{xr.device_type()}"
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        import torch
+
+        return dtype in (torch.float32, torch.bfloat16)
+
+    def total_memory(self) -> int:
+        return host_memory() if self._on_host else int(self._memory_info()["bytes_limit"])
+
+    def memory(self) -> MemoryFigures:
+        if self._on_host:
+            return MemoryFigures(*process_memory())
+        used = int(self._memory_info()["bytes_used"])
+        return MemoryFigures(used, used, max(used, int(self._memory_info().get("peak_bytes_used", 0))))
+
+    def reset_peak_memory(self) -> None:
+        if self._on_host:
+            reset_process_peak()
+
+    @cached_property
+    def _on_host(self) -> bool:
+        import torch_xla.runtime as xr
+
+        return bool(xr.device_type() == "CPU")
+
+    def _memory_info(self) -> dict[str, int]:
+        import torch_xla.core.xla_model as xm
+
+        found: dict[str, int] = xm.get_memory_info(self.device())
+        return found
+
+    def synchronize(self) -> None:
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+
+        torch_xla.sync()
+        xm.wait_device_ops()
+
+    def manual_seed(self, seed: int) -> None:
+        import torch_xla.core.xla_model as xm
+
+        xm.set_rng_state(seed % 2**64)
+
+    def rng_state(self) -> torch.Tensor:
+        """torch_xla's is one number of 64 bits, without a sign: int64 [1] of the same bits."""
+        import torch
+        import torch_xla.core.xla_model as xm
+
+        state = xm.get_rng_state()
+        return torch.tensor([state - 2**64 if state >= 2**63 else state], dtype=torch.int64)
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        import torch_xla.core.xla_model as xm
+
+        xm.set_rng_state(int(state[0]) % 2**64)
+
+    def register_backend(self) -> None:
+        from nxdt_nemo.runtime.xla.process_group import register
+
+        register(self.backend, self.transport)
+
+    @cached_property
+    def transport(self) -> Transport:
+        """How ranks of groups of more than one talk."""
+        from nxdt_nemo.runtime.xla.transport import Hosted
+
+        if not self._on_host:
+            raise LaneError("collectives between NeuronCores are not in this release yet", fix="use one rank")
+        return Hosted()
+
+    @cached_property
+    def ops(self) -> Ops:
+        from nxdt_nemo.runtime.xla.transport import table
+
+        return table(self.transport)
+
+    def premul_sum(self, factor: float) -> PremulSum:
+        from nxdt_nemo.runtime.gaps import PremulSum
+
+        return PremulSum(factor)
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
+    ) -> dist.Work | None:
+        from nxdt_nemo.runtime import gaps
+
+        return gaps.all_reduce(tensor, op, group, async_op)
+
+    def coalescing(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
+    ) -> AbstractContextManager[Any]:
+        from nxdt_nemo.runtime import gaps
+
+        return gaps.coalescing(group, device, async_ops)
+
+    def step_boundary(self) -> None:
+        """Hand the graph over, and answer what was asked of the one before: it is done, or nearly."""
+        import torch_xla
+
+        torch_xla.sync()
+        due, self._due, self._asked = self._due, self._asked, []
+        for function, tensors in due:
+            function(*(tensor.cpu() for tensor in tensors))
+
+    def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """Called at the boundary after the next one, so that the host never waits for the step it has just begun."""
+        self._asked.append((function, tuple(tensor.detach() for tensor in tensors)))
+
+    def close_ranks(self) -> None:
+        self.step_boundary()
+        self.step_boundary()
+        super().close_ranks()

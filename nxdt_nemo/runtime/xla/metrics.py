@@ -1,0 +1,26 @@
+"""What a traced step made the device do: the figures by which a lost graph shows.
+
+Room runtime/. Reads torch_xla.debug.metrics. Proof: tests/megatron/test_xla.py.
+"""
+
+from __future__ import annotations
+
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+
+__all__ = ["counters", "wait"]
+
+METRICS = {"CompileTime": "compiled", "ExecuteTime": "executed", "TransferFromDeviceTime": "read"}
+
+
+def counters() -> dict[str, int]:
+    """Since the process began: graphs compiled and executed, tensors read back, and operations that fell off XLA by
+    their aten names."""
+    found = {short: int((met.metric_data(name) or (0,))[0]) for name, short in METRICS.items()}
+    aten = {name: int(met.counter_value(name)) for name in met.counter_names() if name.startswith("aten::")}
+    return found | {name: value for name, value in aten.items() if value}
+
+
+def wait() -> None:
+    """Return when what was handed over is done; an execution counts when it ends. Hands nothing over itself."""
+    xm.wait_device_ops()

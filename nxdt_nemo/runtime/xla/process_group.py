@@ -1,0 +1,203 @@
+"""torch.distributed on XLA tensors, for upstream's direct calls.
+
+Room runtime/. Stands in for torch_xla/distributed/xla_backend.py (2.9), whose groups of some ranks know only
+themselves, whose all-to-all ignores them and whose barrier does nothing. Host tensors (objects, flags, barriers) go
+over gloo. Imports torch. Proof: tests/runtime/test_xla.py, tests/megatron/test_xla.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d
+
+from nxdt_nemo.errors import LaneError
+from nxdt_nemo.runtime.groups import Group
+from nxdt_nemo.runtime.select import current
+from nxdt_nemo.runtime.xla.transport import Transport
+
+__all__ = ["XlaProcessGroup", "register"]
+
+NAMES = ("sum", "avg", "max", "min")
+Work = Any
+c10d: Any = _distributed_c10d  # its stubs are of C++'s overloads, and not all
+
+
+def register(name: str, transport: Transport) -> None:
+    """Let torch.distributed make process groups of backend `name`."""
+    if name.upper() in dist.Backend._plugins:
+        return
+
+    def create(store: Any, rank: int, size: int, timeout: Any) -> XlaProcessGroup:
+        return XlaProcessGroup(store, rank, size, timeout, transport)
+
+    dist.Backend.register_backend(name, create, devices=["xla"])
+
+
+def _name_of(op: Any) -> str:
+    for name in NAMES:
+        if op == getattr(dist.ReduceOp, name.upper()):  # torch's own are equal, and have other hashes
+            return name
+    raise LaneError(f"reducing by {op} has no counterpart on the xla lane", fix=f"use one of {', '.join(NAMES)}")
+
+
+def _done(tensors: Any) -> Work:
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(tensors)
+    return c10d._create_work_from_future(future)
+
+
+class XlaProcessGroup(c10d.ProcessGroup):
+    """A process group whose collectives on XLA tensors are the transport's, and on host tensors gloo's."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any, transport: Transport) -> None:
+        super().__init__(rank, size)
+        self._gloo: Any = c10d.ProcessGroupGloo(store, rank, size, timeout)
+        self._transport = transport
+        self._described = ""
+
+    def getBackendName(self) -> str:
+        return "nxdt_xla"
+
+    def _set_group_name(self, name: str) -> None:
+        self._named = name
+
+    @property
+    def group_name(self) -> str:
+        return self._named
+
+    def _set_group_desc(self, name: str) -> None:
+        self._described = name
+
+    @property
+    def group_desc(self) -> str:
+        return self._described
+
+    @property
+    def _group(self) -> Group:
+        return current().group_of(self)
+
+    def _alone(self) -> bool:
+        return bool(self.size() == 1)
+
+    # --- collectives, by the names of torch._C._distributed_c10d.ProcessGroup ---
+
+    def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
+        if not _on_xla(tensors):
+            return self._gloo.allreduce(tensors, opts or c10d.AllreduceOptions())
+        op = "sum" if opts is None else _name_of(opts.reduceOp)
+        if not self._alone():
+            for tensor in tensors:
+                tensor.copy_(self._transport.all_reduce(tensor, op, self._group))
+        return _done(tensors)
+
+    def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
+        return self.allreduce(tensors, opts)
+
+    def reduce(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
+        return self.allreduce(tensors, opts) if _on_xla(tensors) else self._gloo.reduce(tensors, opts)
+
+    def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
+        if not _on_xla(tensors):
+            return self._gloo.broadcast(tensors, opts)
+        if not self._alone():
+            for tensor in tensors:
+                tensor.copy_(self._transport.broadcast(tensor, opts.rootRank, self._group))
+        return _done(tensors)
+
+    def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
+        if not _on_xla([whole, mine]):
+            return self._gloo._allgather_base(whole, mine, opts or c10d.AllgatherOptions())
+        flat = mine.reshape(-1)
+        found = flat if self._alone() else self._transport.all_gather(flat, 0, self._group)
+        whole.copy_(found.view(whole.shape))
+        return _done([whole])
+
+    def allgather(
+        self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], opts: Any = None
+    ) -> Work:
+        if not _on_xla(inputs):
+            return self._gloo.allgather(outputs, inputs, opts or c10d.AllgatherOptions())
+        for parts, mine in zip(outputs, inputs, strict=True):
+            found = mine[None] if self._alone() else self._transport.all_gather(mine[None], 0, self._group)
+            for part, one in zip(parts, found.unbind(0), strict=True):
+                part.copy_(one)
+        return _done(outputs)
+
+    def allgather_into_tensor_coalesced(
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any = None
+    ) -> Work:
+        for whole, mine in zip(outputs, inputs, strict=True):
+            self._allgather_base(whole, mine)
+        return _done(outputs)
+
+    def _reduce_scatter_base(self, mine: torch.Tensor, whole: torch.Tensor, opts: Any = None) -> Work:
+        if not _on_xla([whole, mine]):
+            return self._gloo._reduce_scatter_base(mine, whole, opts or c10d.ReduceScatterOptions())
+        average = opts is not None and opts.reduceOp == dist.ReduceOp.AVG
+        flat = whole.reshape(-1)
+        found = flat if self._alone() else self._transport.reduce_scatter(flat, 0, self._group)
+        mine.copy_((found / self.size() if average else found).view(mine.shape))
+        return _done([mine])
+
+    def reduce_scatter_tensor_coalesced(
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any = None
+    ) -> Work:
+        for mine, whole in zip(outputs, inputs, strict=True):
+            self._reduce_scatter_base(mine, whole, opts)
+        return _done(outputs)
+
+    def reduce_scatter(
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[Sequence[torch.Tensor]], opts: Any = None
+    ) -> Work:
+        if not _on_xla(outputs):
+            return self._gloo.reduce_scatter(outputs, inputs, opts or c10d.ReduceScatterOptions())
+        for mine, parts in zip(outputs, inputs, strict=True):
+            self._reduce_scatter_base(mine, torch.stack(list(parts)), opts)
+        return _done(outputs)
+
+    def alltoall_base(
+        self, output: torch.Tensor, given: torch.Tensor, out: Sequence[int], sizes: Sequence[int], opts: Any = None
+    ) -> Work:
+        if not _on_xla([output, given]):
+            return self._gloo.alltoall_base(output, given, list(out), list(sizes), opts or c10d.AllToAllOptions())
+        found = given
+        if not self._alone():
+            found = self._transport.all_to_all(given, self._group, out or None, sizes or None)
+        output.copy_(found.view(output.shape))
+        return _done([output])
+
+    def barrier(self, opts: Any = None) -> Work:
+        return self._gloo.barrier(opts or c10d.BarrierOptions())
+
+    def send(self, tensors: Sequence[torch.Tensor], target: int, tag: int = 0) -> Work:
+        if not _on_xla(tensors):
+            return self._gloo.send(tensors, target, tag)
+        self._transport.exchange([(tensor, target) for tensor in tensors], [], self._group)
+        return _done(tensors)
+
+    def recv(self, tensors: Sequence[torch.Tensor], source: int, tag: int = 0) -> Work:
+        if not _on_xla(tensors):
+            return self._gloo.recv(tensors, source, tag)
+        found = self._transport.exchange([], [(one.shape, one.dtype, source) for one in tensors], self._group)
+        for tensor, one in zip(tensors, found, strict=True):
+            tensor.copy_(one)
+        return _done(tensors)
+
+    def gather(self, outputs: Any, inputs: Sequence[torch.Tensor], opts: Any) -> Work:
+        return self._host_only("gather", inputs).gather(outputs, inputs, opts)
+
+    def scatter(self, outputs: Sequence[torch.Tensor], inputs: Any, opts: Any) -> Work:
+        return self._host_only("scatter", outputs).scatter(outputs, inputs, opts)
+
+    def _host_only(self, name: str, tensors: Sequence[torch.Tensor]) -> Any:
+        if _on_xla(tensors):
+            raise LaneError(f"torch.distributed.{name} of tensors on the device has no counterpart on the xla lane")
+        return self._gloo
+
+
+def _on_xla(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(tensor.device.type == "xla" for tensor in tensors)

@@ -1,0 +1,56 @@
+"""Our side of a parity table on a lane that traces steps, and what each step made the device do.
+
+Room testing/. Runs in a rank of a pool with TRACED_ENV, init=ACTIVE and group=False: the lane brings the rank up.
+Losses and norms are read once, at the end. Proof: tests/megatron/test_xla.py.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nxdt_nemo.runtime import current
+from nxdt_nemo.testing.ours import forget_groups, gradients_of, set_up, update
+from nxdt_nemo.testing.recipe import Layout, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TRACED_ENV", "Traced", "train"]
+
+TRACED_ENV = {"NXDT_NEMO_RUNTIME": "xla", "NXDT_NEMO": "0"}
+
+
+@dataclass
+class Traced:
+    """losses and grad_norms of each step, and what the device did in it: see runtime/xla/metrics.py."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    steps: list[dict[str, int]] = field(default_factory=list)
+
+
+def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, steps: int) -> Traced:
+    """One rank's part of some steps; losses on a last stage only."""
+    from nxdt_nemo.runtime.xla.metrics import counters, wait
+
+    lane = current()
+    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    training = set_up(recipe, weights, layout)
+    lane.synchronize()
+    report, kept = Traced(), []
+    before = counters()
+    for step in range(steps):
+        losses = gradients_of(training, recipe, layout, step, read=lambda loss: loss.clone())
+        norm = update(training.optimizer, recipe, step, read=lambda found: found)
+        kept.append(([sum(losses) / len(losses)] if losses else [], norm))
+        lane.step_boundary()
+        wait()
+        now = counters()
+        report.steps.append({name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)})
+        before = now
+    report.losses = [float(loss) for losses, _ in kept for loss in losses]
+    report.grad_norms = [float(norm) for _, norm in kept]
+    forget_groups()
+    return report

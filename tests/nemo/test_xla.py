@@ -1,0 +1,29 @@
+"""The stock script on the xla lane, on XLA:CPU: the cpu lane's curve, and nothing else to do than to ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from nxdt_nemo.runtime.machine import installed
+from nxdt_nemo.testing.parity import relative
+
+from .conftest import Run
+
+STEPS = ("trainer.max_steps=6", "trainer.val_check_interval=3", "exp_manager.create_checkpoint_callback=false")
+
+
+@pytest.mark.slow
+def test_the_cpu_lanes_losses(train: Callable[..., Run]) -> None:
+    if installed("torch_xla") is None:  # kept out of this process
+        pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
+    runs = [train(*STEPS, name=lane, environment={"NXDT_NEMO_RUNTIME": lane}) for lane in ("cpu", "xla")]
+    for run in runs:
+        assert run.code == 0, run.output[-3000:]
+    assert "nxdt_nemo: lane xla" in runs[1].output
+    for curve in ("reduced_train_loss", "val_loss", "grad_norm"):
+        expected, found = (run.curve(curve) for run in runs)
+        assert expected.keys() == found.keys() and len(expected) >= 2
+        assert relative([*found.values()], [*expected.values()]) <= 1e-6, curve
+    assert len({*runs[0].curve().values()}) == 6

@@ -1,0 +1,228 @@
+"""The xla lane on XLA:CPU, in processes of their own: device, random numbers, values read later, modules, ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nxdt_nemo.runtime.machine import installed
+from nxdt_nemo.testing.ours import ACTIVE
+from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.traced import TRACED_ENV
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Callable[..., list[Any]]]:
+    """pools(world, function, *args) on ranks whose lane is xla."""
+    if installed("torch_xla") is None:  # kept out of this process
+        pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
+    made: dict[int, RankPool] = {}
+
+    def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if world not in made:
+            made[world] = RankPool(world, env=TRACED_ENV, init=ACTIVE, group=False)
+        return made[world].run(function, *args)
+
+    yield run
+    for pool in made.values():
+        pool.close()
+
+
+def lane_here() -> Any:
+    from nxdt_nemo.runtime import current
+
+    lane = current()
+    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return lane
+
+
+def device() -> dict[str, Any]:
+    import torch.distributed as dist
+
+    lane = lane_here()
+    figures = lane.memory()
+    return {
+        "type": lane.device().type,
+        "name": lane.name_of_device(),
+        "PJRT_DEVICE": os.environ["PJRT_DEVICE"],
+        "dtypes": [lane.supports(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16)],
+        "memory": 0 < figures.allocated <= figures.reserved <= figures.peak <= lane.total_memory(),
+        "new_group": dist.new_group.__module__,
+    }
+
+
+def test_the_device(pools: Callable[..., list[Any]]) -> None:
+    assert pools(1, device) == [
+        {
+            "type": "xla",
+            "name": "XLA:CPU",
+            "PJRT_DEVICE": "CPU",
+            "dtypes": [True, True, False, False],
+            "memory": True,
+            "new_group": "torch.distributed.distributed_c10d",  # torch_xla replaces it for everyone
+        }
+    ]
+
+
+def draws() -> dict[str, list[float]]:
+    """The same seed twice, a state put back, and a seed beyond 63 bits; with a boundary between."""
+    lane = lane_here()
+
+    def three() -> torch.Tensor:
+        return torch.rand(3, device=lane.device())
+
+    lane.manual_seed(5)
+    first = three()
+    lane.step_boundary()
+    state = lane.rng_state()
+    second = three()
+    lane.step_boundary()
+    lane.set_rng_state(state)
+    again = three()
+    lane.manual_seed(5)
+    found = {"first": first, "second": second, "again": again, "anew": three()}
+    lane.manual_seed(2**64 - 3)
+    state = lane.rng_state()
+    found["large"] = three()
+    lane.set_rng_state(state)
+    found["large again"] = three()
+    return {name: value.cpu().tolist() for name, value in found.items()}
+
+
+def test_random_states(pools: Callable[..., list[Any]]) -> None:
+    [found] = pools(1, draws)
+    assert found["first"] == found["anew"] != found["second"] == found["again"]
+    assert found["large"] == found["large again"] != found["first"]
+
+
+def deferred() -> list[list[float]]:
+    """What has arrived after each of three boundaries."""
+    lane, arrived, after = lane_here(), [], []
+    x = torch.ones(2, device=lane.device())
+    for step in range(3):
+        lane.defer(lambda value: arrived.append(float(value.sum())), x * step)
+        lane.step_boundary()
+        after.append(list(arrived))
+    return after
+
+
+def test_values_are_read_a_step_later(pools: Callable[..., list[Any]]) -> None:
+    assert pools(1, deferred) == [[[], [0.0], [0.0, 2.0]]]
+
+
+def placed() -> dict[str, Any]:
+    lane = lane_here()
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.tensor_model_parallel = True  # type: ignore[assignment]
+    layer.register_buffer("counts", torch.zeros(2))
+    tied = torch.nn.Linear(2, 2)
+    tied.weight = layer.weight
+    both = torch.nn.ModuleList([layer, tied])
+    assert lane.place(both) is both
+    return {
+        "devices": {x.device.type for x in (*both.parameters(), *both.buffers())},
+        "marked": getattr(layer.weight, "tensor_model_parallel", False),
+        "tied": layer.weight is tied.weight,
+        "trains": layer.weight.requires_grad and isinstance(layer.weight, torch.nn.Parameter),
+    }
+
+
+def test_a_placed_module_keeps_marks_and_ties(pools: Callable[..., list[Any]]) -> None:
+    assert pools(1, placed) == [{"devices": {"xla"}, "marked": True, "tied": True, "trains": True}]
+
+
+def collectives() -> dict[str, Any]:
+    """By the lane's table, and by torch.distributed's own calls."""
+    import torch.distributed as dist
+
+    lane = lane_here()
+    group, rank = lane.world(), dist.get_rank()
+    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=lane.device()) + 10 * rank
+    ops = lane.ops
+    found = {
+        "sum": ops.all_reduce_(x.clone(), group, "sum"),
+        "avg": ops.all_reduce_(x.clone(), group, lane.premul_sum(0.5)),
+        "max": ops.all_reduce_(x.clone(), group, "max"),
+        "broadcast": ops.broadcast_(x.clone(), 1, group),
+        "all_gather": ops.all_gather(x, 1, group),
+        "reduce_scatter": ops.reduce_scatter(x, 1, group),
+        "all_to_all": ops.all_to_all(x, group, None, None),
+        "permute": ops.permute(x, [(0, 1)], group),
+        "shard": ops.shard(x, 1, group),
+    }
+    ours = x.clone()
+    dist.all_reduce(ours)
+    whole = torch.empty(4, 2, device=x.device)
+    dist.all_gather_into_tensor(whole, x)
+    parts = [torch.empty_like(x) for _ in range(2)]
+    dist.all_gather(parts, x)
+    mine = torch.empty(1, 2, device=x.device)
+    dist.reduce_scatter_tensor(mine, x)
+    swapped, received = torch.empty_like(x), x.clone()
+    dist.all_to_all_single(swapped, x)
+    if rank == 0:
+        dist.send(x, 1)
+    else:
+        dist.recv(received, 0)
+    found |= {"dist.sum": ours, "dist.whole": whole, "dist.parts": torch.cat(parts), "dist.mine": mine}
+    found |= {"dist.swapped": swapped, "dist.received": received}
+    objects: list[Any] = [None, None]
+    dist.all_gather_object(objects, {"rank": rank})
+    dist.barrier()
+    return {name: value.cpu().tolist() for name, value in found.items()} | {"objects": objects}
+
+
+def test_two_processes(pools: Callable[..., list[Any]]) -> None:
+    zero, one = [[0.0, 1.0], [2.0, 3.0]], [[10.0, 11.0], [12.0, 13.0]]
+    total = [[10.0, 12.0], [14.0, 16.0]]
+    alike = {
+        "sum": total,
+        "avg": [[5.0, 6.0], [7.0, 8.0]],
+        "max": one,
+        "broadcast": one,
+        "all_gather": [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]],
+        "dist.sum": total,
+        "dist.whole": zero + one,
+        "dist.parts": zero + one,
+        "dist.received": zero,
+        "objects": [{"rank": 0}, {"rank": 1}],
+    }
+    own = [
+        {
+            "reduce_scatter": [[row[rank]] for row in total],
+            "all_to_all": [zero[rank], one[rank]],
+            "permute": zero if rank else [[0.0, 0.0], [0.0, 0.0]],
+            "shard": [[row[rank]] for row in (one if rank else zero)],
+            "dist.mine": [total[rank]],
+            "dist.swapped": [zero[rank], one[rank]],
+        }
+        for rank in range(2)
+    ]
+    assert pools(2, collectives) == [alike | part for part in own]
+
+
+def refused() -> list[str]:
+    import torch.distributed as dist
+
+    from nxdt_nemo.errors import LaneError
+
+    lane, said = lane_here(), []
+    x = torch.ones(2, device=lane.device())
+    for call in (lambda: dist.all_reduce(x, op=dist.ReduceOp.PRODUCT), lambda: dist.gather(x, [x.clone()], dst=0)):
+        try:
+            call()
+        except LaneError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_has_no_counterpart_says_so(pools: Callable[..., list[Any]]) -> None:
+    [found] = pools(1, refused)
+    assert "reducing by" in found[0] and "sum, avg, max, min" in found[0]
+    assert "gather of tensors on the device has no counterpart" in found[1]
