@@ -1,4 +1,4 @@
-"""`LightningModule.cuda` for modules in scope.
+"""`LightningModule.cuda` and `.to("cuda")` for modules in scope.
 
 Room lightning/. Changes lightning.fabric.utilities.device_dtype_mixin's class when it is imported, which is while
 Lightning itself is half imported: imports no Lightning. Proof: tests/lightning/test_accelerators.py.
@@ -10,11 +10,18 @@ from collections.abc import Callable
 from types import ModuleType
 
 from nxdt_nemo.patching.view import Views
-from nxdt_nemo.runtime.torch_view import hook_cuda
+from nxdt_nemo.runtime.torch_view import hook_cuda, hook_device
 
 __all__ = ["hook_modules"]
 
 
 def hook_modules(module: ModuleType, views: Views) -> Callable[[], None]:
-    """It asks CUDA for its device before it calls torch's own; returns what takes the change back."""
-    return hook_cuda(module._DeviceDtypeModuleMixin, views)
+    """They call torch's own from Lightning's module, `cuda` after it asked CUDA; returns what takes the change back."""
+    mixin = module._DeviceDtypeModuleMixin
+    undo = hook_cuda(mixin, views), hook_device(mixin, "to", views)
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore

@@ -61,6 +61,10 @@ class NeuronStrategyMixin:
         lane.register_backend()
         return lane.backend
 
+    def model_to_device(self) -> None:
+        """As Lightning, keeping what upstream noted on the parameters."""
+        current().place(self.model)  # type: ignore[attr-defined]
+
     # --- random states -------------------------------------------------------------------------------
 
     _rng: RngSnapshot | None = None
@@ -111,6 +115,7 @@ class NeuronStrategyMixin:
     def write_checkpoint(self, folder: Path, write: Any) -> None:
         """The first half of save_complete, on each rank; what `write` leaves to other processes may go on after it."""
         partial, mark = _partial(folder)
+        current().settle()
         if self.is_global_zero:  # type: ignore[attr-defined]
             folder.parent.mkdir(parents=True, exist_ok=True)
             _recover(folder.parent)

@@ -212,6 +212,9 @@ class Lane(ABC):
     def step_boundary(self) -> None:
         """The end of a training step: a traced lane cuts its graph here."""
 
+    def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
+        """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""
+
     @abstractmethod
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Call function(*values) with the tensors' values on the host, when they are there.

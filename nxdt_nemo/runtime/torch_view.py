@@ -22,7 +22,7 @@ from nxdt_nemo.patching.view import ModuleView, Views
 from nxdt_nemo.runtime.distributed_view import distributed_view
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["hook_cuda", "hook_methods", "to_lane", "view"]
+__all__ = ["hook_cuda", "hook_device", "hook_methods", "to_lane", "view"]
 
 # torch functions with a device argument that upstream calls with "cuda".
 FACTORIES = (
@@ -133,7 +133,7 @@ class _TensorType(type):
 
 
 def _tensor_type(name: str) -> Any:
-    return _TensorType(name, (), {"real": getattr(torch, name)})
+    return _TensorType(f"torch.{name}", (), {"real": getattr(torch, name)})  # Tensor.type goes by the class's name
 
 
 class _Stream:
@@ -432,8 +432,8 @@ def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
     torch's own: they are on everyone's hot path, and other libraries register handlers for Tensor.to itself.
     """
     undo = [hook_cuda(owner, views) for owner in (module.Tensor, module.nn.Module)]
-    undo.append(_hook_device(module.nn.Module, "to", views))
-    undo += [_hook_device(owner, "__init__", views) for owner in _with_device(module.nn)]
+    undo.append(hook_device(module.nn.Module, "to", views))
+    undo += [hook_device(owner, "__init__", views) for owner in _with_device(module.nn)]
 
     def restore() -> None:
         for step in undo:
@@ -447,12 +447,15 @@ def _with_device(nn: ModuleType) -> list[type]:
     found = []
     for owner in dict.fromkeys(each for each in vars(nn).values() if isinstance(each, type)):
         code = getattr(vars(owner).get("__init__"), "__code__", None)
-        if code is not None and issubclass(owner, nn.Module) and {"device", "kwargs"} & {*code.co_varnames}:
+        if code is None or not issubclass(owner, nn.Module):
+            continue
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if "device" in names or (issubclass(owner, nn.RNNBase) and "kwargs" in code.co_varnames):
             found.append(owner)
     return found
 
 
-def _hook_device(owner: type, name: str, views: Views) -> Callable[[], None]:
+def hook_device(owner: type, name: str, views: Views) -> Callable[[], None]:
     """Let method `name` of owner take CUDA's names for a device from callers in scope; returns what takes it back."""
     original = vars(owner)[name]
 

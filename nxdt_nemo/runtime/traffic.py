@@ -4,7 +4,7 @@ Room runtime/. Beside counting.py, which counts a lane's own table: upstream's l
 norms call torch.distributed themselves, some by names that they bound at import. All of it, and the cpu lane's table
 too, comes down to methods of torch's ProcessGroup, which are swapped on the class while somebody asks; so autograd's
 threads, asynchronous calls and coalesced ones are seen, and nothing of this runs otherwise. Not seen: a backend whose
-ProcessGroup has methods of its own (torch_xla's). Proof: tests/runtime/test_traffic.py.
+ProcessGroup has methods of its own (the xla lane's). Proof: tests/runtime/test_traffic.py.
 """
 
 from __future__ import annotations

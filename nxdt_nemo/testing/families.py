@@ -96,7 +96,8 @@ def losses_of(model: Any, recipe: Recipe, batch: Batch, positions: torch.Tensor,
     """
     import torch
 
-    device = next(model.parameters()).device
+    first = next(model.parameters(), None)  # a stage may have no layers
+    device = torch.device("cpu") if first is None else first.device
     tokens, labels = (torch.from_numpy(x).to(device) for x in (batch.tokens, batch.labels))
     positions = positions.to(device)
     if recipe.family == "bert":

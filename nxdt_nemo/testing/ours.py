@@ -357,7 +357,7 @@ def _wrap(
     return chunks, get_megatron_optimizer(adam, chunks)
 
 
-def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch], read: Read) -> list[Any]:
+def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch], read: Read = float) -> list[Any]:
     """Each micro-batch's loss (on the last stage, else none), as `read` makes it of a tensor; gradients are left in
     main_grad, reduced."""
     import torch

@@ -10,6 +10,7 @@ so the parent needs no torch. Proof: tests/testing/test_pool.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -28,6 +29,7 @@ from typing import Any
 __all__ = ["RankError", "RankPool", "RankPools", "function_name"]
 
 ENDED = ("exit", "timeout")
+MOST_THREADS = 200
 GRACE_S = 5.0  # how long the others may take once one rank has failed: they may wait for it in a collective
 
 
@@ -131,6 +133,16 @@ class RankPool:
             raise RankError(number, cause.kind, cause.text)
         return [answers[rank].value for rank in range(self.world)]
 
+    @property
+    def threads(self) -> int:
+        """Of the rank that has most, as Linux tells; 0 elsewhere. A process group that somebody holds has some."""
+        counts = [0]
+        for rank in self._ranks:
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{rank.process.pid}/status").read_text().splitlines()
+                counts.append(next(int(line.split()[1]) for line in lines if line.startswith("Threads:")))
+        return max(counts)
+
     def close(self) -> None:
         """End every rank: ask, wait a moment, then kill. Safe to call twice."""
         ranks, self._ranks = self._ranks, []
@@ -228,7 +240,11 @@ class RankPool:
 
 @dataclass
 class RankPools:
-    """One pool for each (world size, init, env), started when first asked for. Close it, or use `with`."""
+    """One pool for each (world size, init, env), started when first asked for. Close it, or use `with`.
+
+    Started anew once functions have left MOST_THREADS behind: gloo's wake up a hundred times a second each, and the
+    ranks of some pools at rest would keep two cores busy.
+    """
 
     timeout: float = 300.0
     _pools: dict[tuple[Any, ...], RankPool] = field(default_factory=dict, repr=False)
@@ -252,7 +268,12 @@ class RankPools:
         key = (world, init, tuple(sorted((env or {}).items())))
         if key not in self._pools:
             self._pools[key] = RankPool(world, env=env or {}, init=init)
-        return self._pools[key].run(function, *args, timeout=timeout or self.timeout)
+        pool = self._pools[key]
+        try:
+            return pool.run(function, *args, timeout=timeout or self.timeout)
+        finally:
+            if pool.threads > MOST_THREADS:
+                pool.close()
 
     def close(self) -> None:
         """End all ranks."""

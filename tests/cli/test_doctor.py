@@ -57,7 +57,8 @@ def test_this_environment_has_no_problem(doctor: Doctor) -> None:
     assert code == 0
     assert rows["megatron-core"]["found"] == "0.13.1"
     assert rows["cpu"]["found"].startswith("usable")
-    assert rows["xla"]["found"].startswith("not usable: ")
+    assert rows["xla"]["found"].startswith("usable when asked for")
+    assert rows["neuron"]["found"].startswith("not usable: ")
     assert rows["lightning beside pytorch_lightning"]["state"] == "note"
     assert re.fullmatch(r"(\d+) of \1 fit .*", rows["patch records"]["found"])
 
@@ -133,9 +134,9 @@ def test_a_megatron_checkout_on_the_path(doctor: Doctor, tmp_path: Path, patch: 
 
 
 def test_a_lane_that_cannot_be_used(doctor: Doctor) -> None:
-    code, rows = doctor(NXDT_NEMO_RUNTIME="xla")
+    code, rows = doctor(NXDT_NEMO_RUNTIME="neuron")
     assert (code, rows["accelerator=neuron"]["state"]) == (1, "problem")
-    assert "NXDT_NEMO_RUNTIME=xla" in rows["accelerator=neuron"]["found"]
+    assert "NXDT_NEMO_RUNTIME=neuron" in rows["accelerator=neuron"]["found"]
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def embedded(scattered: bool, deterministic: bool, dtype: str, ids: str) -> dict
         forget_groups()
 
 
-def accumulated(tied: bool) -> dict[str, Any]:
-    """Two micro-batches' gradients in main_grad, as megatron-core's hooks leave them, of ours and by torch's."""
+def accumulated(tied: bool, fused: bool) -> dict[str, Any]:
+    """Two micro-batches' gradients in main_grad, as megatron-core's hooks leave them, and added up by index."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -89,6 +89,7 @@ def accumulated(tied: bool) -> dict[str, Any]:
         group = parallel_state.get_tensor_model_parallel_group()
         layer = VocabParallelEmbedding(V, H, init_method=torch.nn.init.normal_, config=config, tp_group=group)
         layer.weight.zero_out_wgrad = tied
+        layer.gradient_accumulation_fusion = fused
         model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
         model.zero_grad_buffer()
         expected = torch.zeros_like(layer.weight)
@@ -106,14 +107,16 @@ def accumulated(tied: bool) -> dict[str, Any]:
         forget_groups()
 
 
-@pytest.mark.parametrize(("ranks", "tied"), [(1, False), (1, True), (2, False)])
-def test_gradients_add_up_in_the_buffer(gloo, ranks, tied):
-    """Without a gradient of the weight's size; a tied weight's takes the usual way."""
+@pytest.mark.parametrize(
+    ("ranks", "tied", "fused"), [(1, False, True), (1, True, True), (1, False, False), (2, False, True)]
+)
+def test_gradients_add_up_in_the_buffer(gloo, ranks, tied, fused):
+    """A tied weight's takes the usual way, and so does every one without gradient_accumulation_fusion."""
     pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    for part in gloo(ranks, accumulated, tied, init=ACTIVE, env=ACTIVE_ENV):
+    for part in gloo(ranks, accumulated, tied, fused, init=ACTIVE, env=ACTIVE_ENV):
         assert torch.allclose(part["found"], part["expected"], rtol=0, atol=1e-6) and part["expected"].any()
         assert part["left"] is None
-        assert part["in place"] is not tied
+        assert part["in place"] is (fused and not tied)
 
 
 CASES = [  # ranks, scattered over the sequence, deterministic_mode, dtype, ids

@@ -257,6 +257,9 @@ def test_tensor_types(up):
         made = getattr(up.cuda, name)([1])
         assert type(made) is torch.Tensor
         assert made.type() == f"torch.{name}"
+        kind = getattr(up.cuda, name)
+        assert torch.zeros(1).type(kind).dtype == made.dtype
+        assert isinstance(made, kind) and not isinstance(made.to(torch.complex64), kind) and not isinstance(1, kind)
 
 
 def test_streams_and_events(up):

@@ -147,7 +147,8 @@ def collectives() -> dict[str, Any]:
     ops = lane.ops
     found = {
         "sum": ops.all_reduce_(x.clone(), group, "sum"),
-        "avg": ops.all_reduce_(x.clone(), group, lane.premul_sum(0.5)),
+        "avg": ops.all_reduce_(x.clone(), group, "avg"),
+        "halves": ops.all_reduce_(x.clone(), group, lane.premul_sum(0.5)),
         "max": ops.all_reduce_(x.clone(), group, "max"),
         "broadcast": ops.broadcast_(x.clone(), 1, group),
         "all_gather": ops.all_gather(x, 1, group),
@@ -164,14 +165,11 @@ def collectives() -> dict[str, Any]:
     dist.all_gather(parts, x)
     mine = torch.empty(1, 2, device=x.device)
     dist.reduce_scatter_tensor(mine, x)
-    swapped, received = torch.empty_like(x), x.clone()
+    swapped, mean = torch.empty_like(x), torch.empty(2, 1, device=x.device)
     dist.all_to_all_single(swapped, x)
-    if rank == 0:
-        dist.send(x, 1)
-    else:
-        dist.recv(received, 0)
+    dist.reduce_scatter_tensor(mean, torch.stack([x[:1].T, x[:1].T]), op=dist.ReduceOp.AVG)
     found |= {"dist.sum": ours, "dist.whole": whole, "dist.parts": torch.cat(parts), "dist.mine": mine}
-    found |= {"dist.swapped": swapped, "dist.received": received}
+    found |= {"dist.swapped": swapped, "dist.mean": mean.T}
     objects: list[Any] = [None, None]
     dist.all_gather_object(objects, {"rank": rank})
     dist.barrier()
@@ -184,13 +182,14 @@ def test_two_processes(pools: Callable[..., list[Any]]) -> None:
     alike = {
         "sum": total,
         "avg": [[5.0, 6.0], [7.0, 8.0]],
+        "halves": [[5.0, 6.0], [7.0, 8.0]],
+        "dist.mean": [[5.0, 6.0]],
         "max": one,
         "broadcast": one,
         "all_gather": [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]],
         "dist.sum": total,
         "dist.whole": zero + one,
         "dist.parts": zero + one,
-        "dist.received": zero,
         "objects": [{"rank": 0}, {"rank": 1}],
     }
     own = [
@@ -214,7 +213,13 @@ def refused() -> list[str]:
 
     lane, said = lane_here(), []
     x = torch.ones(2, device=lane.device())
-    for call in (lambda: dist.all_reduce(x, op=dist.ReduceOp.PRODUCT), lambda: dist.gather(x, [x.clone()], dst=0)):
+    calls = (
+        lambda: dist.all_reduce(x, op=dist.ReduceOp.PRODUCT),
+        lambda: dist.gather(x, [x.clone()], dst=0),
+        lambda: dist.reduce_scatter_tensor(x, x.clone(), op=dist.ReduceOp.MAX),
+        lambda: lane.world().pg.send([x], 0),
+    )
+    for call in calls:
         try:
             call()
         except LaneError as error:
@@ -226,3 +231,5 @@ def test_what_has_no_counterpart_says_so(pools: Callable[..., list[Any]]) -> Non
     [found] = pools(1, refused)
     assert "reducing by" in found[0] and "sum, avg, max, min" in found[0]
     assert "gather of tensors on the device has no counterpart" in found[1]
+    assert "reduce_scatter by max" in found[2]
+    assert "send of tensors on the device has no counterpart" in found[3]

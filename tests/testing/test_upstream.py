@@ -87,9 +87,9 @@ def test_with_the_backend_but_no_plugin_mocks_do_not_reach_it(folder: Path) -> N
 
 
 def test_a_lane_that_is_not_there_is_one_line(folder: Path) -> None:
-    done = run(folder, *PYTEST, *PLUGIN, NXDT_NEMO_RUNTIME="xla")
+    done = run(folder, *PYTEST, *PLUGIN, NXDT_NEMO_RUNTIME="neuron")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert done.stderr.startswith("ERROR: nxdt-nemo: runtime=xla") and "\n" not in done.stderr.strip()
+    assert done.stderr.startswith("ERROR: nxdt-nemo: runtime=neuron") and "\n" not in done.stderr.strip()
 
 
 def test_nemo_that_is_there_already_is_one_line(folder: Path) -> None:

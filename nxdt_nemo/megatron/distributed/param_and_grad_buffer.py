@@ -50,9 +50,9 @@ class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
     """Reduces what upstream reduces."""
 
     def start_grad_sync(self) -> None:
-        distributed = self.ddp_config.use_distributed_optimizer
-        group = self.intra_distributed_optimizer_instance_group if distributed else self.data_parallel_group
-        if group.size() == 1 and not distributed:
+        asked = self.ddp_config
+        checked = asked.check_for_nan_in_grad or asked.check_for_large_grads
+        if self.data_parallel_group.size() == 1 and not (checked or asked.overlap_grad_reduce):
             for bucket in self.buckets:
                 if bucket.gradient_scaling_factor != 1.0:
                     torch._foreach_mul_([p.main_grad for p in bucket.params_list], bucket.gradient_scaling_factor)
@@ -61,9 +61,8 @@ class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
         for bucket in self.buckets:
             bucket.grad_data = _together(bucket)
         super().start_grad_sync()
-        if not distributed:
-            for bucket in self.buckets:
-                _apart(bucket)
+        for bucket in self.buckets:
+            _apart(bucket)
 
 
 def _together(bucket: Any) -> Tensor:

@@ -7,8 +7,7 @@ Proof: tests/megatron/test_zero.py, test_xla.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -21,17 +20,16 @@ __all__ = ["clip_grad_by_total_norm_fp32", "get_grad_norm_fp32"]
 
 
 def get_grad_norm_fp32(
-    upstream: Callable[..., float],
     grads_for_norm: list[Tensor] | Tensor,
     norm_type: float = 2,
     grad_stats_parallel_group: dist.ProcessGroup | None = None,
-    **others: Any,
-) -> float | Tensor:
-    """Upstream's norm; on a traced lane a tensor [], float32, since a value would cut the step in two graphs."""
-    if current().ragged:
-        return upstream(grads_for_norm, norm_type, grad_stats_parallel_group, **others)
+) -> Tensor:
+    """Upstream's norm as a tensor [], float32: a value would cut a traced step in two graphs."""
     grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else list(grads_for_norm)
-    each = norms(grads) if norm_type == 2 else _norms(grads, norm_type)
+    if not grads:  # a rank whose part of the model is frozen takes part in the sum
+        each = torch.zeros(1, device=current().device())
+    else:
+        each = norms(grads) if norm_type == 2 else _norms(grads, norm_type)
     if math.isinf(norm_type):
         total, op = each.amax(), dist.ReduceOp.MAX
     else:
@@ -58,7 +56,9 @@ def clip_grad_by_total_norm_fp32(
     params = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [grad for param in params if (grad := getattr(param, name, None)) is not None]
     scale = max_norm / (total_norm + 1.0e-6)
+    if not grads:
+        return
     if isinstance(scale, Tensor):
         torch._foreach_mul_(grads, scale.clamp_max(1.0))
-    elif scale < 1.0 and grads:
+    elif scale < 1.0:
         torch._foreach_mul_(grads, scale)

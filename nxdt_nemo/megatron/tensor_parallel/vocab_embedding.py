@@ -57,32 +57,37 @@ def vocab_parallel_embedding(self: Any, input_: Tensor) -> Tensor:
 def _rows(self: Any, ids: Tensor) -> Tensor:
     if self.deterministic_mode:
         return self.weight[ids]  # type: ignore[no-any-return]
-    if current().ragged and _adds_to_main_grad(self.weight):
+    if getattr(self, "gradient_accumulation_fusion", False) and current().ragged and _adds_to_main_grad(self.weight):
         found: Tensor = _Rows.apply(ids, self.weight)  # type: ignore[no-untyped-call]
         return found
     return F.embedding(ids, self.weight)
 
 
 def _adds_to_main_grad(weight: Tensor) -> bool:
-    """Has the weight a buffer of gradients, and megatron-core's flag that says a gradient is there already? A tied
-    weight's gradient comes from two places, and its flag says that the other one's has to be added."""
-    flagged = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
-    return flagged and not getattr(weight, "zero_out_wgrad", False)
+    """Has the weight a float32 buffer of gradients, and megatron-core's flag that says a gradient is there already? A
+    tied weight's gradient comes from two places, and its flag says that the other one's has to be added."""
+    main_grad: Any = getattr(weight, "main_grad", None)
+    flagged = main_grad is not None and hasattr(weight, "grad_added_to_main_grad")
+    alone = not getattr(weight, "zero_out_wgrad", False) and not weight._backward_hooks
+    return bool(flagged and alone and main_grad.dtype == torch.float32)
 
 
 class _Rows(torch.autograd.Function):
     """An embedding whose gradient touches the rows that it has, in main_grad: torch's is a tensor of the weight's size,
-    of zeros for the most part, that is written once and read once more."""
+    of zeros for the most part, that is written once and read once more. As what upstream's linear layers do under
+    `gradient_accumulation_fusion`, with the same limits: autograd has no gradient of this weight to hand to others.
+    """
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(ids, weight)
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
-        ids, weight = ctx.saved_tensors
+        [ids], weight = ctx.saved_tensors, ctx.weight
         if not ctx.needs_input_grad[1]:
             return None, None
         main_grad = weight.main_grad

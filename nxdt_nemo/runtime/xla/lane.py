@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
 from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
 from nxdt_nemo.runtime.ranks import RanksLane
@@ -75,7 +74,8 @@ class XlaLane(RanksLane):
         return torch_xla.device()  # type: ignore[no-any-return]
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Module.to makes new parameters here: it drops `tensor_model_parallel` and the like, and unties tied ones."""
+        """Module.to makes new parameters here: it drops `tensor_model_parallel` and the like, and unties tied ones.
+        Parameters that two modules share have to be placed in one call."""
         import torch
 
         device, made = self.device(), {}
@@ -89,7 +89,7 @@ class XlaLane(RanksLane):
                 part._parameters[name] = made[old]
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else buffer.to(device)
-        return module
+        return module.to(device)  # for what subclasses note there: Lightning's modules their device
 
     def device_count(self) -> int:
         return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or 1
@@ -130,10 +130,11 @@ class XlaLane(RanksLane):
         return found
 
     def synchronize(self) -> None:
-        import torch_xla
         import torch_xla.core.xla_model as xm
 
-        torch_xla.sync()
+        from nxdt_nemo.runtime.xla.transport import cut
+
+        cut()
         xm.wait_device_ops()
 
     def manual_seed(self, seed: int) -> None:
@@ -162,11 +163,9 @@ class XlaLane(RanksLane):
     @cached_property
     def transport(self) -> Transport:
         """How ranks of groups of more than one talk."""
-        from nxdt_nemo.runtime.xla.transport import Hosted
+        from nxdt_nemo.runtime.xla.transport import Hosted, Unavailable
 
-        if not self._on_host:
-            raise LaneError("collectives between NeuronCores are not in this release yet", fix="use one rank")
-        return Hosted()
+        return Hosted() if self._on_host else Unavailable()
 
     @cached_property
     def ops(self) -> Ops:
@@ -206,7 +205,10 @@ class XlaLane(RanksLane):
         """Called at the boundary after the next one, so that the host never waits for the step it has just begun."""
         self._asked.append((function, tuple(tensor.detach() for tensor in tensors)))
 
+    def settle(self) -> None:
+        self.step_boundary()
+        self.step_boundary()
+
     def close_ranks(self) -> None:
-        self.step_boundary()
-        self.step_boundary()
+        self.settle()
         super().close_ranks()

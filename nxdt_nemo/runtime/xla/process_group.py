@@ -85,6 +85,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
 
     # --- collectives, by the names of torch._C._distributed_c10d.ProcessGroup ---
 
+    @torch.no_grad()
     def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         if not _on_xla(tensors):
             return self._gloo.allreduce(tensors, opts or c10d.AllreduceOptions())
@@ -100,6 +101,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
     def reduce(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
         return self.allreduce(tensors, opts) if _on_xla(tensors) else self._gloo.reduce(tensors, opts)
 
+    @torch.no_grad()
     def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
         if not _on_xla(tensors):
             return self._gloo.broadcast(tensors, opts)
@@ -108,6 +110,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
                 tensor.copy_(self._transport.broadcast(tensor, opts.rootRank, self._group))
         return _done(tensors)
 
+    @torch.no_grad()
     def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
             return self._gloo._allgather_base(whole, mine, opts or c10d.AllgatherOptions())
@@ -116,6 +119,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
         whole.copy_(found.view(whole.shape))
         return _done([whole])
 
+    @torch.no_grad()
     def allgather(
         self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
@@ -134,13 +138,16 @@ class XlaProcessGroup(c10d.ProcessGroup):
             self._allgather_base(whole, mine)
         return _done(outputs)
 
+    @torch.no_grad()
     def _reduce_scatter_base(self, mine: torch.Tensor, whole: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
             return self._gloo._reduce_scatter_base(mine, whole, opts or c10d.ReduceScatterOptions())
-        average = opts is not None and opts.reduceOp == dist.ReduceOp.AVG
+        op = "sum" if opts is None else _name_of(opts.reduceOp)
+        if op not in ("sum", "avg"):
+            raise LaneError(f"reduce_scatter by {op} has no counterpart on the xla lane", fix="use sum or avg")
         flat = whole.reshape(-1)
         found = flat if self._alone() else self._transport.reduce_scatter(flat, 0, self._group)
-        mine.copy_((found / self.size() if average else found).view(mine.shape))
+        mine.copy_((found / self.size() if op == "avg" else found).view(mine.shape))
         return _done([mine])
 
     def reduce_scatter_tensor_coalesced(
@@ -150,6 +157,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
             self._reduce_scatter_base(mine, whole, opts)
         return _done(outputs)
 
+    @torch.no_grad()
     def reduce_scatter(
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[Sequence[torch.Tensor]], opts: Any = None
     ) -> Work:
@@ -159,6 +167,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
             self._reduce_scatter_base(mine, torch.stack(list(parts)), opts)
         return _done(outputs)
 
+    @torch.no_grad()
     def alltoall_base(
         self, output: torch.Tensor, given: torch.Tensor, out: Sequence[int], sizes: Sequence[int], opts: Any = None
     ) -> Work:
@@ -174,18 +183,10 @@ class XlaProcessGroup(c10d.ProcessGroup):
         return self._gloo.barrier(opts or c10d.BarrierOptions())
 
     def send(self, tensors: Sequence[torch.Tensor], target: int, tag: int = 0) -> Work:
-        if not _on_xla(tensors):
-            return self._gloo.send(tensors, target, tag)
-        self._transport.exchange([(tensor, target) for tensor in tensors], [], self._group)
-        return _done(tensors)
+        return self._host_only("send", tensors).send(tensors, target, tag)
 
     def recv(self, tensors: Sequence[torch.Tensor], source: int, tag: int = 0) -> Work:
-        if not _on_xla(tensors):
-            return self._gloo.recv(tensors, source, tag)
-        found = self._transport.exchange([], [(one.shape, one.dtype, source) for one in tensors], self._group)
-        for tensor, one in zip(tensors, found, strict=True):
-            tensor.copy_(one)
-        return _done(tensors)
+        return self._host_only("recv", tensors).recv(tensors, source, tag)
 
     def gather(self, outputs: Any, inputs: Sequence[torch.Tensor], opts: Any) -> Work:
         return self._host_only("gather", inputs).gather(outputs, inputs, opts)

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch_xla
+import torch_xla.core.xla_model as xm
 
+from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.ops import Ops, Receive, Send
 
-__all__ = ["Hosted", "Transport", "table"]
+__all__ = ["Hosted", "Transport", "Unavailable", "cut", "table"]
 
 
 class Transport(ABC):
@@ -53,6 +55,16 @@ class Transport(ABC):
 
     @abstractmethod
     def shard(self, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor: ...
+
+
+class Unavailable(Transport):
+    """No rank but this one can be reached. Raises LaneError, whatever is asked for."""
+
+    def _no(self, *_: Any) -> Any:
+        raise LaneError("collectives between NeuronCores are not in this release yet", fix="use one rank")
+
+    all_reduce = broadcast = all_gather = reduce_scatter = _no  # type: ignore[assignment]
+    all_to_all = permute = exchange = shard = _no  # type: ignore[assignment]
 
 
 class Hosted(Transport):
@@ -121,8 +133,16 @@ class Hosted(Transport):
 
 def _host(x: torch.Tensor) -> torch.Tensor:
     """A contiguous copy on the host. The graph is cut first: a copy alone would compile what only it needs."""
-    torch_xla.sync()
+    cut()
     return x.detach().cpu().contiguous()
+
+
+def cut() -> None:
+    """Hand over what was traced. torch_xla moves its random state on when it does: here it stays, or numbers that are
+    drawn again from a state would depend on where graphs were cut."""
+    state = xm.get_rng_state()
+    torch_xla.sync()
+    xm.set_rng_state(state)
 
 
 # --- the lane's table -----------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ class StaticTokenDispatcher(MoEAlltoAllTokenDispatcher):
       sent      [E C, H] and as many probabilities, by one equal all-to-all each; no sizes are exchanged
       computed  [L, e t C, H] flattened: rows that were not routed are computed, and count 0, forward and backward
     With the worst case C = T that is E / k times the work of ragged shapes. Nothing is dropped: a routing that
-    exceeds a bound by a factor raises ConfigError, at the latest at the end of the step.
+    exceeds a bound by a factor raises ConfigError: at once, or on a traced lane at the end of the next step, and in any
+    case before a checkpoint is written.
     Takes moe_token_dispatcher_type allgather as well as alltoall: the results are the same.
     Signature: MoEAlltoAllTokenDispatcher; its __init__ and bound.
     """

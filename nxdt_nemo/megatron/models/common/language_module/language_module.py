@@ -18,14 +18,16 @@ __all__ = ["setup_embeddings_and_output_layer"]
 
 
 def setup_embeddings_and_output_layer(upstream: Callable[[Any], None], self: Any) -> None:
-    """Upstream's, then `shared` on copies of embeddings, and `zero_out_wgrad` on a weight used at both ends."""
+    """Upstream's, then `shared` on copies of embeddings, and `zero_out_wgrad` on a weight used at both ends. The word
+    embeddings are told whether gradients are added where they add up, as linear layers are."""
     from megatron.core import parallel_state
 
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1 and self.share_embeddings_and_output_weights:
         current().place(self)  # upstream moves the data of the two ends' weights, which not every lane can
     upstream(self)
     if not self.pre_process:
         return
+    self.embedding.word_embeddings.gradient_accumulation_fusion = self.config.gradient_accumulation_fusion
     if self.post_process and self.share_embeddings_and_output_weights:
         self.shared_embedding_or_output_weight().zero_out_wgrad = True
     if not parallel_state.is_pipeline_first_stage(ignore_virtual=True):
