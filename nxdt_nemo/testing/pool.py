@@ -117,6 +117,7 @@ class RankPool:
         request = pickle.dumps((function_name(function), args, list(sys.path)))
         if not self._ranks:
             self._start()
+        self._signal(signal.SIGCONT)
         try:
             for rank in self._ranks:
                 rank.pipe.send_bytes(request)
@@ -133,6 +134,14 @@ class RankPool:
             raise RankError(number, cause.kind, cause.text)
         return [answers[rank].value for rank in range(self.world)]
 
+    def rest(self) -> None:
+        """Stop the ranks until the next run: gloo's threads wake up a hundred times a second each."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for rank in self._ranks:
+            rank.process.send_signal(number)
+
     @property
     def threads(self) -> int:
         """Of the rank that has most, as Linux tells; 0 elsewhere. A process group that somebody holds has some."""
@@ -145,6 +154,7 @@ class RankPool:
 
     def close(self) -> None:
         """End every rank: ask, wait a moment, then kill. Safe to call twice."""
+        self._signal(signal.SIGCONT)
         ranks, self._ranks = self._ranks, []
         for rank in ranks:
             rank.pipe.close()  # the rank reads end-of-file and leaves
@@ -242,8 +252,7 @@ class RankPool:
 class RankPools:
     """One pool for each (world size, init, env), started when first asked for. Close it, or use `with`.
 
-    Started anew once functions have left MOST_THREADS behind: gloo's wake up a hundred times a second each, and the
-    ranks of some pools at rest would keep two cores busy.
+    Ranks are stopped while nobody asks, and started anew once functions have left MOST_THREADS behind.
     """
 
     timeout: float = 300.0
@@ -274,6 +283,7 @@ class RankPools:
         finally:
             if pool.threads > MOST_THREADS:
                 pool.close()
+            pool.rest()
 
     def close(self) -> None:
         """End all ranks."""

@@ -46,7 +46,7 @@ def slow(*values: Any) -> Any:
 def test_a_step_is_one_graph_and_equals_the_cpu_lanes(
     parity: Parity, traced: Callable[..., list[Traced]], family: Any, dtype: str
 ) -> None:
-    recipe = Recipe.of(family, layers=2, dtype=dtype)
+    recipe = Recipe.of(family, layers=1 if family == "llama" and dtype == "float32" else 2, dtype=dtype)
     [found] = traced(recipe, parity.weights(recipe), Layout())
     expected, _ = parity.ours(recipe, Layout())
     half = dtype == "bfloat16"  # the lanes round in other places: a last digit of 8 bits, over some steps

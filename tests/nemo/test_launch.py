@@ -16,6 +16,7 @@ TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone")
 
 
+@pytest.mark.slow
 def test_launchers_train_the_same(train: Callable[..., Run], tmp_path: Path) -> None:
     sibling = tmp_path / "sibling.py"
     sibling.write_text("WORD = 'found'\n")

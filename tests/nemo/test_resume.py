@@ -29,11 +29,8 @@ TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 ADAMW = ("model.optim.name=adamw",)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [TP2, *(pytest.param(layout, marks=pytest.mark.slow) for layout in ((), ADAMW))],
-    ids=["tp2", "one rank", "adamw"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [TP2, (), ADAMW], ids=["tp2", "one rank", "adamw"])
 def test_killed_and_resumed_equals_uninterrupted(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
     whole = train(*STEPS, *layout, name="whole")
     assert whole.code == 0, whole.output[-3000:]
@@ -68,9 +65,8 @@ EPOCHS = (*STEPS[1:], "trainer.max_steps=9", "+trainer.limit_train_batches=4", "
 SHARDED = ("trainer.devices=2", "model.optim.name=distributed_fused_adam")
 
 
-@pytest.mark.parametrize(
-    "layout", [(), pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["one rank", "dp2, sharded"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), SHARDED], ids=["one rank", "dp2, sharded"])
 def test_resumed_at_an_epochs_end_and_within_the_next(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
     """All layouts, optimizers and places: tools/resume.py."""
     whole = train(*EPOCHS, *layout, name="whole")

@@ -31,6 +31,7 @@ def left_over(recipe: Recipe, weights: dict[str, Any], place: str) -> int:
     return counts[-1] - counts[0]  # the first run warms up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "place"), [("gpt", "tp2"), ("mixtral", "ep2dp2")])
 def test_layouts_leave_no_threads(gloo: Gloo, parity: Parity, family: Family, place: str) -> None:
     recipe = Recipe.of(family, steps=1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from nxdt_nemo.testing.pool import RankError, RankPool, function_name
+from nxdt_nemo.testing.pool import RankError, RankPool, RankPools, function_name
 
 pytestmark = pytest.mark.ranks
 
@@ -167,3 +168,32 @@ def test_close_leaves_no_process():
 def test_a_nested_function_is_refused():
     with pytest.raises(ValueError, match="top of its module"):
         function_name(lambda: None)
+
+
+def states(pool: RankPool) -> list[str]:
+    """R, S (it waits) or T (it is stopped) of each rank's process."""
+    return [Path(f"/proc/{rank.process.pid}/stat").read_text().rpartition(") ")[2][0] for rank in pool._ranks]
+
+
+def leaves_threads(count: int) -> int:
+    import threading
+
+    for _ in range(count):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return os.getpid()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells a process's state")
+def test_pools_rest_between_runs_and_start_anew_when_threads_pile_up() -> None:
+    with RankPools() as pools:
+        assert pools.run(2, summed, 1.0) == [3.0, 3.0]
+        [pool] = pools._pools.values()
+        deadline = time.monotonic() + 5
+        while states(pool) != ["T", "T"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert states(pool) == ["T", "T"]
+        first = pools.run(2, leaves_threads, 20)
+        assert pools.run(2, leaves_threads, 200) == first  # these are the last that it serves
+        assert not set(pools.run(2, leaves_threads, 1)) & set(first)
+        assert pools.run(2, summed, 2.0) == [6.0, 6.0]
+    assert not pools._pools
