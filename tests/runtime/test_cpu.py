@@ -77,11 +77,11 @@ def test_memory_is_ordered_and_fits_the_machine() -> None:
 
 
 def test_total_memory_heeds_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nxdt_nemo.runtime import cpu
+    from nxdt_nemo.runtime import machine
 
-    monkeypatch.setattr(cpu, "_text", lambda path: "1048576\n" if path.endswith("memory.max") else "")
+    monkeypatch.setattr(machine, "text", lambda path: "1048576\n" if path.endswith("memory.max") else "")
     assert lane.total_memory() == MIB
-    monkeypatch.setattr(cpu, "_text", lambda path: "max\n")
+    monkeypatch.setattr(machine, "text", lambda path: "max\n")
     assert lane.total_memory() > MIB
 
 
