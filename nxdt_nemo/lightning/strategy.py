@@ -81,6 +81,11 @@ class NeuronStrategyMixin:
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         slow_down(trainer.progress_bar_callback)
 
+    def on_train_end(self) -> None:
+        """What the last steps deferred is answered before callbacks go on."""
+        current().settle()
+        super().on_train_end()  # type: ignore[misc]
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's optimizer step; then note where this rank's random streams stand."""
         result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
