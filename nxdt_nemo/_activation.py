@@ -7,7 +7,6 @@ Proof: tests/test_activation.py.
 from __future__ import annotations
 
 import builtins
-import os
 import sys
 import tomllib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from nxdt_nemo.patching.patcher import Patcher
 from nxdt_nemo.patching.records import load
 from nxdt_nemo.patching.view import Views, load_object
 from nxdt_nemo.runtime import select
+from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.select import forget
 
 __all__ = ["activate", "builtins_for_main", "deactivate", "is_active", "views"]
@@ -108,8 +108,8 @@ def activate(runtime: str | None = None) -> None:
     try:
         seen.enable()
         if runtime is not None:
-            undo.append(_set_environment(RUNTIME, runtime))
-        undo.append(_set_environment(VARIABLE, "1"))
+            undo.append(set_variable(RUNTIME, runtime))
+        undo.append(set_variable(VARIABLE, "1"))
         undo.append(lane.enter_process())
         undo.append(_put_first(finder))
         undo.append(_view_for_main(seen))
@@ -144,19 +144,6 @@ def _put_first(finder: UpstreamFinder) -> Callable[[], None]:
     def restore() -> None:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
-
-    return restore
-
-
-def _set_environment(name: str, value: str) -> Callable[[], None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-
-    def restore() -> None:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
     return restore
 

@@ -12,6 +12,7 @@ import pytest
 
 import nxdt_nemo
 from nxdt_nemo.runtime.keep_out import keep_out
+from nxdt_nemo.runtime.machine import installed
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def _leaves_no_mark() -> Iterator[None]:
     left = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if left:
         pytest.fail(f"the test changed, and did not put back: {', '.join(left)}")
+
+
+@pytest.fixture(scope="session")
+def with_torch_xla() -> None:
+    """For tests whose processes import torch_xla, which is kept out of this one."""
+    if installed("torch_xla") is None:
+        pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
 
 
 @pytest.fixture(scope="session")

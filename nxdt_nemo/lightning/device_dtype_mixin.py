@@ -7,21 +7,18 @@ Lightning itself is half imported: imports no Lightning. Proof: tests/lightning/
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import ModuleType
 
 from nxdt_nemo.patching.view import Views
-from nxdt_nemo.runtime.torch_view import hook_cuda, hook_device
+from nxdt_nemo.runtime.torch_view import hook_cuda, hook_to
 
 __all__ = ["hook_modules"]
 
 
 def hook_modules(module: ModuleType, views: Views) -> Callable[[], None]:
     """They call torch's own from Lightning's module, `cuda` after it asked CUDA; returns what takes the change back."""
-    mixin = module._DeviceDtypeModuleMixin
-    undo = hook_cuda(mixin, views), hook_device(mixin, "to", views)
-
-    def restore() -> None:
-        for step in undo:
-            step()
-
-    return restore
+    undo = ExitStack()
+    for hook in (hook_cuda, hook_to):
+        undo.callback(hook(module._DeviceDtypeModuleMixin, views))
+    return undo.close

@@ -10,9 +10,8 @@ import os
 import platform
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
@@ -21,9 +20,7 @@ from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
-    from nxdt_nemo.runtime.gaps import PremulSum
     from nxdt_nemo.runtime.ops import Ops
 
 __all__ = ["CpuLane"]
@@ -107,25 +104,6 @@ class CpuLane(RanksLane):
         from nxdt_nemo.runtime.gloo import table
 
         return table()
-
-    def premul_sum(self, factor: float) -> PremulSum:
-        from nxdt_nemo.runtime.gaps import PremulSum
-
-        return PremulSum(factor)
-
-    def all_reduce(
-        self, tensor: torch.Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
-    ) -> dist.Work | None:
-        from nxdt_nemo.runtime import gaps
-
-        return gaps.all_reduce(tensor, op, group, async_op)
-
-    def coalescing(
-        self, group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
-    ) -> AbstractContextManager[Any]:
-        from nxdt_nemo.runtime import gaps
-
-        return gaps.coalescing(group, device, async_ops)
 
     def step_boundary(self) -> None:
         """Nothing was traced."""

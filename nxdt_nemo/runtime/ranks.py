@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.groups import Group, Mesh, Meshes, checked_mesh
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import Store
+
+    from nxdt_nemo.runtime.gaps import PremulSum
 
 __all__ = ["RanksLane"]
 
@@ -127,6 +130,25 @@ class RanksLane(Lane):
 
     def shard(self, tensor: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
         return self.ops.shard(tensor, dim, group)
+
+    def premul_sum(self, factor: float) -> PremulSum:
+        from nxdt_nemo.runtime.gaps import PremulSum
+
+        return PremulSum(factor)
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
+    ) -> dist.Work | None:
+        from nxdt_nemo.runtime import gaps
+
+        return gaps.all_reduce(tensor, op, group, async_op)
+
+    def coalescing(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
+    ) -> AbstractContextManager[Any]:
+        from nxdt_nemo.runtime import gaps
+
+        return gaps.coalescing(group, device, async_ops)
 
 
 def _check_launcher(rank: int, world: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from nxdt_nemo.patching.view import ModuleView, Views
 from nxdt_nemo.runtime.distributed_view import distributed_view
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["hook_cuda", "hook_device", "hook_methods", "to_lane", "view"]
+__all__ = ["hook_cuda", "hook_methods", "hook_to", "to_lane", "view"]
 
 # torch functions with a device argument that upstream calls with "cuda".
 FACTORIES = (
@@ -51,8 +51,7 @@ def to_lane(device: Any) -> Any:
 def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            kwargs["device"] = to_lane(kwargs["device"])
+        kwargs = _on_lane(kwargs)
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False  # CUDA's page-locked memory; a lane copies from what the host has
         return function(*args, **kwargs)
@@ -431,15 +430,13 @@ def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
     `x.cuda()`, `module.to("cuda")` and `torch.nn.Linear(..., device="cuda")`. Tensor.to and Tensor.type stay
     torch's own: they are on everyone's hot path, and other libraries register handlers for Tensor.to itself.
     """
-    undo = [hook_cuda(owner, views) for owner in (module.Tensor, module.nn.Module)]
-    undo.append(hook_device(module.nn.Module, "to", views))
-    undo += [hook_device(owner, "__init__", views) for owner in _with_device(module.nn)]
-
-    def restore() -> None:
-        for step in undo:
-            step()
-
-    return restore
+    undo = ExitStack()
+    for owner in (module.Tensor, module.nn.Module):
+        undo.callback(hook_cuda(owner, views))
+    undo.callback(hook_to(module.nn.Module, views))
+    for owner in _with_device(module.nn):
+        undo.callback(_hook(owner, "__init__", views, _made))
+    return undo.close
 
 
 def _with_device(nn: ModuleType) -> list[type]:
@@ -455,37 +452,50 @@ def _with_device(nn: ModuleType) -> list[type]:
     return found
 
 
-def hook_device(owner: type, name: str, views: Views) -> Callable[[], None]:
-    """Let method `name` of owner take CUDA's names for a device from callers in scope; returns what takes it back."""
-    original = vars(owner)[name]
+Method = Callable[..., Any]
+
+
+def _hook(owner: type, name: str, views: Views, inside: Callable[..., Any]) -> Callable[[], None]:
+    """Let `inside(method, self, ...)` answer callers in scope of owner's method; returns what takes it back."""
+    own = name in vars(owner)
+    original: Method = getattr(owner, name)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if views.scope_of(sys._getframe(1).f_globals.get("__name__", "")) is not None:
-            if name == "to" and args:
-                args = (to_lane(args[0]), *args[1:])
-            if "device" in kwargs:
-                kwargs["device"] = to_lane(kwargs["device"])
-            if name == "to" and current().device() in (*args, *kwargs.values()):
-                current().place(self)
-        return original(self, *args, **kwargs)
+        if views.scope_of(sys._getframe(1).f_globals.get("__name__", "")) is None:
+            return original(self, *args, **kwargs)
+        return inside(original, self, *args, **kwargs)
 
     setattr(owner, name, method)
-    return lambda: setattr(owner, name, original)
+    return lambda: setattr(owner, name, original) if own else delattr(owner, name)
 
 
 def hook_cuda(owner: type, views: Views) -> Callable[[], None]:
-    """Let `owner.cuda` look at its caller; returns what takes it back."""
-    own = "cuda" in vars(owner)
-    original = owner.cuda  # type: ignore[attr-defined]
+    """Let `owner.cuda` mean the runtime's device; returns what takes it back."""
+    return _hook(owner, "cuda", views, _moved)
 
-    @functools.wraps(original)
-    def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if views.scope_of(caller) is None:
-            return original(self, *args, **kwargs)
-        lane = current()
-        return lane.place(self) if isinstance(self, torch.nn.Module) else self.to(lane.device())
 
-    owner.cuda = cuda  # type: ignore[attr-defined]
-    return lambda: setattr(owner, "cuda", original) if own else delattr(owner, "cuda")
+def hook_to(owner: type, views: Views) -> Callable[[], None]:
+    """Let a module's `to` take CUDA's names; returns what takes it back."""
+    return _hook(owner, "to", views, _sent)
+
+
+def _moved(_: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+    lane = current()
+    return lane.place(self) if isinstance(self, torch.nn.Module) else self.to(lane.device())
+
+
+def _sent(to: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+    args = (*map(to_lane, args[:1]), *args[1:])
+    kwargs = _on_lane(kwargs)
+    if current().device() in (*args, *kwargs.values()):
+        current().place(self)
+    return to(self, *args, **kwargs)
+
+
+def _made(init: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+    return init(self, *args, **_on_lane(kwargs))
+
+
+def _on_lane(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs | {"device": to_lane(kwargs["device"])} if "device" in kwargs else kwargs

@@ -301,4 +301,4 @@ class Parity:
         return found
 
     def _run(self, *arguments: Any, **named: Any) -> list[Any]:
-        return (self.pools or self._own).run(*arguments, timeout=self.timeout, **named)
+        return (self.pools or self._own)(*arguments, timeout=self.timeout, **named)

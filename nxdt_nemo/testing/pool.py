@@ -264,7 +264,7 @@ class RankPools:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(
+    def __call__(
         self,
         world: int,
         function: str | Callable[..., Any],

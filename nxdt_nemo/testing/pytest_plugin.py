@@ -6,8 +6,8 @@ Imports pytest and the pool, no torch. Proof: tests/testing/test_pool.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,37 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["Gloo", "gloo", "parity"]
 
 
-class Gloo(Protocol):
-    """What the fixture is: gloo(world, function, *args) -> one result a rank."""
-
-    def __call__(
-        self,
-        world: int,
-        function: str | Callable[..., Any],
-        *args: Any,
-        init: str | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> list[Any]: ...
+Gloo = RankPools
+"""What the fixture is: gloo(world, function, *args) -> one result a rank."""
 
 
 @pytest.fixture(scope="session")
-def _pools() -> Iterator[RankPools]:
+def gloo() -> Iterator[Gloo]:
+    """One pool for each (world size, init, env), started when first asked for and closed with the session."""
     with RankPools() as pools:
         yield pools
 
 
 @pytest.fixture(scope="session")
-def gloo(_pools: RankPools) -> Gloo:
-    """Runs a function on one pool for each (world size, init, env), started when first asked for."""
-    return _pools.run
-
-
-@pytest.fixture(scope="session")
-def parity(_pools: RankPools) -> Iterator[Parity]:
+def parity(gloo: Gloo) -> Iterator[Parity]:
     """Rows of a parity table, on the session's ranks; what a recipe gives in a layout is computed once."""
     pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
     from nxdt_nemo.testing.parity import Parity
 
-    with Parity(pools=_pools) as session:
+    with Parity(pools=gloo) as session:
         yield session

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from nxdt_nemo.runtime.machine import installed
 from nxdt_nemo.testing.ours import ACTIVE
 from nxdt_nemo.testing.parity import Parity, relative
 from nxdt_nemo.testing.pool import RankPool
@@ -19,10 +18,8 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def traced() -> Callable[[Recipe, Any, Layout], list[Traced]]:
+def traced(with_torch_xla: None) -> Callable[[Recipe, Any, Layout], list[Traced]]:
     """traced(recipe, weights, layout): some steps in processes of their own, since a process has one lane."""
-    if installed("torch_xla") is None:  # kept out of this process
-        pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
 
     def run(recipe: Recipe, weights: Any, layout: Layout) -> list[Traced]:
         with RankPool(layout.world, env=TRACED_ENV, init=ACTIVE, group=False, timeout=600) as pool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-from nxdt_nemo.runtime.machine import installed
 from nxdt_nemo.testing.parity import relative
 
 from .conftest import Run
@@ -15,9 +14,8 @@ STEPS = ("trainer.max_steps=6", "trainer.val_check_interval=3", "exp_manager.cre
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("with_torch_xla")
 def test_the_cpu_lanes_losses(train: Callable[..., Run]) -> None:
-    if installed("torch_xla") is None:  # kept out of this process
-        pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
     runs = [train(*STEPS, name=lane, environment={"NXDT_NEMO_RUNTIME": lane}) for lane in ("cpu", "xla")]
     for run in runs:
         assert run.code == 0, run.output[-3000:]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from nxdt_nemo.runtime.machine import installed
 from nxdt_nemo.testing.ours import ACTIVE
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.traced import TRACED_ENV
@@ -18,10 +17,8 @@ pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[Callable[..., list[Any]]]:
+def pools(with_torch_xla: None) -> Iterator[Callable[..., list[Any]]]:
     """pools(world, function, *args) on ranks whose lane is xla."""
-    if installed("torch_xla") is None:  # kept out of this process
-        pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
     made: dict[int, RankPool] = {}
 
     def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -186,14 +186,14 @@ def leaves_threads(count: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells a process's state")
 def test_pools_rest_between_runs_and_start_anew_when_threads_pile_up() -> None:
     with RankPools() as pools:
-        assert pools.run(2, summed, 1.0) == [3.0, 3.0]
+        assert pools(2, summed, 1.0) == [3.0, 3.0]
         [pool] = pools._pools.values()
         deadline = time.monotonic() + 5
         while states(pool) != ["T", "T"] and time.monotonic() < deadline:
             time.sleep(0.01)
         assert states(pool) == ["T", "T"]
-        first = pools.run(2, leaves_threads, 20)
-        assert pools.run(2, leaves_threads, 200) == first  # these are the last that it serves
-        assert not set(pools.run(2, leaves_threads, 1)) & set(first)
-        assert pools.run(2, summed, 2.0) == [6.0, 6.0]
+        first = pools(2, leaves_threads, 20)
+        assert pools(2, leaves_threads, 200) == first  # these are the last that it serves
+        assert not set(pools(2, leaves_threads, 1)) & set(first)
+        assert pools(2, summed, 2.0) == [6.0, 6.0]
     assert not pools._pools

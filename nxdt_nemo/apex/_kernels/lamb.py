@@ -56,14 +56,14 @@ def multi_tensor_lamb(
     torch._foreach_add_(m, g, alpha=1 - beta1 if grad_averaging else 1)
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, value=1 - beta2)
-    denominators = torch._foreach_div(v, s.correction(beta2, p[0]))
+    rate, correction1, correction2 = s.of_this_step(p[0])
+    denominators = torch._foreach_div(v, correction2)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, epsilon)
-    updates = torch._foreach_div(m, s.correction(beta1, p[0]))
+    updates = torch._foreach_div(m, correction1)
     torch._foreach_div_(updates, denominators)
     if s.decoupled and weight_decay:
         torch._foreach_add_(updates, p, alpha=weight_decay)
-    rate = s.learning_rate(p[0])
     if use_nvlamb or weight_decay:
         torch._foreach_mul_(updates, [rate * ratio for ratio in _ratios(p, updates)])
     else:

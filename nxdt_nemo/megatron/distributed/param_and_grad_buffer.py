@@ -27,7 +27,6 @@ class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
         nothing: Tensor = torch.empty(0, dtype=self.grad_dtype, device=self.grad_data.device)
         self.grad_data = nothing
         for bucket in self.buckets:
-            bucket.length = bucket.grad_data.numel()
             bucket.grad_data = nothing
 
     def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> Tensor:
@@ -47,7 +46,7 @@ class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
 
 
 class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
-    """Reduces what upstream reduces."""
+    """Reduces what upstream reduces. Buckets are unsharded (zero.py refuses others here), and so without padding."""
 
     def start_grad_sync(self) -> None:
         asked = self.ddp_config
@@ -59,27 +58,19 @@ class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
             self.grad_reduce_handle = None
             return
         for bucket in self.buckets:
-            bucket.grad_data = _together(bucket)
+            bucket.grad_data = torch.cat([param.main_grad.flatten() for param in _ordered(bucket)])
         super().start_grad_sync()
         for bucket in self.buckets:
-            _apart(bucket)
+            _take_apart(bucket)
 
 
-def _together(bucket: Any) -> Tensor:
-    """All of a bucket's gradients, each in its place, zeros between."""
-    pieces, at = [], bucket.offset
-    for param in sorted(bucket.params_list, key=lambda param: param.main_grad.start):
-        flat = param.main_grad.flatten()
-        if param.main_grad.start > at:
-            pieces.append(flat.new_zeros(param.main_grad.start - at))
-        pieces.append(flat)
-        at = param.main_grad.start + flat.numel()
-    rest = bucket.offset + bucket.length - at
-    return torch.cat([*pieces, pieces[0].new_zeros(rest)] if rest else pieces)
+def _ordered(bucket: Any) -> list[Any]:
+    """Its parameters as the plan has them: upstream keeps them in a set, whose order is each rank's own."""
+    return sorted(bucket.params_list, key=lambda param: param.main_grad.start)
 
 
-def _apart(bucket: Any) -> None:
-    for param in bucket.params_list:
-        begin = param.main_grad.start - bucket.offset
-        param.main_grad.copy_(bucket.grad_data[begin : begin + param.main_grad.numel()].view_as(param.main_grad))
+def _take_apart(bucket: Any) -> None:
+    grads = [param.main_grad for param in _ordered(bucket)]
+    for grad, reduced in zip(grads, bucket.grad_data.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(reduced.view_as(grad))
     bucket.grad_data = bucket.grad_data.new_empty(0)

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
 from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
-    from nxdt_nemo.runtime.gaps import PremulSum
     from nxdt_nemo.runtime.ops import Ops
-    from nxdt_nemo.runtime.xla.transport import Transport
 
 __all__ = ["XlaLane"]
 
@@ -57,16 +54,7 @@ class XlaLane(RanksLane):
 
     def enter_process(self) -> Undo:
         """torch_xla reads PJRT_DEVICE when it is imported: it is set before."""
-        before = os.environ.get(PJRT)
-        os.environ[PJRT] = "NEURON" if neuron_devices() else "CPU"
-
-        def restore() -> None:
-            if before is None:
-                os.environ.pop(PJRT, None)
-            else:
-                os.environ[PJRT] = before
-
-        return restore
+        return set_variable(PJRT, "NEURON" if neuron_devices() else "CPU")
 
     def device(self, local_rank: int = 0) -> torch.device:
         import torch_xla
@@ -132,7 +120,7 @@ class XlaLane(RanksLane):
     def synchronize(self) -> None:
         import torch_xla.core.xla_model as xm
 
-        from nxdt_nemo.runtime.xla.transport import cut
+        from nxdt_nemo.runtime.xla.ops import cut
 
         cut()
         xm.wait_device_ops()
@@ -158,39 +146,13 @@ class XlaLane(RanksLane):
     def register_backend(self) -> None:
         from nxdt_nemo.runtime.xla.process_group import register
 
-        register(self.backend, self.transport)
-
-    @cached_property
-    def transport(self) -> Transport:
-        """How ranks of groups of more than one talk."""
-        from nxdt_nemo.runtime.xla.transport import Hosted, Unavailable
-
-        return Hosted() if self._on_host else Unavailable()
+        register(self.backend)
 
     @cached_property
     def ops(self) -> Ops:
-        from nxdt_nemo.runtime.xla.transport import table
+        from nxdt_nemo.runtime.xla.ops import hosted, table, unavailable
 
-        return table(self.transport)
-
-    def premul_sum(self, factor: float) -> PremulSum:
-        from nxdt_nemo.runtime.gaps import PremulSum
-
-        return PremulSum(factor)
-
-    def all_reduce(
-        self, tensor: torch.Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
-    ) -> dist.Work | None:
-        from nxdt_nemo.runtime import gaps
-
-        return gaps.all_reduce(tensor, op, group, async_op)
-
-    def coalescing(
-        self, group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
-    ) -> AbstractContextManager[Any]:
-        from nxdt_nemo.runtime import gaps
-
-        return gaps.coalescing(group, device, async_ops)
+        return table(hosted() if self._on_host else unavailable())
 
     def step_boundary(self) -> None:
         """Hand the graph over, and answer what was asked of the one before: it is done, or nearly."""

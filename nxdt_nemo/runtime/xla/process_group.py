@@ -16,8 +16,8 @@ from torch._C import _distributed_c10d
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.groups import Group
+from nxdt_nemo.runtime.ops import Ops
 from nxdt_nemo.runtime.select import current
-from nxdt_nemo.runtime.xla.transport import Transport
 
 __all__ = ["XlaProcessGroup", "register"]
 
@@ -26,15 +26,10 @@ Work = Any
 c10d: Any = _distributed_c10d  # its stubs are of C++'s overloads, and not all
 
 
-def register(name: str, transport: Transport) -> None:
+def register(name: str) -> None:
     """Let torch.distributed make process groups of backend `name`."""
-    if name.upper() in dist.Backend._plugins:
-        return
-
-    def create(store: Any, rank: int, size: int, timeout: Any) -> XlaProcessGroup:
-        return XlaProcessGroup(store, rank, size, timeout, transport)
-
-    dist.Backend.register_backend(name, create, devices=["xla"])
+    if name.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(name, XlaProcessGroup, devices=["xla"])
 
 
 def _name_of(op: Any) -> str:
@@ -51,12 +46,11 @@ def _done(tensors: Any) -> Work:
 
 
 class XlaProcessGroup(c10d.ProcessGroup):
-    """A process group whose collectives on XLA tensors are the transport's, and on host tensors gloo's."""
+    """A process group whose collectives on XLA tensors are the lane's, and on host tensors gloo's."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: Any, transport: Transport) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
         self._gloo: Any = c10d.ProcessGroupGloo(store, rank, size, timeout)
-        self._transport = transport
         self._described = ""
 
     def getBackendName(self) -> str:
@@ -80,8 +74,9 @@ class XlaProcessGroup(c10d.ProcessGroup):
     def _group(self) -> Group:
         return current().group_of(self)
 
-    def _alone(self) -> bool:
-        return bool(self.size() == 1)
+    @property
+    def _ops(self) -> Ops:
+        return current().ops
 
     # --- collectives, by the names of torch._C._distributed_c10d.ProcessGroup ---
 
@@ -90,9 +85,8 @@ class XlaProcessGroup(c10d.ProcessGroup):
         if not _on_xla(tensors):
             return self._gloo.allreduce(tensors, opts or c10d.AllreduceOptions())
         op = "sum" if opts is None else _name_of(opts.reduceOp)
-        if not self._alone():
-            for tensor in tensors:
-                tensor.copy_(self._transport.all_reduce(tensor, op, self._group))
+        for tensor in tensors:
+            self._ops.all_reduce_(tensor, self._group, op)
         return _done(tensors)
 
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
@@ -105,18 +99,15 @@ class XlaProcessGroup(c10d.ProcessGroup):
     def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any) -> Work:
         if not _on_xla(tensors):
             return self._gloo.broadcast(tensors, opts)
-        if not self._alone():
-            for tensor in tensors:
-                tensor.copy_(self._transport.broadcast(tensor, opts.rootRank, self._group))
+        for tensor in tensors:
+            self._ops.broadcast_(tensor, opts.rootRank, self._group)
         return _done(tensors)
 
     @torch.no_grad()
     def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
             return self._gloo._allgather_base(whole, mine, opts or c10d.AllgatherOptions())
-        flat = mine.reshape(-1)
-        found = flat if self._alone() else self._transport.all_gather(flat, 0, self._group)
-        whole.copy_(found.view(whole.shape))
+        whole.copy_(self._ops.all_gather(mine.reshape(-1), 0, self._group).view(whole.shape))
         return _done([whole])
 
     @torch.no_grad()
@@ -126,8 +117,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
         if not _on_xla(inputs):
             return self._gloo.allgather(outputs, inputs, opts or c10d.AllgatherOptions())
         for parts, mine in zip(outputs, inputs, strict=True):
-            found = mine[None] if self._alone() else self._transport.all_gather(mine[None], 0, self._group)
-            for part, one in zip(parts, found.unbind(0), strict=True):
+            for part, one in zip(parts, self._ops.all_gather(mine[None], 0, self._group).unbind(0), strict=True):
                 part.copy_(one)
         return _done(outputs)
 
@@ -145,8 +135,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
         op = "sum" if opts is None else _name_of(opts.reduceOp)
         if op not in ("sum", "avg"):
             raise LaneError(f"reduce_scatter by {op} has no counterpart on the xla lane", fix="use sum or avg")
-        flat = whole.reshape(-1)
-        found = flat if self._alone() else self._transport.reduce_scatter(flat, 0, self._group)
+        found = self._ops.reduce_scatter(whole.reshape(-1), 0, self._group)
         mine.copy_((found / self.size() if op == "avg" else found).view(mine.shape))
         return _done([mine])
 
@@ -173,9 +162,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
     ) -> Work:
         if not _on_xla([output, given]):
             return self._gloo.alltoall_base(output, given, list(out), list(sizes), opts or c10d.AllToAllOptions())
-        found = given
-        if not self._alone():
-            found = self._transport.all_to_all(given, self._group, out or None, sizes or None)
+        found = self._ops.all_to_all(given, self._group, out or None, sizes or None)
         output.copy_(found.view(output.shape))
         return _done([output])
 
