@@ -22,7 +22,7 @@ __all__ = ["distributed_view", "to_backend"]
 
 def to_backend(name: Any) -> Any:
     """The lane's backend for a name that asks for NCCL ("nccl", "cpu:gloo,cuda:nccl"); else `name`."""
-    if not isinstance(name, str) or "nccl" not in name.lower():
+    if not isinstance(name, str) or not ("nccl" in name.lower() or current().alone):
         return name
     lane = current()
     lane.register_backend()

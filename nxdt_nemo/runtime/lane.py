@@ -61,6 +61,8 @@ class Lane(ABC):
     """Name of the torch.distributed backend that moves this lane's tensors."""
     ragged: ClassVar[bool] = False
     """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
+    alone: bool = False
+    """This process stands for one rank of a world whose others do not run: groups are the lane's, gloo's included."""
 
     @classmethod
     @abstractmethod

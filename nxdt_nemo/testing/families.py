@@ -98,14 +98,14 @@ def losses_of(model: Any, recipe: Recipe, batch: Batch, positions: torch.Tensor,
 
     first = next(model.parameters(), None)  # a stage may have no layers
     device = torch.device("cpu") if first is None else first.device
-    tokens, labels = (torch.from_numpy(x).to(device) for x in (batch.tokens, batch.labels))
+    tokens, labels = (torch.as_tensor(x).to(device) for x in (batch.tokens, batch.labels))
     positions = positions.to(device)
     if recipe.family == "bert":
-        found = model(tokens, torch.from_numpy(batch.real).to(device), lm_labels=labels)
+        found = model(tokens, torch.as_tensor(batch.real).to(device), lm_labels=labels)
         return found[0] if isinstance(found, tuple) else found
     if recipe.family == "t5":
-        decoder = torch.from_numpy(batch.decoder).to(device)
-        padding = torch.from_numpy(batch.real).to(device) == 0
+        decoder = torch.as_tensor(batch.decoder).to(device)
+        padding = torch.as_tensor(batch.real).to(device) == 0
         ahead = torch.ones(decoder.shape[1], decoder.shape[1], dtype=torch.bool, device=device).triu(1)
         masks = (
             padding[:, None, None, :].expand(-1, 1, tokens.shape[1], -1),
@@ -121,5 +121,5 @@ def mean_of(losses: torch.Tensor, recipe: Recipe, batch: Batch, whole: int) -> t
     import torch
 
     if recipe.family == "bert":
-        losses = losses * torch.from_numpy(batch.real).to(losses.device)
+        losses = losses * torch.as_tensor(batch.real).to(losses.device)
     return losses.sum() / whole

@@ -8,6 +8,7 @@ has changed them. Proof: tests/megatron/test_parity.py.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "gradients_of", "our_specs", "set_up", "train", "update"]
+__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "forward_backward", "gradients_of", "our_specs", "set_up", "train", "update"]
 
 Read = Callable[[Any], Any]
 
@@ -143,14 +144,14 @@ def _steps(report: Part, recipe: Recipe, layout: Layout, training: Training, ste
 
 
 def gradients_of(training: Training, recipe: Recipe, layout: Layout, step: int, read: Read = float) -> list[Any]:
-    """A step's forward and backward passes; returns the losses of this rank's micro-batches, see _forward_backward."""
+    """A step's forward and backward passes; returns the losses of this rank's micro-batches, see forward_backward."""
     from megatron.core import parallel_state
 
     batches = micro_batches(recipe, step)[parallel_state.get_data_parallel_rank() :: layout.dp]
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    return _forward_backward(training.chunks, recipe, batches, read)
+    return forward_backward(training.chunks, recipe, batches, read)
 
 
 def update(optimizer: Any, recipe: Recipe, step: int, read: Read = float) -> Any:
@@ -357,7 +358,7 @@ def _wrap(
     return chunks, get_megatron_optimizer(adam, chunks)
 
 
-def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch], read: Read = float) -> list[Any]:
+def forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch], read: Read = float) -> list[Any]:
     """Each micro-batch's loss (on the last stage, else none), as `read` makes it of a tensor; gradients are left in
     main_grad, reduced."""
     import torch
@@ -373,9 +374,9 @@ def _forward_backward(chunks: list[Any], recipe: Recipe, batches: list[Batch], r
         batch, positions = _zigzag(whole, cp, cp_rank)
 
         def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-            known = mean_of(losses.detach().to(loss_dtype), recipe, batch, whole.labels.size)
+            known = mean_of(losses.detach().to(loss_dtype), recipe, batch, math.prod(whole.labels.shape))
             # the schedule multiplies by the context parallel size, since it averages over these ranks' gradients
-            return mean_of(losses.float(), recipe, batch, whole.labels.size), {"loss": read(known) * cp}
+            return mean_of(losses.float(), recipe, batch, math.prod(whole.labels.shape)), {"loss": read(known) * cp}
 
         return losses_of(stage, recipe, batch, positions), loss_of
 

@@ -92,6 +92,7 @@ class Batch:
     labels   [micro_batch, seq], a T5's [micro_batch, seq / 2]
     real     [micro_batch, seq], 0 where a BERT's or a T5's tokens are padding
     decoder  [micro_batch, seq / 2], what a T5's decoder reads
+    Models take tensors in the arrays' place.
     """
 
     tokens: NDArray[np.int64]

@@ -174,3 +174,7 @@ class XlaLane(RanksLane):
     def close_ranks(self) -> None:
         self.settle()
         super().close_ranks()
+
+    def forget_ranks(self) -> None:
+        """As close_ranks, of ranks whose graphs nobody is going to run."""
+        super().close_ranks()

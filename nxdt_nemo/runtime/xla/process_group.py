@@ -19,7 +19,7 @@ from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.ops import Ops
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["XlaProcessGroup", "register"]
+__all__ = ["XlaProcessGroup", "done", "register"]
 
 NAMES = ("sum", "avg", "max", "min")
 Work = Any
@@ -39,7 +39,7 @@ def _name_of(op: Any) -> str:
     raise LaneError(f"reducing by {op} has no counterpart on the xla lane", fix=f"use one of {', '.join(NAMES)}")
 
 
-def _done(tensors: Any) -> Work:
+def done(tensors: Any) -> Work:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(tensors)
     return c10d._create_work_from_future(future)
@@ -50,7 +50,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
-        self._gloo: Any = c10d.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo: Any = _of_the_host(store, rank, size, timeout)
         self._described = ""
 
     def getBackendName(self) -> str:
@@ -87,7 +87,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
         op = "sum" if opts is None else _name_of(opts.reduceOp)
         for tensor in tensors:
             self._ops.all_reduce_(tensor, self._group, op)
-        return _done(tensors)
+        return done(tensors)
 
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Work:
         return self.allreduce(tensors, opts)
@@ -101,14 +101,14 @@ class XlaProcessGroup(c10d.ProcessGroup):
             return self._gloo.broadcast(tensors, opts)
         for tensor in tensors:
             self._ops.broadcast_(tensor, opts.rootRank, self._group)
-        return _done(tensors)
+        return done(tensors)
 
     @torch.no_grad()
     def _allgather_base(self, whole: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> Work:
         if not _on_xla([whole, mine]):
             return self._gloo._allgather_base(whole, mine, opts or c10d.AllgatherOptions())
         whole.copy_(self._ops.all_gather(mine.reshape(-1), 0, self._group).view(whole.shape))
-        return _done([whole])
+        return done([whole])
 
     @torch.no_grad()
     def allgather(
@@ -119,14 +119,14 @@ class XlaProcessGroup(c10d.ProcessGroup):
         for parts, mine in zip(outputs, inputs, strict=True):
             for part, one in zip(parts, self._ops.all_gather(mine[None], 0, self._group).unbind(0), strict=True):
                 part.copy_(one)
-        return _done(outputs)
+        return done(outputs)
 
     def allgather_into_tensor_coalesced(
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
         for whole, mine in zip(outputs, inputs, strict=True):
             self._allgather_base(whole, mine)
-        return _done(outputs)
+        return done(outputs)
 
     @torch.no_grad()
     def _reduce_scatter_base(self, mine: torch.Tensor, whole: torch.Tensor, opts: Any = None) -> Work:
@@ -137,14 +137,14 @@ class XlaProcessGroup(c10d.ProcessGroup):
             raise LaneError(f"reduce_scatter by {op} has no counterpart on the xla lane", fix="use sum or avg")
         found = self._ops.reduce_scatter(whole.reshape(-1), 0, self._group)
         mine.copy_((found / self.size() if op == "avg" else found).view(mine.shape))
-        return _done([mine])
+        return done([mine])
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any = None
     ) -> Work:
         for mine, whole in zip(outputs, inputs, strict=True):
             self._reduce_scatter_base(mine, whole, opts)
-        return _done(outputs)
+        return done(outputs)
 
     @torch.no_grad()
     def reduce_scatter(
@@ -154,7 +154,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
             return self._gloo.reduce_scatter(outputs, inputs, opts or c10d.ReduceScatterOptions())
         for mine, parts in zip(outputs, inputs, strict=True):
             self._reduce_scatter_base(mine, torch.stack(list(parts)), opts)
-        return _done(outputs)
+        return done(outputs)
 
     @torch.no_grad()
     def alltoall_base(
@@ -164,7 +164,7 @@ class XlaProcessGroup(c10d.ProcessGroup):
             return self._gloo.alltoall_base(output, given, list(out), list(sizes), opts or c10d.AllToAllOptions())
         found = self._ops.all_to_all(given, self._group, out or None, sizes or None)
         output.copy_(found.view(output.shape))
-        return _done([output])
+        return done([output])
 
     def barrier(self, opts: Any = None) -> Work:
         return self._gloo.barrier(opts or c10d.BarrierOptions())
@@ -185,6 +185,15 @@ class XlaProcessGroup(c10d.ProcessGroup):
         if _on_xla(tensors):
             raise LaneError(f"torch.distributed.{name} of tensors on the device has no counterpart on the xla lane")
         return self._gloo
+
+
+def _of_the_host(store: Any, rank: int, size: int, timeout: Any) -> Any:
+    """gloo; where the process only stands for a rank of a world, nobody."""
+    if current().alone:
+        from nxdt_nemo.runtime.xla.world import Alone
+
+        return Alone(rank, size)
+    return c10d.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def _on_xla(tensors: Sequence[torch.Tensor]) -> bool:
