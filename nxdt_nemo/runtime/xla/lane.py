@@ -37,6 +37,7 @@ class XlaLane(RanksLane):
 
     def __init__(self) -> None:
         super().__init__()
+        self.on_cut: Callable[[], None] | None = None  # in place of handing a graph over: see world.py
         self._asked: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
         self._due: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
 
@@ -156,9 +157,12 @@ class XlaLane(RanksLane):
 
     def step_boundary(self) -> None:
         """Hand the graph over, and answer what was asked of the one before: it is done, or nearly."""
-        import torch_xla
+        from nxdt_nemo.runtime.xla.ops import hand_over
 
-        torch_xla.sync()
+        hand_over(self.on_cut)
+        if self.alone:
+            self._asked.clear()
+            return
         due, self._due, self._asked = self._due, self._asked, []
         for function, tensors in due:
             function(*(tensor.cpu() for tensor in tensors))

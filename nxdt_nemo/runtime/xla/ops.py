@@ -21,15 +21,24 @@ from nxdt_nemo.runtime import gloo
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.ops import Arriving, Ops, Receive, Send
+from nxdt_nemo.runtime.select import current
 
-__all__ = ["cut", "hosted", "table", "unavailable"]
+__all__ = ["cut", "hand_over", "hosted", "table", "unavailable"]
+
+
+def hand_over(instead: Callable[[], None] | None) -> None:
+    """Run what was traced, or what the lane has in place of that."""
+    if instead is not None:
+        instead()
+    else:
+        torch_xla.sync()
 
 
 def cut() -> None:
-    """Hand over what was traced. torch_xla moves its random state on when it does: here it stays, or numbers that are
+    """Hand over what was traced, in the middle of a step. torch_xla moves its random state on when it does: here it stays, or numbers that are
     drawn again from a state would depend on where graphs were cut."""
     state = xm.get_rng_state()
-    torch_xla.sync()
+    hand_over(current().on_cut)  # type: ignore[attr-defined]
     xm.set_rng_state(state)
 
 

@@ -6,13 +6,16 @@ into the graph. Imports torch. Proof: tests/runtime/test_xla_world.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch_xla
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch_xla.core.xla_builder import create_placeholder_tensor
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.xla.in_graph import Dialect, in_graph
@@ -21,25 +24,58 @@ from nxdt_nemo.runtime.xla.process_group import done
 if TYPE_CHECKING:
     from nxdt_nemo.runtime.xla.lane import XlaLane
 
-__all__ = ["Alone", "pretend"]
+__all__ = ["Alone", "Recorder", "blank", "pretend"]
 
 
 @contextmanager
-def pretend(lane: XlaLane, rank: int, world: int, dialect: Dialect) -> Iterator[None]:
-    """Be rank `rank` of `world` within. Raises LaneError where ranks are up already."""
+def pretend(
+    lane: XlaLane, rank: int, world: int, dialect: Dialect, cut: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Be rank `rank` of `world` within. Raises LaneError where ranks are up already.
+
+    cut   called where a graph would be handed over, in place of that
+    """
     if dist.is_initialized():
         raise LaneError("ranks are up: a world can be pretended in a process of its own only", place="pretend")
     if not 0 <= rank < world:
         raise LaneError(f"rank {rank} is not in a world of {world}", place="pretend")
-    lane.alone, lane.ops = True, in_graph(dialect)
+    lane.alone, lane.ops, lane.on_cut = True, in_graph(dialect), cut
     lane.register_backend()
     try:
         dist.init_process_group(lane.backend, store=FakeStore(), rank=rank, world_size=world)
         yield
     finally:
         lane.forget_ranks()
-        lane.alone = False
+        lane.alone, lane.on_cut = False, None
         del lane.ops
+
+
+class Recorder:
+    """Takes the text of each graph that would be run, and lets tensors without contents stand for its results.
+
+    graphs  HLO text, in order
+    What only autograd holds at a cut inside a step is traced again in the next graph.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: list[str] = []
+
+    def cut(self) -> None:
+        live = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "xla"]
+        pending = [one for one in live if not torch_xla._XLAC._is_placecholder(one)]
+        if not pending:
+            return
+        self.graphs.append(torch_xla._XLAC._get_xla_tensors_hlo(pending))
+        for tensor in pending:
+            blank(tensor)
+        # Collectives follow each other by a token, which would lead back into the graph that is done.
+        torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)
+
+
+@torch.no_grad()
+def blank(tensor: torch.Tensor) -> None:
+    """Take a tensor's contents away; its shape and dtype stay, and a graph has it as a parameter."""
+    tensor.data = create_placeholder_tensor(list(tensor.shape), tensor.dtype)
 
 
 class Alone:

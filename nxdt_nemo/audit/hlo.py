@@ -1,0 +1,245 @@
+"""HLO text as torch_xla lowers it, read: operations, FLOPs, collectives, bytes that live.
+
+Room audit/. Standard library only. The text is the graph before XLA's passes, in an order that can be run as it stands.
+Proof: tests/audit/test_hlo.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+
+__all__ = ["COLLECTIVES", "Collective", "Graph", "Operation", "Shape"]
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+ITEMSIZE = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0,
+}  # fmt: skip
+
+_LINE = re.compile(r"^\s*(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9\-]*)\(")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array: its dtype in XLA's name and its dimensions."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * ITEMSIZE.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One line of the entry computation; a tuple has several shapes."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One transfer among ranks.
+
+    kind    an opcode of COLLECTIVES
+    dtype   of what is sent
+    groups  replica groups, or source and target pairs, as ranks of the world
+    whole   bytes of the undivided tensor: what an all-gather has at its end, a reduce-scatter at its start
+    """
+
+    kind: str
+    dtype: str
+    groups: tuple[tuple[int, ...], ...]
+    whole: int
+
+    @property
+    def size(self) -> int:
+        """Ranks of a group."""
+        return 2 if self.kind == "collective-permute" else max(map(len, self.groups), default=1)
+
+    @property
+    def received(self) -> int:
+        """Bytes that a rank receives at least: n (t - 1) / t, an all-reduce twice that (ring or tree alike)."""
+        share = self.whole * (self.size - 1) // self.size
+        return {"all-reduce": 2 * share, "collective-permute": self.whole}.get(self.kind, share)
+
+    def group_of(self, rank: int) -> tuple[int, ...]:
+        """The group that a rank is in, () for none."""
+        return next((group for group in self.groups if rank in group), ())
+
+
+class Graph:
+    """One lowered graph."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.operations = tuple(_operations(text))
+
+    @cached_property
+    def by_name(self) -> dict[str, Operation]:
+        return {one.name: one for one in self.operations}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the program, without the number in the module's name: equal for ranks that run one program."""
+        return hashlib.sha256(re.sub(r"IrToHlo\.\d+", "IrToHlo", self.text).encode()).hexdigest()
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        return Counter(one.opcode for one in self.operations)
+
+    @cached_property
+    def dtypes(self) -> Counter[str]:
+        """Bytes of results by dtype."""
+        found: Counter[str] = Counter()
+        for one in self.operations:
+            for shape in one.shapes:
+                found[shape.dtype] += shape.bytes
+        return found
+
+    def parameters(self) -> list[Shape]:
+        """What the graph is given: weights, optimizer state, batches, numbers of the step."""
+        return [one.shapes[0] for one in self.operations if one.opcode == "parameter"]
+
+    @cached_property
+    def flops(self) -> int:
+        """Of its matrix products, a multiply-add counted as two: 2 x elements of the result x contracted elements."""
+        return sum(self._flops(one) for one in self.operations if one.opcode == "dot")
+
+    @cached_property
+    def product_bytes(self) -> int:
+        """Bytes that matrix products read and write, each operand once: what HBM has to move at least."""
+        dots = (one for one in self.operations if one.opcode == "dot")
+        return sum(one.bytes + sum(self.by_name[name].bytes for name in one.operands) for one in dots)
+
+    def _flops(self, one: Operation) -> int:
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+        left = self.by_name[one.operands[0]].shapes[0].dims
+        dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
+        return 2 * one.shapes[0].elements * math.prod(left[dim] for dim in dims)
+
+    @cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """In the order of the text."""
+        return tuple(self._collective(one) for one in self.operations if one.opcode in COLLECTIVES)
+
+    def _collective(self, one: Operation) -> Collective:
+        # torch_xla hands a token along with some, a scalar beside the tensors: it is no payload.
+        operands = [shape for name in one.operands for shape in self.by_name[name].shapes]
+        given = [shape for shape in operands if shape.dims] or operands[:1]
+        sent = sum(shape.bytes for shape in given)
+        groups = _groups(one.attributes)
+        whole = sent * max(map(len, groups), default=1) if one.opcode == "all-gather" else sent
+        return Collective(one.opcode, given[0].dtype, groups, whole)
+
+    def peak_bytes(self) -> int:
+        """The most bytes that live at once when the operations run in the text's order.
+
+        An estimate: what XLA fuses is not kept (an elementwise operation, or one that only moves data, is made again
+        where it is used), parameters live to the end, since each has a successor that takes its place.
+        """
+        return _peak(self.operations)
+
+
+def _operations(text: str) -> Iterator[Operation]:
+    inside = False
+    for line in text.splitlines():
+        if line.startswith("ENTRY "):
+            inside = True
+        elif inside and line.startswith("}"):
+            return
+        elif inside and (found := _LINE.match(line)):
+            rest = line[found.end() :]
+            end = _end_of_operands(rest)
+            shapes = tuple(
+                Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim))
+                for dtype, dims in _SHAPE.findall(found["shape"])
+            )
+            operands = () if found["opcode"] in ("constant", "parameter") else tuple(_OPERAND.findall(rest[:end]))
+            yield Operation(found["name"], found["opcode"], shapes, operands, rest[end:])
+
+
+def _end_of_operands(rest: str) -> int:
+    depth = 1
+    for place, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place
+    return len(rest)
+
+
+def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    found = _GROUPS.search(attributes) or _PAIRS.search(attributes)
+    if found:
+        return tuple(tuple(int(rank) for rank in one.split(",")) for one in re.findall(r"\{([\d,]+)\}", found[1]))
+    if iota := _IOTA.search(attributes):
+        return _from_iota(int(iota[1]), int(iota[2]), iota[3], iota[4])
+    return ()
+
+
+def _from_iota(count: int, size: int, dims: str, order: str | None) -> tuple[tuple[int, ...], ...]:
+    """XLA's short form [groups,size]<=[dims]T(order): the ranks 0, 1, .. in that shape, transposed, cut."""
+    shape = [int(dim) for dim in dims.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else list(range(len(shape)))
+    strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    ranks = [0]
+    for axis in axes:
+        ranks = [rank + step * strides[axis] for rank in ranks for step in range(shape[axis])]
+    return tuple(tuple(ranks[group * size : (group + 1) * size]) for group in range(count))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+KEPT = frozenset((*COLLECTIVES, "dot", "reduce", "gather", "scatter", "concatenate", "custom-call", "rng", "sort",
+                  "rng-bit-generator", "reduce-window", "dynamic-update-slice", "batch-norm-training",
+                  "batch-norm-grad"))  # fmt: skip
+
+
+def _peak(operations: Iterable[Operation]) -> int:
+    """See Graph.peak_bytes. What a fused operation reads lives as long as whoever reads it."""
+    listed = list(operations)
+    place = {one.name: index for index, one in enumerate(listed)}
+    kept = [one.opcode in KEPT or one.opcode == "parameter" for one in listed]
+    last = list(range(len(listed)))
+    for index in range(len(listed) - 1, -1, -1):
+        reader = index if kept[index] else last[index]
+        for name in listed[index].operands:
+            source = place[name]
+            last[source] = max(last[source], reader)
+    ends: list[int] = [0] * (len(listed) + 1)
+    live = peak = 0
+    for index, one in enumerate(listed):
+        if one.opcode == "parameter":
+            live += one.bytes
+        elif kept[index]:
+            live += one.bytes
+            ends[last[index]] += one.bytes
+        peak = max(peak, live)
+        live -= ends[index]
+    return peak

@@ -1,0 +1,292 @@
+"""The training step of one rank of a world, lowered through NeMo itself and run by nobody.
+
+Room audit/. NeMo's MegatronGPTModel, trainer and strategy are built as for a run, by the config; trainer.fit goes as
+far as the end of the first steps, where the graphs are taken (runtime/xla/world.py). The data are blank, and a
+tokenizer that is not there is replaced by its size. Proof: tests/audit/test_audit.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nxdt_nemo.audit.hlo import Graph
+from nxdt_nemo.errors import ConfigError, UserError
+from nxdt_nemo.runtime import current
+
+__all__ = ["Lowered", "lower"]
+
+STEPS = 2  # the second has all state that the first makes
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a rank would run.
+
+    graphs      each distinct one of its steps, the last step's last
+    step        those of the last step, as indices
+    stage       (pipeline rank, pipeline size)
+    parameters  numbers in the model's parameters on this rank
+    fallbacks   operations that fall off XLA, by name
+    reads       where the last step reads a device's tensor on the host: file:line, how often
+    seconds     that it took
+    """
+
+    rank: int
+    graphs: tuple[Graph, ...]
+    step: tuple[int, ...]
+    stage: tuple[int, int]
+    parameters: int
+    fallbacks: Mapping[str, int]
+    reads: Mapping[str, int]
+    seconds: float
+
+
+class _Enough(Exception):
+    """Not an error: the steps that were asked for are traced."""
+
+
+def lower(config: Any, rank: int, world: int) -> Lowered:
+    """Lower the step of one rank.
+
+    config   a NeMo configuration, resolved (omegaconf)
+    Needs the xla lane, torch_xla and NeMo, and a process without ranks. Raises UserError for what a run would refuse,
+    and for a tensor that a step reads on the host, by file and line.
+    """
+    from nxdt_nemo.runtime.xla.in_graph import Replicas
+    from nxdt_nemo.runtime.xla.metrics import counters
+    from nxdt_nemo.runtime.xla.world import Recorder, pretend
+
+    config = _shortened(config)
+    recorder, began, before = Recorder(), time.monotonic(), counters()
+    marks: list[int] = []
+    lane: Any = current()
+
+    with _as_rank(config, rank, world), pretend(lane, rank, world, Replicas(), recorder.cut), _reads() as reads:
+        model, trainer = _build(config)
+        recorder.cut()  # weights: contents that nobody needs
+        recorder.graphs.clear()
+        trainer.callbacks.append(_stopper(recorder, marks, reads))
+        try:
+            trainer.fit(model)
+        except _Enough:
+            pass
+        stage, count = _stage(), sum(one.numel() for one in model.parameters())
+        _forget()
+    after = counters()
+    texts = recorder.graphs[: marks[-1]]
+    distinct = {text: None for text in texts}
+    index = {text: place for place, text in enumerate(distinct)}
+    last = [index[text] for text in texts[marks[-2] if len(marks) > 1 else 0 :]]
+    fell = {name: after[name] - before.get(name, 0) for name in after if name.startswith("aten::")}
+    return Lowered(
+        rank,
+        tuple(Graph(text) for text in distinct),
+        tuple(last),
+        stage,
+        count,
+        {name: number for name, number in fell.items() if number},
+        dict(reads),
+        time.monotonic() - began,
+    )
+
+
+SHORT = {
+    "max_steps": STEPS + 1,
+    "max_epochs": -1,
+    "val_check_interval": STEPS + 1,
+    "limit_val_batches": 0,
+    "limit_test_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def _shortened(config: Any) -> Any:
+    """The config for some steps that leave nothing behind; weights are not read."""
+    from omegaconf import OmegaConf, open_dict
+
+    short = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    with open_dict(short):
+        short.trainer.update(SHORT)
+        short.trainer.accelerator = "neuron"
+        short.exp_manager = None
+        short.model.restore_from_path = short.model.resume_from_checkpoint = None
+        short.model.use_cpu_initialization = False
+        short.model.data.num_workers = 0
+    return short
+
+
+def _stopper(recorder: Any, marks: list[int], reads: Counter[str]) -> Any:
+    from lightning.pytorch import Callback
+
+    class Stopper(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            marks.append(len(recorder.graphs))
+            if len(marks) >= STEPS:
+                raise _Enough
+            reads.clear()
+
+    return Stopper()
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+@contextmanager
+def _reads() -> Iterator[Counter[str]]:
+    """Count where tensors of the device are read. Raises UserError by file and line for one that the step computes:
+    a run would cut its graph there."""
+    import torch
+
+    found: Counter[str] = Counter()
+    saved = {name: getattr(torch.Tensor, name) for name in READS}
+
+    def counting(name: str) -> Any:
+        def read(self: Any, *arguments: Any, **named: Any) -> Any:
+            if self.device.type != "xla":
+                return saved[name](self, *arguments, **named)
+            place = _caller()
+            found[place] += 1
+            try:
+                return saved[name](self, *arguments, **named)
+            except RuntimeError as error:
+                raise UserError(f"{place} reads a tensor of the device ({name}): the step's graph ends there") from error
+
+        return read
+
+    for name in READS:
+        setattr(torch.Tensor, name, counting(name))
+    try:
+        yield found
+    finally:
+        for name, method in saved.items():
+            setattr(torch.Tensor, name, method)
+
+
+def _caller() -> str:
+    """The line outside torch and this file that asked."""
+    frames = reversed(traceback.extract_stack(limit=12)[:-2])
+    frame = next((one for one in frames if "/torch/" not in one.filename), None)
+    return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}" if frame else "?"
+
+
+@contextmanager
+def _as_rank(config: Any, rank: int, world: int) -> Iterator[None]:
+    """The environment of a rank that torchrun started."""
+    local = int(config.trainer.devices)
+    told = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": rank % local,
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": rank // local,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+        "TORCHELASTIC_RUN_ID": "audit",
+    }
+    saved = {name: os.environ.get(name) for name in told}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _build(config: Any) -> tuple[Any, Any]:
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+
+    class Model(MegatronGPTModel):  # type: ignore[misc]
+        def _build_tokenizer(self) -> None:
+            self.tokenizer = _tokenizer(self._cfg)
+
+        def build_train_valid_test_datasets(self) -> Any:
+            self._train_ds = self._validation_ds = self._test_ds = _Blank(self.cfg)
+            return self._train_ds, self._validation_ds, self._test_ds
+
+    trainer = MegatronTrainerBuilder(config).create_trainer(callbacks=[])
+    trainer.strategy.broadcast = lambda obj, src=0: obj
+    trainer._teardown = lambda: None  # it would bring logged values and the optimizer's tensors to the host
+    return Model(config.model, trainer), trainer
+
+
+def _tokenizer(model: Any) -> Any:
+    """One of the size that the config says, else that its files have."""
+    from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
+
+    size = model.get("override_vocab_size") or model.tokenizer.get("vocab_size")
+    if size:
+        return NullTokenizer(int(size) - 1)
+    from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+
+    try:
+        return get_nmt_tokenizer(
+            library=model.tokenizer.library,
+            model_name=model.tokenizer.get("type"),
+            tokenizer_model=model.tokenizer.get("model"),
+            vocab_file=model.tokenizer.get("vocab_file"),
+            merges_file=model.tokenizer.get("merge_file"),
+        )
+    except Exception as error:
+        reason = f"the tokenizer cannot be made ({str(error).splitlines()[0]})"
+        raise ConfigError(reason, place="model.tokenizer", fix="tell its size: +model.override_vocab_size=128256") from None
+
+
+class _Blank:
+    """A dataset of zeros, in the shape of megatron-core's GPT dataset."""
+
+    def __init__(self, model: Any) -> None:
+        self._seq = int(model.data.get("seq_length") or model.encoder_seq_length)
+        self._masked = not model.get("get_attention_mask_from_fusion", True)
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, _: int) -> dict[str, Any]:
+        import torch
+
+        ids = torch.zeros(self._seq, dtype=torch.int64)
+        item = {
+            "tokens": ids,
+            "labels": ids,
+            "loss_mask": torch.ones(self._seq),
+            "position_ids": torch.arange(self._seq),
+        }
+        if self._masked:
+            item["attention_mask"] = torch.ones(1, self._seq, self._seq, dtype=torch.bool).triu(1)
+        return item
+
+
+def _forget() -> None:
+    """Let the next rank begin anew: NeMo keeps sizes in a singleton, megatron-core in module variables."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from nemo.utils import AppState
+    from nemo.utils.metaclasses import Singleton
+
+    parallel_state.destroy_model_parallel()
+    unset_num_microbatches_calculator()
+    Singleton._Singleton__instances.pop(AppState, None)
+
+
+def _stage() -> tuple[int, int]:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
