@@ -48,7 +48,7 @@ def train(
     from megatron.core import parallel_state
 
     from nxdt_nemo.runtime.xla.lift import Lift
-    from nxdt_nemo.runtime.xla.metrics import counters
+    from nxdt_nemo.runtime.xla.metrics import graphs_compiled
     from nxdt_nemo.runtime.xla.world import pretend
 
     lift, report = Lift(layout.world), Lifted()
@@ -63,16 +63,18 @@ def train(
                 parts.append(share(weights[name], own.dim, own.gated, own.size, own.rank))
             lift.keep(parameter, parts)
 
+        models = {id(parameter) for _, parameter in training.named}
+
         def state() -> Iterator[torch.Tensor]:
             yield from (parameter for _, parameter in training.named)
-            yield from _optimizers(training.optimizer)
+            yield from _optimizers(training.optimizer, models)
 
         def begin() -> list[torch.Tensor]:
             training.optimizer.reload_model_params()
             return []
 
         lift.step(state, [], begin)
-        before = counters()["compiled"]
+        before = graphs_compiled()
         for step in range(steps):
             batches = [micro_batches(recipe, step)[dp[rank] :: layout.dp] for rank in range(layout.world)]
             inputs = [_stacked(lift, [mine[k] for mine in batches]) for k in range(len(batches[0]))]
@@ -86,7 +88,7 @@ def train(
                 return [torch.stack(losses).mean(), update(training.optimizer, recipe, step, read=lambda norm: norm)]
 
             loss, norm = lift.step(state, [tensor for pair in inputs for tensor in pair], run)
-            now = counters()["compiled"]
+            now = graphs_compiled()
             report.losses.append(loss.tolist())
             report.grad_norms.append(norm.tolist())
             report.compiled.append(now - before)
@@ -106,11 +108,12 @@ def _stacked(lift: Any, batches: list[Batch]) -> list[torch.Tensor]:
     ]
 
 
-def _optimizers(optimizer: Any) -> Iterator[torch.Tensor]:
+def _optimizers(optimizer: Any, models: set[int]) -> Iterator[torch.Tensor]:
     """Main parameters that are none of the model's, and moments."""
     import torch
 
+    mains = (one for group in optimizer.param_groups for one in group["params"])
+    yield from (one for one in mains if id(one) not in models)
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        yield from (main for group in getattr(one, "fp32_from_float16_groups", []) for main in group)
         for state in one.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
