@@ -12,18 +12,12 @@ from typing import Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["DEVICES", "NeuronConfig", "neuron_section"]
+__all__ = ["NeuronConfig", "neuron_section"]
 
-# Devices that torch sees on an instance; trn2 groups its cores by two (LNC 2, its default) or not at all (LNC 1).
-DEVICES: dict[str, tuple[int, ...]] = {
-    "trn1.2xlarge": (2,),
-    "trn1.32xlarge": (32,),
-    "trn1n.32xlarge": (32,),
-    "trn2.48xlarge": (64, 128),
-}
 LANES = ("auto", "cpu", "xla", "neuron")
 
 
@@ -46,7 +40,7 @@ class NeuronConfig(BaseModel):
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
-        return DEVICES[self.instance] if self.instance else ()
+        return INSTANCES[self.instance].ranks if self.instance else ()
 
 
 def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:
@@ -63,10 +57,8 @@ def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:
         found = NeuronConfig.model_validate(OmegaConf.to_container(section, resolve=True))
     except ValidationError as error:
         raise _one_line(error, place) from None
-    if found.instance is not None and found.instance not in DEVICES:
-        near = difflib.get_close_matches(found.instance, DEVICES, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"use {or_list(DEVICES)}"
-        raise ConfigError(f"neuron.instance={found.instance} is not a known instance", place=place, fix=fix)
+    if found.instance is not None:
+        instance(found.instance, key="neuron.instance", place=place)
     return found
 
 
