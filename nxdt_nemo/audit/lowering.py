@@ -33,6 +33,7 @@ class Lowered:
     step        those of the last step, as indices
     stage       (pipeline rank, pipeline size)
     parameters  numbers in the model's parameters on this rank
+    vocab       rows of the vocabulary that are this rank's
     fallbacks   operations that fall off XLA, by name
     reads       where the last step reads a device's tensor on the host: file:line, how often
     seconds     that it took
@@ -43,6 +44,7 @@ class Lowered:
     step: tuple[int, ...]
     stage: tuple[int, int]
     parameters: int
+    vocab: int
     fallbacks: Mapping[str, int]
     reads: Mapping[str, int]
     seconds: float
@@ -78,6 +80,7 @@ def lower(config: Any, rank: int, world: int) -> Lowered:
         except _Enough:
             pass
         stage, count = _stage(), sum(one.numel() for one in model.parameters())
+        vocab = int(model.padded_vocab_size) // int(config.model.get("tensor_model_parallel_size") or 1)
         _forget()
     after = counters()
     texts = recorder.graphs[: marks[-1]]
@@ -91,6 +94,7 @@ def lower(config: Any, rank: int, world: int) -> Lowered:
         tuple(last),
         stage,
         count,
+        vocab,
         {name: number for name, number in fell.items() if number},
         dict(reads),
         time.monotonic() - began,

@@ -1,0 +1,74 @@
+"""FLOPs of a GPT's micro-batch on one rank, counted by hand: what the lowered graph is checked against.
+
+Room audit/. Standard library only. Narayanan et al. 2021 (arXiv:2104.04473), section 5.1, for a rank, with grouped
+queries, gated MLPs, and attention as it is computed here. Proof: tests/audit/test_formula.py, tests/audit/test_audit.py.
+
+    T = S B tokens, a multiply-add is 2; q, g a rank's query and KV heads, D features a head, f its part of the MLP
+    layer    2 T H (q + 2 g) D + 2 T q D H + 2 T H f (3 with a gate, else 2)
+    scores   2 B q D pairs for each of the two products; pairs = S S, in causal blocks of b queries S (S + b) / 2
+    head     2 T H v, v the rank's part of the vocabulary
+    backward twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
+    recompute  full: a layer's forward once more; selective: its attention's
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Count", "Decoder", "count"]
+
+Recompute = Literal["", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A rank's part of a decoder; sizes of one micro-batch.
+
+    layers     of this rank
+    experts    products of an MLP that a token has: 1, or the experts it is computed by
+    block      queries of a block of causal attention; 0 where scores are made whole
+    head       does it have the output layer?
+    """
+
+    layers: int
+    hidden: int
+    seq: int
+    batch: int
+    queries: int
+    groups: int
+    features: int
+    ffn: int
+    gated: bool
+    vocab: int
+    head: bool = True
+    block: int = 0
+    recompute: Recompute = ""
+    recomputed_layers: int = 0
+    experts: float = 1.0
+    router: int = 0
+
+
+@dataclass(frozen=True)
+class Count:
+    """FLOPs of a micro-batch on a rank: what the hardware does, and what the model needs without doing it twice."""
+
+    hardware: float
+    model: float
+
+
+def count(part: Decoder) -> Count:
+    """See the module."""
+    tokens = part.seq * part.batch
+    projections = 2 * tokens * part.hidden * part.features * (2 * part.queries + 2 * part.groups)
+    mlp = 2 * tokens * part.hidden * part.ffn * (3 if part.gated else 2) * part.experts
+    router = 2 * tokens * part.hidden * part.router
+    pairs = part.seq * (part.seq + part.block) / 2 if part.block else part.seq * part.seq
+    product = 2 * part.batch * part.queries * part.features * pairs
+    head = 2 * tokens * part.hidden * part.vocab if part.head else 0
+    linear, attention = projections + mlp + router, 2 * product
+    model = part.layers * (3 * linear + 3 * attention) + 3 * head
+    again = {"": 0.0, "selective": attention, "full": linear + attention}[part.recompute]
+    scores_again = product if part.block else 0
+    hardware = model + part.layers * scores_again + part.recomputed_layers * again
+    return Count(hardware, model)
