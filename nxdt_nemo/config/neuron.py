@@ -7,11 +7,12 @@ Proof: tests/config/test_neuron.py.
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nxdt_nemo.config.alignment import Alignment
 from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
@@ -29,6 +30,8 @@ class NeuronConfig(BaseModel):
     strict_keys   a key that nobody reads is an error, not a warning
     stochastic_rounding   sets NEURON_RT_STOCHASTIC_ROUNDING_EN to 1 or 0; None leaves it to the environment. NxD
                           Training's precision.type mixed_precision_SR, with megatron_amp_O2
+    vocab_size    the tokenizer's pieces, for what is computed where the tokenizer is not at hand: memory
+    alignment     preference training, see alignment.py
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,6 +40,8 @@ class NeuronConfig(BaseModel):
     instance: str | None = None
     strict_keys: bool = False
     stochastic_rounding: bool | None = None
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    alignment: Alignment | None = None
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
