@@ -35,6 +35,9 @@ OURS = (
     *((f"{part}.yaml", "gpt") for part in ("parts/gpt*", "parts/llama", "model/gpt*", "model/llama*", "model/mi*")),
     *((f"{part}.yaml", "tuning") for part in ("parts/gpt*", "parts/llama", "parts/tuning", "workflow/sft", "workflow/lora")),
     *(("workflow/pretrain.yaml", model) for model in ("gpt", "bert", "t5")),
+    *(("target/trn1.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
+    ("model/llama*.yaml", "tuning"),
+    ("layout/trn*/*.yaml", "gpt"),
     ("model/bert.yaml", "bert"),
     ("model/t5.yaml", "t5"),
 )
@@ -258,6 +261,8 @@ def values(checkout: Path, known: dict[str, list[str]]) -> dict[str, Any]:
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         if "trainer" in config:
             v.of_stock(config, "", found, v.model_of(config))
+    side = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "parts" / "t5_side.yaml"), resolve=False)
+    v.of_stock({"model": {"encoder": side, "decoder": side}}, "", found, "t5")
     for pattern, model in OURS:
         for file in sorted((ROOT / "configs").glob(pattern)):
             v.of_stock(OmegaConf.to_container(OmegaConf.load(file), resolve=False), "", found, model)

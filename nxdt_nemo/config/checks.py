@@ -58,7 +58,7 @@ def trains(view: View) -> bool:
 
 def divisors(number: int) -> list[int]:
     """The divisors of a number, ascending."""
-    return [part for part in range(1, number + 1) if number % part == 0]
+    return [part for part in range(1, max(1, number) + 1) if number % part == 0]
 
 
 def positive_sizes(view: View) -> Errors:
@@ -361,6 +361,14 @@ def position_table(view: View) -> Errors:
         yield view.error(reason, "raise model.max_position_embeddings")
 
 
+def checkpoint_ranks(view: View) -> Errors:
+    """A number of ranks, most often an interpolation of sizes that have rules of their own."""
+    key = "exp_manager.checkpoint_callback_params.model_parallel_size"
+    value, sizes = view.get(key), [view.number(size, 1) or 0 for size in (TP, PP)]
+    if value is not None and min(sizes) > 0 and (view.number(key) or 0) < 1:
+        yield view.error(f"{key}={value} is not a number of ranks", "use the product of the model's parallel sizes")
+
+
 def workflows(view: View) -> Errors:
     """What this release checks and does not train yet."""
     method = view.get("neuron.alignment", {})
@@ -368,6 +376,8 @@ def workflows(view: View) -> Errors:
         if view.training and isinstance(method, dict) and method.get(name) is not None:
             reason = f"neuron.alignment.{name} is checked and not trained yet"
             yield PendingError(reason, place=view.place, fix="leave neuron.alignment out, or wait for fine-tuning")
+    if view.get("model.peft.peft_scheme") == "lora" and view.training and not view.get("model.peft.lora_tuning"):
+        yield view.error("model.peft.peft_scheme=lora without model.peft.lora_tuning", "write the section")
     encoder = view.get("model.mcore_bert") is not None or view.get("model.mcore_t5") is not None
     if encoder and view.get("model.data.train_ds") is not None and view.get("model.mcore_bert", False):
         yield view.error("model.data.train_ds with model.mcore_bert: NeMo tunes decoders", "use a GPT")
@@ -378,6 +388,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     heads,
     learning_rates,
     position_table,
+    checkpoint_ranks,
     targets,
     workflows,
     accelerator,

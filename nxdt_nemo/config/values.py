@@ -76,8 +76,31 @@ class ValueTable:
             found = entries.get(path)
             if found is None:
                 found = next((entries[p] for p in entries if "*" in p and fnmatchcase(path, p)), None)
+            if found is None and (other := _alike(path)):
+                found = self.find(table, other)
             self._memo[table, path] = found
         return self._memo[table, path]
+
+    def default(self, path: str) -> Default | None:
+        """What a key is when it is not written; None if that is not known."""
+        known = path if path in self.defaults else _alike(path)
+        if known in self.defaults:
+            return Default(path, self.defaults[known])
+        pattern = next((p for p in self.defaults if "*" in p and fnmatchcase(path, p)), None)
+        return None if pattern is None else Default(path, self.defaults[pattern])
+
+
+# A T5's sides are models, and data sets of tuning are read by the same code as a model's data.
+ALIKE = {
+    **{f"model.{side}": "model" for side in ("encoder", "decoder")},
+    **{f"model.data.{split}": "model.data" for split in ("train_ds", "validation_ds", "test_ds")},
+}
+
+
+def _alike(path: str) -> str:
+    """The key elsewhere that is read alike; "" if there is none."""
+    section, _, name = path.rpartition(".")
+    return f"{ALIKE[section]}.{name}" if section in ALIKE else ""
 
 
 @cache
@@ -118,10 +141,10 @@ def load() -> ValueTable:
 
 def kind_of_model(view: View) -> str:
     """gpt, bert, t5 or tuning: which of NeMo's classes on megatron-core reads this config; "" where it is none of these."""
-    if view.get("model.data.train_ds") is not None:
-        return "tuning" if view.get("model.encoder") is None else ""
-    if view.has("model.retro"):
+    if view.has("model.retro") or view.get("neuron.alignment.dpo") or view.get("neuron.alignment.orpo"):
         return ""
+    if view.get("model.data.train_ds") is not None:
+        return "tuning" if view.has("model.peft") and not view.has("quantization") else ""
     return next((kind for kind in ("gpt", "bert", "t5") if view.get(f"model.mcore_{kind}", False)), "")
 
 
@@ -246,8 +269,8 @@ def missing(view: View) -> Errors:
         if view.unresolved(path):
             continue
         section = _section(path)
-        if section and not view.has(section) and section in load().required.get(kind_of_model(view), {}):
-            continue  # said once, for the section
+        if section and not isinstance(view.raw(section), dict):
+            continue  # said once, for the section, where that is required
         state = "is null" if view.has(path) else "is not set"
         yield view.error(f"{path} {state}: {why.removesuffix(', may be null')}", f"set {path}")
 
@@ -267,8 +290,8 @@ def defaults(view: View) -> list[Default]:
             continue
         if model == "tuning" and section == "model":
             found.append(Default(path, "as in model.restore_from_path"))
-        elif path in table.defaults:
-            found.append(Default(path, table.defaults[path]))
+        elif (default := table.default(path)) is not None:
+            found.append(default)
     return found
 
 
