@@ -101,13 +101,16 @@ def _launcher(view: View, environ: Mapping[str, str], place: str) -> Iterator[Co
         )
 
 
-def world_size(cfg: DictConfig, environ: Mapping[str, str]) -> int | None:
-    """Ranks of the run: what a launcher announced, else trainer.devices x trainer.num_nodes; None if neither says."""
+def world_size(cfg: DictConfig, environ: Mapping[str, str], *, view: View | None = None) -> int | None:
+    """Ranks of the run: what a launcher announced, else trainer.devices x trainer.num_nodes; None if neither says.
+
+    view    of cfg, where there is one already
+    """
     told = environ.get("WORLD_SIZE", "")
     # Lightning and torchrun count ranks there; some schedulers count nodes, and set no LOCAL_RANK.
     if told.isdigit() and "LOCAL_RANK" in environ:
         return int(told)
-    asked, tasks = _asked(View(cfg)), environ.get("SLURM_NTASKS", told)
+    asked, tasks = _asked(view or View(cfg)), environ.get("SLURM_NTASKS", told)
     return asked if asked is not None or not tasks.isdigit() else int(tasks)
 
 

@@ -141,7 +141,7 @@ def validate_config(
 ) -> Verdict:
     """A composed configuration. environ: a launcher's variables, none by default; more: errors found elsewhere."""
     view = View(cfg, place=place)
-    ranks = world_size(cfg, environ or {})
+    ranks = world_size(cfg, environ or {}, view=view)
     try:
         report = check(cfg, world_size=ranks, place=place, strict=strict)
     except ConfigError as error:  # a broken `neuron:`: the rest is checked without it

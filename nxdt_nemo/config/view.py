@@ -6,6 +6,7 @@ Proof: tests/config/test_view.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from nxdt_nemo.errors import ConfigError, HereError
 __all__ = ["MISSING", "View"]
 
 MISSING = "???"
+_REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
+_ELSEWHERE = object()
 
 
 class View:
@@ -47,6 +50,7 @@ class View:
         self._dangling: dict[str, str] = {}
         self._written: dict[str, Any] = {}
         raw = OmegaConf.to_container(cfg, resolve=False)
+        self._raw = raw
         if section:
             self._values[section] = raw
         self._walk(raw, section)
@@ -57,12 +61,15 @@ class View:
             if "${" in str(value) and not isinstance(value, dict):
                 self.interpolated.add(inner)
                 self._written[inner] = value
-                value = self._resolve(inner)
+                value = self._resolve(inner, value)
             self._values[inner] = value
             if isinstance(value, dict):
                 self._walk(value, inner)
 
-    def _resolve(self, path: str) -> Any:
+    def _resolve(self, path: str, written: Any) -> Any:
+        found = self._plain(written)
+        if found is not _ELSEWHERE:
+            return found
         try:
             value = OmegaConf.select(self.cfg, self.local(path))
             return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -73,6 +80,18 @@ class View:
             if not isinstance(error.__cause__, MissingMandatoryValue) and "mandatory value" not in str(error):
                 self._dangling[path] = " ".join(str(error).split(" full_key")[0].split())
             return None
+
+    def _plain(self, written: Any) -> Any:
+        """What `${a.b}` stands for, where that is a plain value: omegaconf's grammar takes a hundred times as long."""
+        reference = _REFERENCE.fullmatch(written) if isinstance(written, str) and not self.section else None
+        node: Any = self._raw if reference else None
+        for name in reference[1].split(".") if reference else ():
+            if not isinstance(node, dict) or name not in node:
+                return _ELSEWHERE
+            node = node[name]
+        if node is None or isinstance(node, dict | list) or node == MISSING:
+            return _ELSEWHERE
+        return self._plain(node) if isinstance(node, str) and "${" in node else node
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Every path with its value, `???` included; sections too, as plain dictionaries."""

@@ -19,7 +19,7 @@ from typing import Any
 from nxdt_nemo._resources import folder as resource
 from nxdt_nemo.config.compositions import PRIMARY
 
-SECONDS = 300
+SECONDS = 900
 
 
 @dataclass(frozen=True)
