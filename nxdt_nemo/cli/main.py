@@ -13,9 +13,10 @@ from typing import Annotated
 import typer
 
 from nxdt_nemo import __version__
-from nxdt_nemo.cli import patches
+from nxdt_nemo.cli import configs, patches
 from nxdt_nemo.cli.doctor import doctor
 from nxdt_nemo.cli.run import Job, leave
+from nxdt_nemo.cli.validate import validate
 from nxdt_nemo.errors import UserError
 
 __all__ = ["app", "main"]
@@ -28,7 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(patches.app, name="patches")
+app.add_typer(configs.app, name="configs")
 app.command("doctor")(doctor)
+app.command("validate")(validate)
 
 
 def _print_version(wanted: bool) -> None:

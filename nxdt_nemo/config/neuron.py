@@ -7,11 +7,12 @@ Proof: tests/config/test_neuron.py.
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, Sft
 from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
@@ -29,6 +30,9 @@ class NeuronConfig(BaseModel):
     strict_keys   a key that nobody reads is an error, not a warning
     stochastic_rounding   sets NEURON_RT_STOCHASTIC_ROUNDING_EN to 1 or 0; None leaves it to the environment. NxD
                           Training's precision.type mixed_precision_SR, with megatron_amp_O2
+    vocab_size    the tokenizer's pieces, for what is computed where the tokenizer is not at hand: memory
+    alignment     preference training, see alignment.py
+    targets       packages whose classes a `_target_` may name, beside those of targets.py
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,6 +41,9 @@ class NeuronConfig(BaseModel):
     instance: str | None = None
     strict_keys: bool = False
     stochastic_rounding: bool | None = None
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    alignment: Alignment | None = None
+    targets: tuple[str, ...] | list[str] = ()
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
@@ -66,12 +73,20 @@ def _example() -> str:
     return f"write its keys: {or_list(f'neuron.{name}' for name in NeuronConfig.model_fields)}"
 
 
+def _names(above: list[str]) -> list[str]:
+    """The keys of neuron's section that is named by these."""
+    methods = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
+    model: type[BaseModel] = NeuronConfig if not above else methods.get(above[-1], Alignment)
+    return list(model.model_fields)
+
+
 def _one_line(error: ValidationError, place: str) -> ConfigError:
     """The first finding of pydantic in our words."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    *above, name = (str(part) for part in first["loc"] if part not in ("tuple[str, ...]", "list[str]"))
+    key = ".".join([*above, name])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, NeuronConfig.model_fields, n=1)
+        near = difflib.get_close_matches(name, _names(above), n=1)
         return ConfigError(
             f"unknown key neuron.{key}", place=place, fix=f"did you mean {near[0]}?" if near else _example()
         )

@@ -6,7 +6,8 @@ import pydantic
 import pytest
 from omegaconf import OmegaConf
 
-from nxdt_nemo.config import neuron_section
+from nxdt_nemo.config import NeuronConfig, neuron_section
+from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
 
 
@@ -43,8 +44,10 @@ def test_it_is_frozen():
         (
             {"zzz": 1},
             "unknown key neuron.zzz; write its keys: "
-            "neuron.runtime, neuron.instance, neuron.strict_keys or neuron.stochastic_rounding",
+            + or_list(f"neuron.{name}" for name in NeuronConfig.model_fields),
         ),
+        ({"alignment": {"dpo": {"kl_bta": 0.1}}}, "unknown key neuron.alignment.dpo.kl_bta; did you mean kl_beta?"),
+        ({"vocab_size": 0}, "neuron.vocab_size=0 is wrong (input should be greater than or equal to 1)"),
         ({"runtime": "gpu"}, "neuron.runtime=gpu is not a lane; use auto, cpu, xla or neuron"),
         ({"strict_keys": "maybe"}, "neuron.strict_keys=maybe is wrong (input should be a valid boolean)"),
         (
