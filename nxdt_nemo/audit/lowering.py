@@ -211,12 +211,13 @@ def _as_rank(config: Any, rank: int, world: int) -> Iterator[None]:
 
 
 def _build(config: Any) -> tuple[Any, Any]:
+    vocabulary = (config.get("neuron") or {}).get("vocab_size")
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 
     class Model(MegatronGPTModel):  # type: ignore[misc]
         def _build_tokenizer(self) -> None:
-            self.tokenizer = _tokenizer(self._cfg)
+            self.tokenizer = _tokenizer(self._cfg, vocabulary)
 
         def build_train_valid_test_datasets(self) -> Any:
             self._train_ds = self._validation_ds = self._test_ds = _Blank(self.cfg)
@@ -228,11 +229,11 @@ def _build(config: Any) -> tuple[Any, Any]:
     return Model(config.model, trainer), trainer
 
 
-def _tokenizer(model: Any) -> Any:
+def _tokenizer(model: Any, size: int | None) -> Any:
     """One of the size that the config says, else that its files have."""
     from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 
-    size = model.get("override_vocab_size") or model.tokenizer.get("vocab_size")
+    size = size or model.get("override_vocab_size") or model.tokenizer.get("vocab_size")
     if size:
         return NullTokenizer(int(size) - 1)
     from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
@@ -247,7 +248,7 @@ def _tokenizer(model: Any) -> Any:
         )
     except Exception as error:
         reason = f"the tokenizer cannot be made ({str(error).splitlines()[0]})"
-        raise ConfigError(reason, place="model.tokenizer", fix="tell its size: +model.override_vocab_size=128256") from None
+        raise ConfigError(reason, place="model.tokenizer", fix="tell its size: +neuron.vocab_size=128256") from None
 
 
 class _Blank:

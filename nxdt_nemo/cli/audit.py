@@ -57,9 +57,9 @@ def audit(
 
 
 def _composed(path: Path, overrides: Sequence[str]) -> Any:
-    from nxdt_nemo.config.compose import compose_file
+    from nxdt_nemo.config.validate import read
 
-    return compose_file(path, list(overrides))
+    return read(path, list(overrides))
 
 
 def _numbers(text: str, world: int) -> list[int] | None:

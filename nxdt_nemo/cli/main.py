@@ -14,6 +14,7 @@ import typer
 
 from nxdt_nemo import __version__
 from nxdt_nemo.cli import configs, patches
+from nxdt_nemo.cli.audit import audit
 from nxdt_nemo.cli.doctor import doctor
 from nxdt_nemo.cli.run import Job, leave
 from nxdt_nemo.cli.validate import validate
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(patches.app, name="patches")
 app.add_typer(configs.app, name="configs")
 app.command("doctor")(doctor)
+app.command("audit")(audit)
 app.command("validate")(validate)
 
 

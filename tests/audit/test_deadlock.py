@@ -1,0 +1,38 @@
+"""Ranks that wait for each other: the first place where they part is named."""
+
+from __future__ import annotations
+
+from nxdt_nemo.audit.deadlock import mismatches
+from nxdt_nemo.audit.hlo import Collective
+
+TP = ((0, 1), (2, 3))
+DP = ((0, 2), (1, 3))
+
+
+def of(kind: str, groups: tuple[tuple[int, ...], ...], whole: int = 64) -> Collective:
+    return Collective(kind, "f32", groups, whole)
+
+
+def test_ranks_of_different_stages_share_what_both_are_in_only() -> None:
+    one = [of("all-reduce", TP), of("all-gather", ((0, 2), (1, 3))), of("all-reduce", TP)]
+    other = [of("all-gather", DP)]
+    assert not [*mismatches({0: one, 2: other})]
+
+
+def test_another_order_is_named_with_both_sides() -> None:
+    one, other = [of("all-gather", TP), of("reduce-scatter", TP)], [of("reduce-scatter", TP), of("all-gather", TP)]
+    [found] = mismatches({0: one, 1: other})
+    assert "collective 1 " in str(found) and "rank 0 has all-gather" in str(found)
+    assert "rank 1 has reduce-scatter" in str(found)
+
+
+def test_groups_that_do_not_match_and_sizes_that_differ() -> None:
+    [found] = mismatches({0: [of("all-reduce", ((0, 1, 2, 3),))], 1: [of("all-reduce", TP)]})
+    assert "ranks 0,1,2,3" in str(found) and "ranks 0,1," not in str(found).replace("ranks 0,1,2,3", "")
+    [found] = mismatches({0: [of("all-reduce", TP, 64)], 1: [of("all-reduce", TP, 32)]})
+    assert "64 bytes" in str(found) and "32 bytes" in str(found)
+
+
+def test_one_that_is_missing_at_the_end() -> None:
+    [found] = mismatches({2: [of("all-reduce", TP)], 3: []})
+    assert "rank 3 has none" in str(found)
