@@ -1,0 +1,92 @@
+"""A world of ranks that one process stands for: groups without peers, collectives in the graph, what a rank may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from nxdt_nemo.audit.hlo import Graph
+from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.traced import TRACED_ENV
+
+pytestmark = pytest.mark.ranks
+WORLD = 8
+
+
+@pytest.fixture(scope="module")
+def alone(with_torch_xla: None) -> Iterator[Callable[..., Any]]:
+    """alone(function, *args), in a process on the xla lane without ranks."""
+    with RankPool(1, env=TRACED_ENV, init="nxdt_nemo:activate", group=False, timeout=300) as pool:
+        yield lambda function, *args: pool.run(function, *args)[0]
+
+
+def _lowered(rank: int) -> list[str]:
+    import torch
+
+    from nxdt_nemo.runtime import collectives, current
+    from nxdt_nemo.runtime.xla.in_graph import Replicas
+    from nxdt_nemo.runtime.xla.world import Recorder, pretend
+
+    lane: Any = current()
+    recorder = Recorder()
+    with pretend(lane, rank, WORLD, Replicas(), recorder.cut):
+        group = lane.groups([[0, 2], [1, 3], [4, 6], [5, 7]], "pairs")
+        x = torch.ones(4, 6, device=lane.device())
+        kept = [
+            collectives.all_reduce(x, group),
+            collectives.gather(x, 1, group),
+            collectives.reduce_scatter(x, 0, group),
+            collectives.scatter(x, 0, group),
+            collectives.broadcast_(x.clone(), 1, group),
+            collectives.all_to_all(x, group),
+            collectives.ring(x, group),
+        ]
+        lane.step_boundary()
+        del kept
+    return recorder.graphs
+
+
+def test_every_rank_lowers_one_program_with_the_whole_worlds_groups(alone: Callable[..., Any]) -> None:
+    texts = [alone(_lowered, rank) for rank in (0, 3, 7)]
+    graphs = [Graph(text) for [text] in texts]
+    assert len({graph.digest for graph in graphs}) == 1
+    groups = ((0, 2), (1, 3), (4, 6), (5, 7))
+    kinds = [one.kind for one in graphs[0].collectives]
+    assert sorted(kinds) == sorted(
+        ["all-reduce", "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
+    )
+    assert all(one.groups == groups for one in graphs[0].collectives if one.kind != "collective-permute")
+    [permuted] = [one for one in graphs[0].collectives if one.kind == "collective-permute"]
+    assert sorted(permuted.groups) == sorted((a, b) for pair in groups for a, b in (pair, pair[::-1]))
+
+
+def _asks(what: str) -> str:
+    import torch
+    import torch.distributed as dist
+
+    from nxdt_nemo.errors import LaneError
+    from nxdt_nemo.runtime import current
+    from nxdt_nemo.runtime.xla.in_graph import Replicas
+    from nxdt_nemo.runtime.xla.world import pretend
+
+    lane: Any = current()
+    try:
+        with pretend(lane, 0, WORLD, Replicas(), lambda: None):
+            if what == "barrier":
+                dist.barrier()
+            elif what == "sum on the host":
+                dist.all_reduce(torch.ones(1))
+            elif what == "ragged":
+                group = lane.groups([[*range(WORLD)]], "all")
+                group.ops.all_to_all(torch.ones(9, 2, device=lane.device()), group, [2, *[1] * 7], [2, *[1] * 7])
+    except LaneError as error:
+        return str(error)
+    return ""
+
+
+def test_it_waits_for_nobody_and_makes_no_numbers_up(alone: Callable[..., Any]) -> None:
+    assert alone(_asks, "barrier") == ""
+    assert "needs the other ranks" in alone(_asks, "sum on the host")
+    assert "no fixed shape" in alone(_asks, "ragged")
