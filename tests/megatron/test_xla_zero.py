@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,7 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_si
 TRAIN = "nxdt_nemo.testing.traced:train"
 
 
-def traced(world: int) -> RankPool:
+def pool_of(world: int) -> RankPool:
     """Ranks on the lane. A process has one lane: these are not the session's."""
     return RankPool(world, env=TRACED_ENV, init=ACTIVE, group=False, timeout=600)
 
@@ -117,7 +118,7 @@ FOUR = [
 @pytest.mark.parametrize(("world", "cases"), [(2, TWO), slow(4, FOUR)])
 def test_all_ranks_have_one_graph(world: int, cases: list[tuple[Recipe, Layout]]) -> None:
     """To the byte; a slice at a rank's place and a filter by rank show. Sharded and unsharded."""
-    with traced(world) as pool:
+    with pool_of(world) as pool:
         for graphs in zip(*pool.run(graphs_of, cases, ""), strict=True):
             assert len(set(graphs)) == 1
         for mistake, case in (("shard by rank", cases[0]), ("norm by rank", TWO[-1])) if world == 2 else ():
@@ -132,7 +133,7 @@ def test_all_ranks_have_one_graph(world: int, cases: list[tuple[Recipe, Layout]]
 def test_a_step_is_one_graph_and_equals_the_cpu_lanes(parity: Parity, family: Any, dtype: Any) -> None:
     """Moments and main parameters are there before the first step: of a GPT it has the graph of all others."""
     recipe = Recipe.of(family, layers=2, dtype=dtype)
-    with traced(1) as pool:
+    with pool_of(1) as pool:
         [found] = pool.run(TRAIN, recipe, parity.weights(recipe), layout("one+zero"), STEPS)
     expected, _ = parity.ours(recipe, layout("one+zero"))
     half = dtype == "bfloat16"
@@ -156,7 +157,7 @@ def test_a_step_is_one_graph_and_equals_the_cpu_lanes(parity: Parity, family: An
 def test_processes_equal_the_cpu_lanes_ranks(parity: Parity, family: Any, name: str, fault: Any) -> None:
     """Each rank traces on its own XLA:CPU, and its graph is cut where ranks talk. A Llama's KV head has copies."""
     recipe, place = Recipe.of(family, layers=2, **({"kv_groups": 1} if family == "llama" else {})), layout(name)
-    with traced(place.world) as pool:
+    with pool_of(place.world) as pool:
         parts = pool.run(TRAIN, recipe, parity.weights(recipe), place, range(STEPS), fault)
     expected, _ = parity.ours(recipe, place)
     errors = [relative(losses(parts), expected.losses[:STEPS])]
@@ -194,11 +195,25 @@ BUCKETS = [
 ]
 
 
-def as_if_traced(gloo: Any, recipe: Recipe, place: Layout, *arguments: Any) -> Trained:
-    """Parity.leg of train_as_if_traced: weights, steps, resume, save, ddp."""
-    weights, *rest = arguments
-    given = (recipe, weights, place, "", *rest)
-    return assemble(gloo(place.world, train_as_if_traced, *given, init=ACTIVE, env=ACTIVE_ENV))[0]
+@dataclass(frozen=True)
+class AsIfTraced:
+    """Parity.leg, with train_as_if_traced in place of ours.train."""
+
+    parity: Parity
+    gloo: Any
+
+    def leg(
+        self,
+        recipe: Recipe,
+        place: Layout,
+        steps: range,
+        *,
+        resume: Path | None = None,
+        save: Path | None = None,
+        **ddp: Any,
+    ) -> Trained:
+        arguments = (recipe, self.parity.weights(recipe), place, "", steps, resume, save, ddp)
+        return assemble(self.gloo(place.world, train_as_if_traced, *arguments, init=ACTIVE, env=ACTIVE_ENV))[0]
 
 
 def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
@@ -217,7 +232,7 @@ def test_buckets_hold_what_flat_buffers_hold(
     """Weights to the bit, without clipping; the norm is a sum in another order."""
     recipe, place = small(dtype), layout(name)
     expected = parity.leg(recipe, place, range(4), **ddp)
-    found = as_if_traced(gloo, recipe, place, parity.weights(recipe), range(4), None, None, ddp)
+    found = AsIfTraced(parity, gloo).leg(recipe, place, range(4), **ddp)
     assert found.losses == expected.losses and differing(found.weights, expected.weights) == []
     assert relative(found.grad_norms, expected.grad_norms) <= 1e-6
 
@@ -228,13 +243,12 @@ def test_buckets_and_flat_buffers_read_each_others_checkpoints(
     parity: Parity, gloo: Any, tmp_path: Path, name: str, dtype: Any, ddp: dict[str, Any]
 ) -> None:
     """Which are equal to the bit, and what goes on from them."""
-    recipe, place = small(dtype), layout(name)
-    weights = parity.weights(recipe)
+    recipe, place, traced = small(dtype), layout(name), AsIfTraced(parity, gloo)
     expected = parity.leg(recipe, place, range(4), **ddp)
     parity.leg(recipe, place, range(2), save=tmp_path / "flat", **ddp)
-    as_if_traced(gloo, recipe, place, weights, range(2), None, tmp_path / "traced", ddp)
+    traced.leg(recipe, place, range(2), save=tmp_path / "traced", **ddp)
     assert differing(read_tensors(tmp_path / "traced"), read_tensors(tmp_path / "flat")) == []
-    rest = as_if_traced(gloo, recipe, place, weights, range(2, 4), tmp_path / "flat", None, ddp)
+    rest = traced.leg(recipe, place, range(2, 4), resume=tmp_path / "flat", **ddp)
     back = parity.leg(recipe, place, range(2, 4), resume=tmp_path / "traced", **ddp)
     for found in (rest, back):
         assert found.losses == expected.losses[2:] and differing(found.weights, expected.weights) == []
@@ -256,7 +270,7 @@ def test_saved_on_one_lane_and_resumed_on_the_other(
     weights, limit = parity.weights(recipe), 1e-3 if dtype == "bfloat16" else 1e-6
     whole = parity.leg(recipe, there, range(6))
     parity.leg(recipe, there, range(3), save=tmp_path / "cpu")
-    with traced(place.world) as pool:
+    with pool_of(place.world) as pool:
         pool.run(TRAIN, recipe, weights, place, range(3), "", None, tmp_path / "xla")
         rest = pool.run(TRAIN, recipe, weights, place, range(3, 6), "", tmp_path / "cpu")
         pool.run(TRAIN, recipe, weights, place, range(0), "", tmp_path / "cpu", tmp_path / "again")
