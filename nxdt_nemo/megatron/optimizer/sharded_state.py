@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from torch import Tensor, nn
 
 from nxdt_nemo.errors import UserError
-from nxdt_nemo.megatron.optimizer.zero import Division, Part
+from nxdt_nemo.megatron.optimizer.traced_zero import HostBucket
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Division, Part
 
 __all__ = [
     "PREFIX",
@@ -39,7 +40,7 @@ Sharded = dict[int, dict[str, Any]]
 
 
 def whole_states(
-    buckets: Sequence[Division],
+    buckets: Sequence[Bucket | HostBucket],
     params: Sequence[nn.Parameter],
     state_of: StateOf,
     model: Mapping[str, Any],
@@ -65,7 +66,7 @@ def whole_states(
 
 
 def state_template(
-    buckets: Sequence[Division],
+    buckets: Sequence[Bucket | HostBucket],
     params: Sequence[nn.Parameter],
     state_of: StateOf,
     model: Mapping[str, Any],
@@ -89,7 +90,9 @@ def state_template(
     return sharded
 
 
-def load_pieces(buckets: Sequence[Division], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded) -> None:
+def load_pieces(
+    buckets: Sequence[Bucket | HostBucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded
+) -> None:
     """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them."""
     pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
     for place, param in enumerate(params):
@@ -165,7 +168,9 @@ def _owner(bucket: Division, first: int, last: int) -> int:
     return max(bucket.holders(first, last), key=lambda holder: (holder[2] - holder[1], -holder[0]))[0]
 
 
-def _whole(bucket: Division, state_of: StateOf, host: dist.ProcessGroup) -> Iterator[tuple[nn.Parameter, Tensors]]:
+def _whole(
+    bucket: Bucket | HostBucket, state_of: StateOf, host: dist.ProcessGroup
+) -> Iterator[tuple[nn.Parameter, Tensors]]:
     """The parameters that this rank owns, with their tensors in the parameters' shapes."""
     rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
     under_way: list[Any] = []

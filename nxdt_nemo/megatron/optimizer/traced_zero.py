@@ -70,7 +70,7 @@ class TracedBucket(Division):
         return [param for param, _, _ in self.spans]
 
     @cached_property
-    def pieces(self) -> dict[nn.Parameter, TracedBucket]:  # type: ignore[override]
+    def pieces(self) -> dict[nn.Parameter, TracedBucket]:
         """The bucket itself: a parameter has no piece of its own."""
         return dict.fromkeys(self.params, self)
 
@@ -169,6 +169,9 @@ class HostPart(Part):
     """A part, and its elements of a bucket's tensors: views, [n] float32."""
 
     tensors: dict[str, Tensor]
+
+    def publish(self, step: int) -> None:
+        """Nothing: the model's parameters are in the checkpoint, and main parameters on another device."""
 
     def state(self, states: States) -> dict[str, Tensor]:
         return self.tensors

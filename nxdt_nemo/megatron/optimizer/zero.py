@@ -9,7 +9,8 @@ Paper: Rajbhandari et al. 2019, arXiv:1910.02054, section 5.1 (P_os).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,7 +51,7 @@ def moments(states: States, main: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(ABC):
     """Elements start .. stop of a parameter, flattened, that this rank updates; n = stop - start."""
 
     param: nn.Parameter
@@ -61,15 +62,16 @@ class Part:
         """This part of a tensor of the parameter's shape, [n]."""
         return whole.reshape(-1)[self.start : self.stop]
 
+    @abstractmethod
     def publish(self, step: int) -> None:
-        """Put the main parameter into the model's, as it is after `step` steps. Nothing, where a bucket does that."""
+        """Put the main parameter into the model's, as it is after `step` steps."""
 
+    @abstractmethod
     def state(self, states: States) -> dict[str, Tensor]:
         """What a checkpoint keeps of it, [n] float32 each: fp32_param of half precision parameters, both moments.
 
         states  the stepping optimizer's, by main parameter
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +148,6 @@ class Division:
             if start < stop:
                 found.append((rank, start - first, stop - first))
         return found
-
-    @cached_property
-    def pieces(self) -> Mapping[nn.Parameter, Part]:
-        """This rank's parts, in the order of the spans."""
-        return {param: Part(param, start, stop) for param, _, start, stop in self._mine()}
 
     def _mine(self) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         rank = self.group.rank()

@@ -196,6 +196,9 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; the buffers stay, since the model holds them as main_grad."""
         self._reduced, self._norm = False, None
+        if self.optimizer is None and not current().ragged:  # a first step begins: its graph is to be that of all
+            self._stepper()
+            current().synchronize()
         for bucket in self.buckets:
             bucket.clear()
             for param, _, _ in bucket.spans:
@@ -312,8 +315,9 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
 
         optimizer_state_dict   what state_dict gave when saving; None when loading
         """
+        inner = self._stepper()
         params = [param for param in self.parameters() if param in self._placed]
-        buckets = on_host(self.buckets, self._stepper().state, read=optimizer_state_dict is not None)
+        buckets = on_host(self.buckets, inner.state, read=optimizer_state_dict is not None)
         if optimizer_state_dict is None:
             state = state_template(buckets, params, self._state_of, model_sharded_state_dict)
             groups: list[dict[str, Any]] = [{} for _ in self.param_groups]
