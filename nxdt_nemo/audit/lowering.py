@@ -40,6 +40,7 @@ class Lowered:
     """
 
     rank: int
+    world: int
     graphs: tuple[Graph, ...]
     step: tuple[int, ...]
     stage: tuple[int, int]
@@ -90,6 +91,7 @@ def lower(config: Any, rank: int, world: int) -> Lowered:
     fell = {name: after[name] - before.get(name, 0) for name in after if name.startswith("aten::")}
     return Lowered(
         rank,
+        world,
         tuple(Graph(text) for text in distinct),
         tuple(last),
         stage,
@@ -119,7 +121,7 @@ def _shortened(config: Any) -> Any:
     """The config for some steps that leave nothing behind; weights are not read."""
     from omegaconf import OmegaConf, open_dict
 
-    short = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    short = OmegaConf.create(_filled(OmegaConf.to_container(config, resolve=True)))
     with open_dict(short):
         short.trainer.update(SHORT)
         short.trainer.accelerator = "neuron"
@@ -141,6 +143,15 @@ def _stopper(recorder: Any, marks: list[int], reads: Counter[str]) -> Any:
             reads.clear()
 
     return Stopper()
+
+
+def _filled(value: Any) -> Any:
+    """Values that are still to be given are paths and names, which nothing here reads."""
+    if isinstance(value, dict):
+        return {key: _filled(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled(one) for one in value]
+    return "none given" if value == "???" else value
 
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -214,6 +225,9 @@ def _build(config: Any) -> tuple[Any, Any]:
     vocabulary = (config.get("neuron") or {}).get("vocab_size")
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+    from nemo.utils import logging
+
+    logging.set_verbosity(logging.ERROR)
 
     class Model(MegatronGPTModel):  # type: ignore[misc]
         def _build_tokenizer(self) -> None:

@@ -41,6 +41,7 @@ class Rank:
 
     graphs          distinct graphs until the step repeats; executions of one step
     flops           of a micro-batch, recomputation included; analytic: the same by hand
+    least_bytes     of whole tensors that a step's collectives cannot do without, None without a formula (docs/communication.md)
     peak_bytes      live at once in the lowered step, program order
     state_bytes     what lives from step to step: weights, gradients' and optimizer's memory
     program         digest of the step: equal for ranks that run one program
@@ -55,6 +56,7 @@ class Rank:
     flops: float
     analytic: Count | None
     transfers: tuple[Transfer, ...]
+    least_bytes: float | None
     peak_bytes: int
     state_bytes: int
     bounds: Bounds | None
@@ -62,6 +64,11 @@ class Rank:
     fallbacks: Mapping[str, int]
     dtypes: Mapping[str, int]
     program: str
+
+    @property
+    def sent_bytes(self) -> float:
+        """Of whole tensors, in a step's collectives."""
+        return sum(one.whole for one in self.transfers)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Audit:
 
 def _plain(rank: Rank) -> dict[str, Any]:
     found = dataclasses.asdict(rank)
+    found["sent_bytes"] = rank.sent_bytes
     if rank.bounds:
         found["bounds"] |= {"step": rank.bounds.step, "by": rank.bounds.by}
     return found
@@ -208,6 +216,7 @@ def _rank(config: Any, lowered: Sequence[Lowered], counts: Sequence[int], count_
         flops_step / count_of,
         analytic,
         _transfers(times, last.rank),
+        _least(config, last, count_of),
         max(graph.peak_bytes() for graph in graphs),
         max(sum(shape.bytes for shape in graph.parameters()) for graph in graphs),
         found,
@@ -242,14 +251,59 @@ def _transfers(times: Sequence[tuple[Collective, float]], rank: int) -> tuple[Tr
     return tuple(sorted(rows, key=lambda row: -row.received))
 
 
-def _analytic(config: Any, lowered: Lowered) -> Count | None:
-    """By hand, for what the formula covers: decoders without context parallelism or experts."""
+def _plain_decoder(model: Any, stages: int) -> bool:
+    """No context parallelism, no experts, even stages: what the formulas here are asked for."""
+    apart = int(model.get("context_parallel_size") or 1) > 1 or bool(model.get("num_moe_experts"))
+    return not apart and int(model.num_layers) % stages == 0
+
+
+def _least(config: Any, lowered: Lowered, count_of: int) -> float | None:
+    """Bytes of whole tensors that a step of this rank has to send."""
+    from nxdt_nemo.megatron.communication import Model, Step, sent, stages_of
+
     model = config.model
-    if int(model.get("context_parallel_size") or 1) > 1 or model.get("num_moe_experts"):
+    stage, stages = lowered.stage
+    if not _plain_decoder(model, stages):
+        return None
+    tp, heads = int(model.get("tensor_model_parallel_size") or 1), int(model.num_attention_heads)
+    groups, gated = int(model.get("num_query_groups") or heads), "glu" in str(model.get("activation", "gelu"))
+    learned = model.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+    half = "bf16" in str(config.trainer.precision)
+    decoder = Model(
+        layers=int(model.num_layers),
+        hidden=int(model.hidden_size),
+        heads=heads,
+        kv_groups=groups,
+        head=int(model.get("kv_channels") or model.hidden_size // heads),
+        ffn=int(model.ffn_hidden_size),
+        vocab=lowered.vocab * tp,
+        gated=gated,
+        biases=bool(model.get("bias", True)),
+        norm=1 if "rms" in str(model.get("normalization", "layernorm")) else 2,
+        learned=int(model.max_position_embeddings) if learned else 0,
+        tied=bool(model.get("share_embeddings_and_output_weights", True)),
+        width=2 if half else 4,
+    )
+    step = Step(
+        seq=int(model.encoder_seq_length),
+        micro_batch=int(model.micro_batch_size),
+        micro_batches=count_of,
+        stages=stages_of(decoder.layers, stages),
+        tp=tp,
+        dp=lowered.world // (tp * stages),
+        sp=bool(model.get("sequence_parallel")),
+        zero=str(model.optim.name) in ("distributed_fused_adam", "mcore_distributed_optim"),
+        recompute=str(model.get("activations_checkpoint_granularity") or "") == "full",
+    )
+    return float(sum(term.least for term in sent(decoder, step, stage)))
+
+
+def _analytic(config: Any, lowered: Lowered) -> Count | None:
+    """By hand, for what the formula covers."""
+    model = config.model
+    if not _plain_decoder(model, lowered.stage[1]):
         return None
     stage, stages = lowered.stage
-    if int(model.num_layers) % stages:
-        return None
     tp = int(model.get("tensor_model_parallel_size") or 1)
     heads = int(model.num_attention_heads)
     groups = int(model.get("num_query_groups") or heads)

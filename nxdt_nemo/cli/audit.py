@@ -137,6 +137,9 @@ def _verdicts(found: Audit) -> Iterator[str]:
     several = [stage + 1 for stage, programs in stages.items() if len(programs) > 1]
     if several:
         yield f"- ranks of stages {several} run different programs: each is compiled"
+    ratios = [one.sent_bytes / one.least_bytes for one in found.ranks if one.least_bytes]
+    if ratios:
+        yield f"- collectives' bytes (whole tensors) over the least that the layout needs: {max(ratios):.3f} at most"
     fell = {name for one in found.ranks for name in one.fallbacks}
     yield f"- operations that fall off XLA: {', '.join(sorted(fell)) or 'none'}"
     reads = sorted({place for one in found.ranks for place in one.host_transfers})
