@@ -212,6 +212,12 @@ class Lane(ABC):
     def step_boundary(self) -> None:
         """The end of a training step: a traced lane cuts its graph here."""
 
+    def cut(self) -> None:  # noqa: B027 - an eager lane has nothing traced
+        """Hand over what was traced, in a graph of its own: before and after what is no part of a step.
+
+        No end of a step: nothing that was deferred is answered, and random numbers go on as if it were not there.
+        """
+
     def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
         """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""
 

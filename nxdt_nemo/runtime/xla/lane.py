@@ -163,6 +163,11 @@ class XlaLane(RanksLane):
         for function, tensors in due:
             function(*(tensor.cpu() for tensor in tensors))
 
+    def cut(self) -> None:
+        from nxdt_nemo.runtime.xla.ops import cut
+
+        cut()
+
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Called at the boundary after the next one, so that the host never waits for the step it has just begun."""
         self._asked.append((function, tuple(tensor.detach() for tensor in tensors)))
