@@ -119,8 +119,9 @@ class NeuronStrategyMixin:
         current().cut()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning: one graph."""
-        result = super().validation_step(*args, **kwargs)  # type: ignore[misc]
+        """As Lightning: one graph, or as many as it reads values."""
+        with current().reading():
+            result = super().validation_step(*args, **kwargs)  # type: ignore[misc]
         current().cut()
         return result
 
@@ -129,8 +130,9 @@ class NeuronStrategyMixin:
         self._between = True
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning: one graph."""
-        result = super().test_step(*args, **kwargs)  # type: ignore[misc]
+        """As Lightning: one graph, or as many as it reads values."""
+        with current().reading():
+            result = super().test_step(*args, **kwargs)  # type: ignore[misc]
         current().cut()
         return result
 
@@ -182,7 +184,8 @@ class NeuronStrategyMixin:
                 shutil.rmtree(partial)
             partial.mkdir()
         self.barrier("checkpoint folder")  # type: ignore[attr-defined]
-        write(partial)
+        with current().reading():
+            write(partial)
         (self._rng or RngSnapshot.take()).save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
 
     def commit_checkpoint(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -217,6 +217,10 @@ class Lane(ABC):
 
         No end of a step: nothing that was deferred is answered, and random numbers go on as if it were not there.
         """
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Within it the host reads tensors between operations: a traced lane computes nothing twice for that."""
+        return nullcontext()
 
     def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
         """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""

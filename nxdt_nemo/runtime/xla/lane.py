@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
@@ -167,6 +168,11 @@ class XlaLane(RanksLane):
         from nxdt_nemo.runtime.xla.ops import cut
 
         cut()
+
+    def reading(self) -> AbstractContextManager[Any]:
+        from nxdt_nemo.runtime.xla.reading import Reading
+
+        return Reading()
 
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Called at the boundary after the next one, so that the host never waits for the step it has just begun."""
