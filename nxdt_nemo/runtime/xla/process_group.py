@@ -16,7 +16,7 @@ from torch._C import _distributed_c10d
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.groups import Group
-from nxdt_nemo.runtime.ops import Ops
+from nxdt_nemo.runtime.ops import Arriving, Ops
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["XlaProcessGroup", "register"]
@@ -43,6 +43,26 @@ def _done(tensors: Any) -> Work:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(tensors)
     return c10d._create_work_from_future(future)
+
+
+class _Transfer(c10d.Work):
+    """A transfer under way; wait() writes what arrives into `targets`."""
+
+    def __init__(self, arriving: Arriving, targets: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._arriving: Arriving | None = arriving
+        self._targets = targets
+
+    @torch.no_grad()
+    def wait(self, timeout: Any = None) -> bool:
+        if self._arriving is not None:
+            for target, arrived in zip(self._targets, self._arriving.wait(), strict=True):
+                target.copy_(arrived)
+            self._arriving = None
+        return True
+
+    def is_completed(self) -> bool:
+        return self._arriving is None
 
 
 class XlaProcessGroup(c10d.ProcessGroup):
@@ -169,11 +189,18 @@ class XlaProcessGroup(c10d.ProcessGroup):
     def barrier(self, opts: Any = None) -> Work:
         return self._gloo.barrier(opts or c10d.BarrierOptions())
 
+    # Started here, done in wait: in a pipeline both neighbours send before they receive. Tags are gloo's only.
+
     def send(self, tensors: Sequence[torch.Tensor], target: int, tag: int = 0) -> Work:
-        return self._host_only("send", tensors).send(tensors, target, tag)
+        if not _on_xla(tensors):
+            return self._gloo.send(tensors, target, tag)
+        return _Transfer(self._ops.exchange([(tensor.detach(), target) for tensor in tensors], [], self._group), ())
 
     def recv(self, tensors: Sequence[torch.Tensor], source: int, tag: int = 0) -> Work:
-        return self._host_only("recv", tensors).recv(tensors, source, tag)
+        if not _on_xla(tensors):
+            return self._gloo.recv(tensors, source, tag)
+        wanted = [(tuple(tensor.shape), tensor.dtype, source) for tensor in tensors]
+        return _Transfer(self._ops.exchange([], wanted, self._group), tensors)
 
     def gather(self, outputs: Any, inputs: Sequence[torch.Tensor], opts: Any) -> Work:
         return self._host_only("gather", inputs).gather(outputs, inputs, opts)
