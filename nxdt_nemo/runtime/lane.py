@@ -218,6 +218,10 @@ class Lane(ABC):
         No end of a step: nothing that was deferred is answered, and random numbers go on as if it were not there.
         """
 
+    def optimization_barrier_(self, tensors: Sequence[torch.Tensor]) -> None:  # noqa: B027 - an eager lane merges nothing
+        """Make what is computed from `tensors` later no common subexpression of what was computed from them before,
+        and let it begin when all of them are there. In place; XLA's opt-barrier."""
+
     def reading(self) -> AbstractContextManager[Any]:
         """Within it the host reads tensors between operations: a traced lane computes nothing twice for that."""
         return nullcontext()

@@ -7,8 +7,9 @@ Losses and norms are read once, at the end. Proof: tests/megatron/test_xla.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.ours import forget_groups, gradients_of, set_up, update
@@ -31,13 +32,22 @@ class Traced:
     steps: list[dict[str, int]] = field(default_factory=list)
 
 
-def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, steps: int) -> Traced:
-    """One rank's part of some steps; losses on a last stage only."""
+def train(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    layout: Layout,
+    steps: int,
+    fields: Mapping[str, Any] | None = None,
+) -> Traced:
+    """One rank's part of some steps; losses on a last stage only.
+
+    fields  further ones of the TransformerConfig
+    """
     from nxdt_nemo.runtime.xla.metrics import counters, wait
 
     lane = current()
     lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    training = set_up(recipe, weights, layout)
+    training = set_up(recipe, weights, layout, fields=fields)
     lane.synchronize()
     report, kept = Traced(), []
     before = counters()

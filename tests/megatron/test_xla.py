@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.testing.matrix import recipe_of
 from nxdt_nemo.testing.ours import ACTIVE
 from nxdt_nemo.testing.parity import Parity, relative
 from nxdt_nemo.testing.pool import RankPool
-from nxdt_nemo.testing.recipe import Layout, Recipe, layout
+from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.traced import TRACED_ENV, Traced
 
 pytestmark = pytest.mark.ranks
@@ -53,13 +54,27 @@ def test_a_step_is_one_graph_and_equals_the_cpu_lanes(
     assert found.steps == [{"compiled": 1, "executed": 1}] * 2 + [{"executed": 1}] * (STEPS - 2)
 
 
+PLACES: list[tuple[Any, str]] = [
+    ("gpt", "tp2"),
+    ("gpt", "tp2sp"),
+    ("gpt", "dp2"),
+    ("gpt", "pp2"),
+    ("gpt", "pp2vpp2"),
+    ("gpt", "tp2pp2"),
+    ("llama", "cp2"),
+    ("mixtral", "ep2dp2"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["tp2", "tp2sp", "dp2"])
-def test_processes_equal_the_cpu_lanes_ranks(parity: Parity, traced: Callable[..., list[Traced]], place: str) -> None:
+@pytest.mark.parametrize(("family", "place"), PLACES)
+def test_processes_equal_the_cpu_lanes_ranks(
+    parity: Parity, traced: Callable[..., list[Traced]], family: Any, place: str
+) -> None:
     """Each rank traces on its own XLA:CPU, and its graph is cut where ranks talk."""
-    recipe = Recipe.of("gpt", layers=2)
-    parts = traced(recipe, parity.weights(recipe), layout(place))
-    expected, _ = parity.ours(recipe, layout(place))
+    recipe, where = recipe_of(family, place)
+    parts = traced(recipe, parity.weights(recipe), where)
+    expected, _ = parity.ours(recipe, where)
     losses = [part.losses for part in parts if part.losses]
     found = [sum(step) / len(step) for step in zip(*losses, strict=True)]
     assert relative(found, expected.losses[:STEPS]) <= 1e-6

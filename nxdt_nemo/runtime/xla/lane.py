@@ -7,7 +7,7 @@ the same programs run on XLA:CPU. Proof: tests/runtime/test_xla.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -168,6 +168,12 @@ class XlaLane(RanksLane):
         from nxdt_nemo.runtime.xla.ops import cut
 
         cut()
+
+    def optimization_barrier_(self, tensors: Sequence[torch.Tensor]) -> None:
+        import torch_xla
+
+        if there := [tensor for tensor in tensors if tensor.device.type == "xla"]:
+            torch_xla._XLAC._xla_optimization_barrier_(there)
 
     def reading(self) -> AbstractContextManager[Any]:
         from nxdt_nemo.runtime.xla.reading import Reading

@@ -7,6 +7,7 @@ over gloo. Imports torch. Proof: tests/runtime/test_xla.py, tests/megatron/test_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +27,31 @@ Work = Any
 c10d: Any = _distributed_c10d  # its stubs are of C++'s overloads, and not all
 
 
+# torch's own operators, which groups of torch's backends go through. torch_xla falls back to the host for them: gloo
+# reduces the copies, and nothing is written back.
+OPERATORS = (
+    "allgather_", "allgather_coalesced_", "allgather_into_tensor_coalesced_", "allreduce_", "allreduce_coalesced_",
+    "alltoall_", "alltoall_base_", "broadcast_", "gather_", "_allgather_base_", "_reduce_scatter_base_", "recv_",
+    "recv_any_source_", "reduce_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_", "scatter_", "send",
+)  # fmt: skip
+_refusals: list[torch.library.Library] = []
+
+
 def register(name: str) -> None:
-    """Let torch.distributed make process groups of backend `name`."""
+    """Let torch.distributed make process groups of backend `name`, and those of others refuse XLA tensors."""
     if name.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(name, XlaProcessGroup, devices=["xla"])
+    if not _refusals:
+        _refusals.append(torch.library.Library("c10d", "IMPL", "XLA"))
+        for operator in OPERATORS:
+            _refusals[0].impl(operator, functools.partial(_refuse, operator))
+
+
+def _refuse(operator: str, *_: Any) -> Any:
+    raise LaneError(
+        f"{operator.strip('_')} of tensors on the device, in a process group of another backend, would change nothing",
+        fix="make the group without backend=, or give it tensors of the host",
+    )
 
 
 def _name_of(op: Any) -> str:
