@@ -61,6 +61,8 @@ class Lane(ABC):
     """Name of the torch.distributed backend that moves this lane's tensors."""
     ragged: ClassVar[bool] = False
     """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
+    has_storages: ClassVar[bool] = True
+    """A tensor's memory is there when the tensor is, and can be given back while the tensor lives on."""
 
     @classmethod
     @abstractmethod

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nxdt_nemo.errors import UserError
 from nxdt_nemo.runtime import current
 
 __all__ = ["checkpoint", "fork", "get_tracker_states", "init_checkpoint_without_output", "set_tracker_states"]
@@ -58,7 +59,16 @@ def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def init_checkpoint_without_output(original: Callable[..., None], self: Any, fp8: Any = False) -> None:
-    """CheckpointWithoutOutput.__init__, whose default False upstream takes for a format of fp8: it asks for None."""
+    """CheckpointWithoutOutput.__init__, whose default False upstream takes for a format of fp8: it asks for None.
+
+    Raises UserError on a lane whose tensors have no storage: it gives the memory of a tensor back that others hold.
+    """
+    if not current().has_storages:
+        raise UserError(
+            f"layernorm, moe_act and mla_up_proj are not recomputed on the {current().name} lane",
+            place="recompute_modules",
+            fix="use core_attn, mlp or moe, or recompute_granularity=full",
+        )
     original(self, fp8 or None)
 
 

@@ -34,6 +34,7 @@ class XlaLane(RanksLane):
     """
 
     name = "xla"
+    has_storages = False
     backend = "nxdt_xla"  # not torch_xla's "xla", whose groups of some ranks are groups of one (xla_backend.py)
 
     def __init__(self) -> None:
