@@ -133,15 +133,16 @@ def test_recomputation_is_not_undone(parity: Parity, with_torch_xla: None, tmp_p
     env = TRACED_ENV | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
     with RankPool(1, env=env, init=ACTIVE, group=False, timeout=900) as pool:
         kept = pool.run(compiled_step, recipe, weights, {}, str(tmp_path))[0]
-        undone = pool.run(compiled_step, recipe, weights, FULL, str(tmp_path), False)[0]
+        undone = pool.run(compiled_step, recipe, weights, selective("mlp"), str(tmp_path), False)[0]
         cases = {
             name: pool.run(compiled_step, recipe, weights, fields, str(tmp_path))[0]
             for name, fields in (("full", FULL), ("core_attn", selective("core_attn")), ("mlp", selective("mlp")))
         }
         said = pool.run(refused_recompute, recipe, weights)[0]
     found = {name: (dots, memory) for name, (_, dots, memory) in (cases | {"kept": kept, "undone": undone}).items()}
-    assert undone[1] == kept[1], found
     for name, (numbers, dots, memory) in cases.items():
-        assert numbers.losses == kept[0].losses and relative(numbers.grad_norms, kept[0].grad_norms) <= 1e-6, name
-        assert dots > kept[1] and memory < kept[2], found
+        assert relative(numbers.losses, kept[0].losses) <= 1e-6, name
+        assert relative(numbers.grad_norms, kept[0].grad_norms) <= 1e-6, name
+        assert dots > kept[1] and memory < 0.9 * kept[2], found
+    assert undone[1] == kept[1] and undone[2] > 0.9 * kept[2], found
     assert "layernorm, moe_act and mla_up_proj are not recomputed on the xla lane" in said

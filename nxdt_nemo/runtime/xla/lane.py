@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["XlaLane"]
 
 PJRT = "PJRT_DEVICE"
+
+# XLA:CPU takes barriers out before it looks for common subexpressions the last time, and so recomputation with them.
+FLAGS, DISABLED, EXPANDER = "XLA_FLAGS", "--xla_disable_hlo_passes", "cse_barrier_expander"
 
 
 class XlaLane(RanksLane):
@@ -55,8 +58,13 @@ class XlaLane(RanksLane):
         return Verdict(asked, "a Neuron device, on which nobody has tried it" if asked else "has to be asked for")
 
     def enter_process(self) -> Undo:
-        """torch_xla reads PJRT_DEVICE when it is imported: it is set before."""
-        return set_variable(PJRT, "NEURON" if neuron_devices() else "CPU")
+        """torch_xla reads PJRT_DEVICE when it is imported: it is set before. XLA:CPU keeps optimization barriers."""
+        undo = ExitStack()
+        undo.callback(set_variable(PJRT, "NEURON" if neuron_devices() else "CPU"))
+        flags = os.environ.get(FLAGS, "")
+        if not neuron_devices() and DISABLED not in flags:
+            undo.callback(set_variable(FLAGS, f"{flags} {DISABLED}={EXPANDER}".strip()))
+        return undo.close
 
     def device(self, local_rank: int = 0) -> torch.device:
         import torch_xla
@@ -158,9 +166,7 @@ class XlaLane(RanksLane):
 
     def step_boundary(self) -> None:
         """Hand the graph over, and answer what was asked of the one before: it is done, or nearly."""
-        import torch_xla
-
-        torch_xla.sync()
+        self.cut()
         due, self._due, self._asked = self._due, self._asked, []
         for function, tensors in due:
             function(*(tensor.cpu() for tensor in tensors))
