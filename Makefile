@@ -70,6 +70,10 @@ test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, wi
 test-megatron: $(STAMP) ## megatron-core's own unit tests on 1, 2, 4 and 8 ranks: those that have not run yet; writes docs/results/megatron.md
 	@$(PY) tools/test_megatron.py
 
+.PHONY: test-xla-run
+test-xla-run: $(STAMP) ## the stock NeMo script on the xla lane: graphs compiled, tensors read back; writes docs/results/xla_run.md
+	@$(PY) tools/xla_run.py
+
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(VENV)/bin/ruff check .

@@ -6,8 +6,10 @@ that it enters as a Strategy instance, Lightning's own seam. Proof: tests/nemo/t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import gc
 import os
 import shutil
 import weakref
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nxdt_nemo.lightning.launcher import EarlyScriptLauncher
+from nxdt_nemo.lightning.logger_connector import log_when_there
 from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.lightning.rng import RngSnapshot
 from nxdt_nemo.runtime import current
@@ -80,16 +83,65 @@ class NeuronStrategyMixin:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         slow_down(trainer.progress_bar_callback)
+        log_when_there(trainer._logger_connector)
+        self._begin_graphs()
 
     def on_train_end(self) -> None:
         """What the last steps deferred is answered before callbacks go on."""
         current().settle()
         super().on_train_end()  # type: ignore[misc]
 
+    def on_exception(self, exception: BaseException) -> None:
+        """As Lightning; and what was deferred is answered, if the device still can."""
+        super().on_exception(exception)  # type: ignore[misc]
+        with contextlib.suppress(RuntimeError):
+            current().settle()
+
+    def teardown(self) -> None:
+        gc.unfreeze()
+        super().teardown()  # type: ignore[misc]
+
+    # --- graphs of a traced lane -----------------------------------------------------------------------
+    # A boundary hands over every tensor that is alive and not computed yet. All steps are one graph if each leaves the
+    # same ones: nothing of a validation, and no garbage.
+
+    _between = False
+
+    def _begin_graphs(self) -> None:
+        """What set-up left is no part of the first step; and what is there now is left out when garbage is sought."""
+        if not current().ragged:
+            gc.collect()
+            gc.freeze()
+        current().cut()
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()  # type: ignore[misc]
+        current().cut()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning: one graph, or as many as it reads values."""
+        with current().reading():
+            result = super().validation_step(*args, **kwargs)  # type: ignore[misc]
+        current().cut()
+        return result
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()  # type: ignore[misc]
+        self._between = True
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning: one graph, or as many as it reads values."""
+        with current().reading():
+            result = super().test_step(*args, **kwargs)  # type: ignore[misc]
+        current().cut()
+        return result
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's optimizer step; then note where this rank's random streams stand."""
         result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
         self._rng, self._at_step_start = RngSnapshot.take(), True
+        if not current().ragged:
+            gc.collect()  # frames that a caught exception keeps hold the loss: omegaconf raises one in most steps
         current().step_boundary()
         return result
 
@@ -99,6 +151,9 @@ class NeuronStrategyMixin:
         So a step draws the same numbers whether or not the run was stopped before it. The further batches of
         a step that accumulates gradients draw on from its first one.
         """
+        if self._between:  # Lightning resets what a validation has logged after on_validation_end
+            current().cut()
+            self._between = False
         if self._rng is not None and self._at_step_start:
             self._rng.restore()
         self._at_step_start = False
@@ -129,7 +184,8 @@ class NeuronStrategyMixin:
                 shutil.rmtree(partial)
             partial.mkdir()
         self.barrier("checkpoint folder")  # type: ignore[attr-defined]
-        write(partial)
+        with current().reading():
+            write(partial)
         (self._rng or RngSnapshot.take()).save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
 
     def commit_checkpoint(self, folder: Path) -> None:

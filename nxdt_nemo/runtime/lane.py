@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Lane(ABC):
     """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
     alone: bool = False
     """This process stands for one rank of a world whose others do not run: groups are the lane's, gloo's included."""
+    has_storages: ClassVar[bool] = True
+    """A tensor's memory is there when the tensor is, and can be given back while the tensor lives on."""
 
     @classmethod
     @abstractmethod
@@ -213,6 +215,20 @@ class Lane(ABC):
     @abstractmethod
     def step_boundary(self) -> None:
         """The end of a training step: a traced lane cuts its graph here."""
+
+    def cut(self) -> None:  # noqa: B027 - an eager lane has nothing traced
+        """Hand over what was traced, in a graph of its own: before and after what is no part of a step.
+
+        No end of a step: nothing that was deferred is answered, and random numbers go on as if it were not there.
+        """
+
+    def optimization_barrier_(self, tensors: Sequence[torch.Tensor]) -> None:  # noqa: B027 - an eager lane merges nothing
+        """Make what is computed from `tensors` later no common subexpression of what was computed from them before,
+        and let it begin when all of them are there. In place; XLA's opt-barrier."""
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Within it the host reads tensors between operations: a traced lane computes nothing twice for that."""
+        return nullcontext()
 
     def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
         """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""

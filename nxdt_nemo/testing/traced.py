@@ -7,8 +7,9 @@ Losses and norms are read once, at the end. Proof: tests/megatron/test_xla.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.mistakes import Fault, mistake
@@ -49,16 +50,18 @@ def train(
     fault: Fault = "",
     resume: Path | None = None,
     save: Path | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Traced:
     """One rank's part of some steps, counted from 0 or these; losses on a last stage only.
 
     resume, save   megatron-core distributed checkpoints to begin with and to end with
+    fields         further ones of the TransformerConfig
     """
     from nxdt_nemo.runtime.xla.metrics import counters, wait
 
     lane = current()
     lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    training = set_up(recipe, weights, layout)
+    training = set_up(recipe, weights, layout, fields=fields)
     if resume is not None:
         load_checkpoint(training.model, training.optimizer, resume, "")
     lane.synchronize()

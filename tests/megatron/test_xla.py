@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nxdt_nemo.testing.matrix import recipe_of
 from nxdt_nemo.testing.ours import ACTIVE
 from nxdt_nemo.testing.parity import Parity, relative
 from nxdt_nemo.testing.pool import RankPool
-from nxdt_nemo.testing.recipe import Layout, Recipe, layout
+from nxdt_nemo.testing.recipe import Layout, Recipe
 from nxdt_nemo.testing.traced import TRACED_ENV, Traced
 
 pytestmark = pytest.mark.ranks
@@ -53,14 +56,93 @@ def test_a_step_is_one_graph_and_equals_the_cpu_lanes(
     assert found.steps == [{"compiled": 1, "executed": 1}] * 2 + [{"executed": 1}] * (STEPS - 2)
 
 
+PLACES: list[tuple[Any, str]] = [
+    ("gpt", "tp2"),
+    ("gpt", "tp2sp"),
+    ("gpt", "dp2"),
+    ("gpt", "pp2"),
+    ("gpt", "pp2vpp2"),
+    ("gpt", "tp2pp2"),
+    ("llama", "cp2"),
+    ("mixtral", "ep2dp2"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["tp2", "tp2sp", "dp2"])
-def test_processes_equal_the_cpu_lanes_ranks(parity: Parity, traced: Callable[..., list[Traced]], place: str) -> None:
+@pytest.mark.parametrize(("family", "place"), PLACES)
+def test_processes_equal_the_cpu_lanes_ranks(
+    parity: Parity, traced: Callable[..., list[Traced]], family: Any, place: str
+) -> None:
     """Each rank traces on its own XLA:CPU, and its graph is cut where ranks talk."""
-    recipe = Recipe.of("gpt", layers=2)
-    parts = traced(recipe, parity.weights(recipe), layout(place))
-    expected, _ = parity.ours(recipe, layout(place))
+    recipe, where = recipe_of(family, place)
+    parts = traced(recipe, parity.weights(recipe), where)
+    expected, _ = parity.ours(recipe, where)
     losses = [part.losses for part in parts if part.losses]
     found = [sum(step) / len(step) for step in zip(*losses, strict=True)]
     assert relative(found, expected.losses[:STEPS]) <= 1e-6
     assert all(relative(part.grad_norms, expected.grad_norms[:STEPS]) <= 1e-6 for part in parts)
+
+
+def selective(*modules: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def compiled_step(
+    recipe: Recipe, weights: Any, fields: dict[str, Any], folder: str, barred: bool = True
+) -> tuple[Traced, int, int]:
+    """Two steps in this rank; the second one's matrix products after XLA's optimizations, and its temporary bytes."""
+    from nxdt_nemo.runtime import current
+    from nxdt_nemo.testing.traced import train
+
+    lane, pattern = current(), "*after_optimizations.txt"
+    before = set(Path(folder).glob(pattern))
+    if not barred:
+        lane.optimization_barrier_ = lambda tensors: None  # type: ignore[method-assign]
+    try:
+        found = train(recipe, weights, Layout(), 2, DROPOUT | fields)
+    finally:
+        vars(lane).pop("optimization_barrier_", None)
+    step = max(set(Path(folder).glob(pattern)) - before, key=lambda path: (path.stat().st_size > 100_000, path.name))
+    report = step.with_name(step.stem + "-memory-usage-report.txt").read_text()
+    bytes_ = re.findall(r"size (\S+), preallocated-temp", report)[0]  # the largest is first
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20}
+    number, unit = re.fullmatch(r"([\d.]+)(\w+)", bytes_).groups()  # type: ignore[union-attr]
+    return found, len(re.findall(r" dot\(", step.read_text())), int(float(number) * units[unit])
+
+
+def refused_recompute(recipe: Recipe, weights: Any) -> str:
+    from nxdt_nemo.errors import UserError
+    from nxdt_nemo.testing.traced import train
+
+    try:
+        train(recipe, weights, Layout(), 1, selective("layernorm"))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_recomputation_is_not_undone(parity: Parity, with_torch_xla: None, tmp_path: Path) -> None:
+    """More products, less memory, the same numbers with dropout; and without the barrier XLA takes all of it back."""
+    recipe = Recipe.of("gpt", layers=4, micro_batches=1, seq=64)
+    weights = parity.weights(recipe)
+    env = TRACED_ENV | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+    with RankPool(1, env=env, init=ACTIVE, group=False, timeout=900) as pool:
+        kept = pool.run(compiled_step, recipe, weights, {}, str(tmp_path))[0]
+        undone = pool.run(compiled_step, recipe, weights, selective("mlp"), str(tmp_path), False)[0]
+        cases = {
+            name: pool.run(compiled_step, recipe, weights, fields, str(tmp_path))[0]
+            for name, fields in (("full", FULL), ("core_attn", selective("core_attn")), ("mlp", selective("mlp")))
+        }
+        said = pool.run(refused_recompute, recipe, weights)[0]
+    found = {name: (dots, memory) for name, (_, dots, memory) in (cases | {"kept": kept, "undone": undone}).items()}
+    for name, (numbers, dots, memory) in cases.items():
+        assert relative(numbers.losses, kept[0].losses) <= 1e-6, name
+        assert relative(numbers.grad_norms, kept[0].grad_norms) <= 1e-6, name
+        assert dots > kept[1] and memory < 0.9 * kept[2], found
+    assert undone[1] == kept[1] and undone[2] > 0.9 * kept[2], found
+    assert "layernorm, moe_act and mla_up_proj are not recomputed on the xla lane" in said

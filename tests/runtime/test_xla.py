@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,7 +215,7 @@ def refused() -> list[str]:
         lambda: dist.all_reduce(x, op=dist.ReduceOp.PRODUCT),
         lambda: dist.gather(x, [x.clone()], dst=0),
         lambda: dist.reduce_scatter_tensor(x, x.clone(), op=dist.ReduceOp.MAX),
-        lambda: lane.world().pg.send([x], 0),
+        lambda: dist.scatter(x, [x.clone()], src=0),
     )
     for call in calls:
         try:
@@ -229,4 +230,98 @@ def test_what_has_no_counterpart_says_so(pools: Callable[..., list[Any]]) -> Non
     assert "reducing by" in found[0] and "sum, avg, max, min" in found[0]
     assert "gather of tensors on the device has no counterpart" in found[1]
     assert "reduce_scatter by max" in found[2]
-    assert "send of tensors on the device has no counterpart" in found[3]
+    assert "scatter of tensors on the device has no counterpart" in found[3]
+
+
+def passed_on() -> dict[str, Any]:
+    """Both ranks send before they receive, as the stages of a pipeline do; then one after the other."""
+    import torch.distributed as dist
+
+    lane, rank = lane_here(), dist.get_rank()
+    group, other = dist.new_group([0, 1]), 1 - rank
+    mine = torch.full((300, 300), float(rank), device=lane.device()) + 1
+    theirs = torch.empty(300, 300, device=lane.device(), requires_grad=True)
+    state = lane.rng_state()
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, mine, other, group), dist.P2POp(dist.irecv, theirs, other, group)]
+    )
+    for work in works:
+        work.wait()
+    later = torch.zeros(2, dtype=torch.bfloat16, device=lane.device())
+    if rank == 0:
+        dist.send(later + 3, 1)
+    else:
+        dist.recv(later, 0)
+    return {
+        "swapped": theirs.detach().cpu().unique().tolist(),
+        "leaf": theirs.is_leaf and theirs.requires_grad,
+        "done": all(work.is_completed() for work in works),
+        "later": later.cpu().tolist(),
+        "random state": torch.equal(state, lane.rng_state()),
+    }
+
+
+def test_both_neighbours_may_send_first(pools: Callable[..., list[Any]]) -> None:
+    alike = {"leaf": True, "done": True, "random state": True}
+    assert pools(2, passed_on) == [
+        {"swapped": [2.0], "later": [0.0, 0.0]} | alike,
+        {"swapped": [1.0], "later": [3.0, 3.0]} | alike,
+    ]
+
+
+def on_gloo() -> list[Any]:
+    """What a group of the user's own on gloo says to a tensor of the device, and does with one of the host."""
+    import torch.distributed as dist
+
+    from nxdt_nemo.errors import LaneError
+
+    lane = lane_here()
+    group = dist.new_group(backend="gloo")
+    x = torch.ones(2, device=lane.device())
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: dist.all_reduce(x, group=group),
+        lambda: dist.broadcast(x, 0, group=group),
+        lambda: dist.all_gather_into_tensor(torch.empty(4, device=x.device), x, group=group),
+        lambda: dist.reduce_scatter_tensor(torch.empty(1, device=x.device), x, group=group),
+        lambda: dist.all_to_all_single(torch.empty_like(x), x, group=group),
+        lambda: dist.send(x, 1 - dist.get_rank(), group=group),
+    )
+    said: list[Any] = []
+    for call in calls:
+        try:
+            call()
+        except LaneError as error:
+            said.append(str(error).partition(" ")[0])
+    host = torch.ones(2)
+    dist.all_reduce(host, group=group)
+    return [*said, host.tolist()]
+
+
+def test_gloo_refuses_tensors_of_the_device(pools: Callable[..., list[Any]]) -> None:
+    names = ["allreduce", "broadcast", "allgather_base", "reduce_scatter_base", "alltoall_base", "send"]
+    assert pools(2, on_gloo) == [[*names, [2.0, 2.0]]] * 2
+
+
+def looked_at(within: bool) -> dict[str, int]:
+    """How much is computed when the host looks at one of two values that share a product."""
+    import torch_xla.debug.metrics as met
+
+    from nxdt_nemo.runtime.xla.metrics import counters
+
+    lane = lane_here()
+    x = torch.full((4, 4), 0.5, device=lane.device())
+    lane.cut()
+    before = counters()
+    with lane.reading() if within else contextlib.nullcontext():
+        product = (x @ x).exp()
+        found = bool(product.sum() > 0)
+        lane.cut()
+    after = counters()
+    assert found and met.metric_data("CompileTime") is not None
+    return {name: after[name] - before.get(name, 0) for name in ("compiled", "read")}
+
+
+def test_a_reading_hands_over_all(pools: Callable[..., list[Any]]) -> None:
+    """One graph for both; without it the product is computed again in a second one."""
+    assert pools(1, looked_at, True) == [{"compiled": 1, "read": 1}]
+    assert pools(1, looked_at, False) == [{"compiled": 2, "read": 1}]

@@ -65,6 +65,12 @@ class FusedAdam(FusedOptimizer):
             for group in self.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device, copy=True)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. On a device the moments are made here: they are no part of a step's graph."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]["params"]
+        self.moments([param for param in added if param.requires_grad and param.device.type != "cpu"])
+
     def step(
         self,
         closure: Callable[[], Any] | None = None,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nxdt_nemo.errors import UserError
 from nxdt_nemo.runtime import current
 
 __all__ = ["checkpoint", "fork", "get_tracker_states", "init_checkpoint_without_output", "set_tracker_states"]
@@ -58,7 +59,16 @@ def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def init_checkpoint_without_output(original: Callable[..., None], self: Any, fp8: Any = False) -> None:
-    """CheckpointWithoutOutput.__init__, whose default False upstream takes for a format of fp8: it asks for None."""
+    """CheckpointWithoutOutput.__init__, whose default False upstream takes for a format of fp8: it asks for None.
+
+    Raises UserError on a lane whose tensors have no storage: it gives the memory of a tensor back that others hold.
+    """
+    if not current().has_storages:
+        raise UserError(
+            f"layernorm, moe_act and mla_up_proj are not recomputed on the {current().name} lane",
+            place="recompute_modules",
+            fix="use core_attn, mlp or moe, or recompute_granularity=full",
+        )
     original(self, fp8 or None)
 
 
@@ -67,12 +77,25 @@ def checkpoint(original: Callable[..., Any], function: Callable[..., Any], distr
 
     Returned as it is from upstream's autograd function, the parameter itself becomes that node's output: the second
     run then differentiates through the first one, and so on, twice as often a layer.
+    On a lane that compiles steps the second run is kept apart from the first, and begins when its gradients are there:
+    a compiler would find that both compute the same, and keep the first one's results.
     """
+    gradients: list[torch.Tensor] = []
 
     def without_parameters(*inputs: Any) -> Any:
+        if gradients:
+            given = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
+            current().optimization_barrier_([*given, *gradients])
+            gradients.clear()
         outputs = function(*inputs)
         if not isinstance(outputs, tuple):
             return outputs
         return tuple(out.view_as(out) if isinstance(out, torch.nn.Parameter) else out for out in outputs)
 
-    return original(without_parameters, distribute, *args)
+    outputs = original(without_parameters, distribute, *args)
+    if not current().ragged:
+        given = outputs if isinstance(outputs, tuple) else (outputs,)
+        node = next((out.grad_fn for out in given if isinstance(out, torch.Tensor) and out.grad_fn is not None), None)
+        if node is not None:
+            node.register_prehook(lambda grads: gradients.extend(grad for grad in grads if grad is not None))
+    return outputs

@@ -7,9 +7,10 @@ the same programs run on XLA:CPU. Proof: tests/runtime/test_xla.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
@@ -25,6 +26,9 @@ __all__ = ["XlaLane"]
 
 PJRT = "PJRT_DEVICE"
 
+# XLA:CPU takes barriers out before it looks for common subexpressions the last time, and so recomputation with them.
+FLAGS, DISABLED, EXPANDER = "XLA_FLAGS", "--xla_disable_hlo_passes", "cse_barrier_expander"
+
 
 class XlaLane(RanksLane):
     """Graphs traced by torch-xla, one process a NeuronCore; XLA:CPU where there is none.
@@ -33,6 +37,7 @@ class XlaLane(RanksLane):
     """
 
     name = "xla"
+    has_storages = False
     backend = "nxdt_xla"  # not torch_xla's "xla", whose groups of some ranks are groups of one (xla_backend.py)
 
     def __init__(self) -> None:
@@ -54,8 +59,13 @@ class XlaLane(RanksLane):
         return Verdict(asked, "a Neuron device, on which nobody has tried it" if asked else "has to be asked for")
 
     def enter_process(self) -> Undo:
-        """torch_xla reads PJRT_DEVICE when it is imported: it is set before."""
-        return set_variable(PJRT, "NEURON" if neuron_devices() else "CPU")
+        """torch_xla reads PJRT_DEVICE when it is imported: it is set before. XLA:CPU keeps optimization barriers."""
+        undo = ExitStack()
+        undo.callback(set_variable(PJRT, "NEURON" if neuron_devices() else "CPU"))
+        flags = os.environ.get(FLAGS, "")
+        if not neuron_devices() and DISABLED not in flags:
+            undo.callback(set_variable(FLAGS, f"{flags} {DISABLED}={EXPANDER}".strip()))
+        return undo.close
 
     def device(self, local_rank: int = 0) -> torch.device:
         import torch_xla
@@ -157,15 +167,29 @@ class XlaLane(RanksLane):
 
     def step_boundary(self) -> None:
         """Hand the graph over, and answer what was asked of the one before: it is done, or nearly."""
-        from nxdt_nemo.runtime.xla.ops import hand_over
-
-        hand_over(self.on_cut)
+        self.cut()
         if self.alone:
             self._asked.clear()
             return
         due, self._due, self._asked = self._due, self._asked, []
         for function, tensors in due:
             function(*(tensor.cpu() for tensor in tensors))
+
+    def cut(self) -> None:
+        from nxdt_nemo.runtime.xla.ops import cut
+
+        cut()
+
+    def optimization_barrier_(self, tensors: Sequence[torch.Tensor]) -> None:
+        import torch_xla
+
+        if there := [tensor for tensor in tensors if tensor.device.type == "xla"]:
+            torch_xla._XLAC._xla_optimization_barrier_(there)
+
+    def reading(self) -> AbstractContextManager[Any]:
+        from nxdt_nemo.runtime.xla.reading import Reading
+
+        return Reading()
 
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Called at the boundary after the next one, so that the host never waits for the step it has just begun."""

@@ -35,8 +35,8 @@ def hand_over(instead: Callable[[], None] | None) -> None:
 
 
 def cut() -> None:
-    """Hand over what was traced, in the middle of a step. torch_xla moves its random state on when it does: here it stays, or numbers that are
-    drawn again from a state would depend on where graphs were cut."""
+    """Hand over what was traced. torch_xla moves its random state on when it does, from the last one that was set: here
+    it stays, or numbers would depend on where graphs are cut and on what is recomputed."""
     state = xm.get_rng_state()
     hand_over(current().on_cut)  # type: ignore[attr-defined]
     xm.set_rng_state(state)

@@ -7,6 +7,7 @@ over gloo. Imports torch. Proof: tests/runtime/test_xla.py, tests/megatron/test_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._C import _distributed_c10d
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.groups import Group
-from nxdt_nemo.runtime.ops import Ops
+from nxdt_nemo.runtime.ops import Arriving, Ops
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["XlaProcessGroup", "done", "register"]
@@ -26,10 +27,31 @@ Work = Any
 c10d: Any = _distributed_c10d  # its stubs are of C++'s overloads, and not all
 
 
+# torch's own operators, which groups of torch's backends go through. torch_xla falls back to the host for them: gloo
+# reduces the copies, and nothing is written back.
+OPERATORS = (
+    "allgather_", "allgather_coalesced_", "allgather_into_tensor_coalesced_", "allreduce_", "allreduce_coalesced_",
+    "alltoall_", "alltoall_base_", "broadcast_", "gather_", "_allgather_base_", "_reduce_scatter_base_", "recv_",
+    "recv_any_source_", "reduce_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_", "scatter_", "send",
+)  # fmt: skip
+_refusals: list[torch.library.Library] = []
+
+
 def register(name: str) -> None:
-    """Let torch.distributed make process groups of backend `name`."""
+    """Let torch.distributed make process groups of backend `name`, and those of others refuse XLA tensors."""
     if name.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(name, XlaProcessGroup, devices=["xla"])
+    if not _refusals:
+        _refusals.append(torch.library.Library("c10d", "IMPL", "XLA"))
+        for operator in OPERATORS:
+            _refusals[0].impl(operator, functools.partial(_refuse, operator))
+
+
+def _refuse(operator: str, *_: Any) -> Any:
+    raise LaneError(
+        f"{operator.strip('_')} of tensors on the device, in a process group of another backend, would change nothing",
+        fix="make the group without backend=, or give it tensors of the host",
+    )
 
 
 def _name_of(op: Any) -> str:
@@ -43,6 +65,26 @@ def done(tensors: Any) -> Work:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(tensors)
     return c10d._create_work_from_future(future)
+
+
+class _Transfer(c10d.Work):
+    """A transfer under way; wait() writes what arrives into `targets`."""
+
+    def __init__(self, arriving: Arriving, targets: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._arriving: Arriving | None = arriving
+        self._targets = targets
+
+    @torch.no_grad()
+    def wait(self, timeout: Any = None) -> bool:
+        if self._arriving is not None:
+            for target, arrived in zip(self._targets, self._arriving.wait(), strict=True):
+                target.copy_(arrived)
+            self._arriving = None
+        return True
+
+    def is_completed(self) -> bool:
+        return self._arriving is None
 
 
 class XlaProcessGroup(c10d.ProcessGroup):
@@ -169,11 +211,18 @@ class XlaProcessGroup(c10d.ProcessGroup):
     def barrier(self, opts: Any = None) -> Work:
         return self._gloo.barrier(opts or c10d.BarrierOptions())
 
+    # Started here, done in wait: in a pipeline both neighbours send before they receive. Tags are gloo's only.
+
     def send(self, tensors: Sequence[torch.Tensor], target: int, tag: int = 0) -> Work:
-        return self._host_only("send", tensors).send(tensors, target, tag)
+        if not _on_xla(tensors):
+            return self._gloo.send(tensors, target, tag)
+        return _Transfer(self._ops.exchange([(tensor.detach(), target) for tensor in tensors], [], self._group), ())
 
     def recv(self, tensors: Sequence[torch.Tensor], source: int, tag: int = 0) -> Work:
-        return self._host_only("recv", tensors).recv(tensors, source, tag)
+        if not _on_xla(tensors):
+            return self._gloo.recv(tensors, source, tag)
+        wanted = [(tuple(tensor.shape), tensor.dtype, source) for tensor in tensors]
+        return _Transfer(self._ops.exchange([], wanted, self._group), tensors)
 
     def gather(self, outputs: Any, inputs: Sequence[torch.Tensor], opts: Any) -> Work:
         return self._host_only("gather", inputs).gather(outputs, inputs, opts)
