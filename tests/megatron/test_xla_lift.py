@@ -54,7 +54,7 @@ def test_equals_the_cpu_lanes_ranks(
     assert relative(losses, expected.losses[:STEPS]) <= 1e-6
     for norms in zip(*found.grad_norms, strict=True):
         assert relative([*norms], expected.grad_norms[:STEPS]) <= 1e-6
-    assert found.compiled[-1] == 0  # what the first steps compile is what later ones run
+    assert not any(found.compiled[1:])  # the first step's graph is what the others run
 
 
 @pytest.mark.slow

@@ -62,7 +62,10 @@ class Recorder:
 
     def cut(self) -> None:
         live = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "xla"]
-        pending = [one for one in live if not torch_xla._XLAC._is_placecholder(one)]
+        # As torch_xla has them, in the order they were made: the collector's is another one in each process.
+        pending = sorted(
+            (one for one in live if not torch_xla._XLAC._is_placecholder(one)), key=torch_xla._XLAC._xla_get_tensor_id
+        )
         if not pending:
             return
         self.graphs.append(torch_xla._XLAC._get_xla_tensors_hlo(pending))
