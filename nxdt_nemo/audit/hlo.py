@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 __all__ = ["COLLECTIVES", "Collective", "Graph", "Operation", "Shape"]
@@ -95,11 +95,14 @@ class Collective:
 
 
 class Graph:
-    """One lowered graph."""
+    """One lowered graph; its text is read when it is first asked for."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.operations = tuple(_operations(text))
+
+    @cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        return tuple(_operations(self.text))
 
     @cached_property
     def by_name(self) -> dict[str, Operation]:
@@ -168,6 +171,8 @@ class Graph:
 
 
 def _operations(text: str) -> Iterator[Operation]:
+    # A step of a large model has the same few shapes a hundred thousand times.
+    shapes_of = lru_cache(maxsize=None)(_shapes)
     inside = False
     for line in text.splitlines():
         if line.startswith("ENTRY "):
@@ -175,17 +180,22 @@ def _operations(text: str) -> Iterator[Operation]:
         elif inside and line.startswith("}"):
             return
         elif inside and (found := _LINE.match(line)):
-            rest = line[found.end() :]
+            rest, opcode = line[found.end() :], found["opcode"]
             end = _end_of_operands(rest)
-            shapes = tuple(
-                Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim))
-                for dtype, dims in _SHAPE.findall(found["shape"])
-            )
-            operands = () if found["opcode"] in ("constant", "parameter") else tuple(_OPERAND.findall(rest[:end]))
-            yield Operation(found["name"], found["opcode"], shapes, operands, rest[end:])
+            operands = () if opcode in ("constant", "parameter") else tuple(_OPERAND.findall(rest[:end]))
+            yield Operation(found["name"], opcode, shapes_of(found["shape"]), operands, rest[end:])
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim)) for dtype, dims in _SHAPE.findall(text)
+    )
 
 
 def _end_of_operands(rest: str) -> int:
+    end = rest.find(")")
+    if "(" not in rest[:end]:  # no operand is a tuple
+        return end
     depth = 1
     for place, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")

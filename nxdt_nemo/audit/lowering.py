@@ -8,57 +8,55 @@ tokenizer that is not there is replaced by its size. Proof: tests/audit/test_aud
 from __future__ import annotations
 
 import os
-import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nxdt_nemo.audit.hlo import Graph
 from nxdt_nemo.errors import ConfigError, UserError
 from nxdt_nemo.runtime import current
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["STEPS", "Lowered", "lower"]
 
-STEPS = 2  # the second has all state that the first makes
+STEPS = 2  # the second has all state that the first makes: rotary angles, sums of Lightning's
 
 
 @dataclass(frozen=True)
 class Lowered:
     """What a rank would run.
 
-    graphs      each distinct one of its steps, the last step's last
-    step        those of the last step, as indices
+    step        graphs of the last step, in order
+    distinct    graphs that are compiled until then, those of the set-up left out
     stage       (pipeline rank, pipeline size)
     parameters  numbers in the model's parameters on this rank
     vocab       rows of the vocabulary that are this rank's
-    fallbacks   operations that fall off XLA, by name
+    fallbacks   operations of the last step that fall off XLA, by name
     reads       where the last step reads a device's tensor on the host: file:line, how often
-    seconds     that it took
     """
 
     rank: int
     world: int
-    graphs: tuple[Graph, ...]
-    step: tuple[int, ...]
+    step: tuple[Graph, ...]
+    distinct: int
     stage: tuple[int, int]
     parameters: int
     vocab: int
     fallbacks: Mapping[str, int]
     reads: Mapping[str, int]
-    seconds: float
 
 
 class _Enough(Exception):
     """Not an error: the steps that were asked for are traced."""
 
 
-def lower(config: Any, rank: int, world: int) -> Lowered:
+def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
     """Lower the step of one rank.
 
     config   a NeMo configuration, resolved (omegaconf)
+    steps    that are traced; the last is read
     Needs the xla lane, torch_xla and NeMo, and a process without ranks. Raises UserError for what a run would refuse,
     and for a tensor that a step reads on the host, by file and line.
     """
@@ -66,16 +64,14 @@ def lower(config: Any, rank: int, world: int) -> Lowered:
     from nxdt_nemo.runtime.xla.metrics import counters
     from nxdt_nemo.runtime.xla.world import Recorder, pretend
 
-    config = _shortened(config)
-    recorder, began, before = Recorder(), time.monotonic(), counters()
-    marks: list[int] = []
+    config = _shortened(config, steps)
+    recorder, seen = Recorder(), _Seen()
+    recorder.reading = False
     lane: Any = current()
 
     with _as_rank(config, rank, world), pretend(lane, rank, world, Replicas(), recorder.cut), _reads() as reads:
         model, trainer = _build(config)
-        recorder.cut()  # weights: contents that nobody needs
-        recorder.graphs.clear()
-        trainer.callbacks.append(_stopper(recorder, marks, reads))
+        trainer.callbacks.append(_counting(steps, recorder, seen, reads))
         try:
             trainer.fit(model)
         except _Enough:
@@ -83,30 +79,30 @@ def lower(config: Any, rank: int, world: int) -> Lowered:
         stage, count = _stage(), sum(one.numel() for one in model.parameters())
         vocab = int(model.padded_vocab_size) // int(config.model.get("tensor_model_parallel_size") or 1)
         _forget()
-    after = counters()
-    texts = recorder.graphs[: marks[-1]]
-    distinct = {text: None for text in texts}
-    index = {text: place for place, text in enumerate(distinct)}
-    last = [index[text] for text in texts[marks[-2] if len(marks) > 1 else 0 :]]
-    fell = {name: after[name] - before.get(name, 0) for name in after if name.startswith("aten::")}
+    fell = {name: number - seen.before.get(name, 0) for name, number in counters().items() if name.startswith("aten::")}
     return Lowered(
         rank,
         world,
-        tuple(Graph(text) for text in distinct),
-        tuple(last),
+        tuple(Graph(text) for text in recorder.graphs[seen.first :]),
+        len(set(recorder.keys)),
         stage,
         count,
         vocab,
         {name: number for name, number in fell.items() if number},
         dict(reads),
-        time.monotonic() - began,
     )
 
 
+@dataclass
+class _Seen:
+    """Where the last step begins: the recorder's graph, torch_xla's counters."""
+
+    first: int = 0
+    before: Mapping[str, int] = field(default_factory=dict)
+
+
 SHORT = {
-    "max_steps": STEPS + 1,
     "max_epochs": -1,
-    "val_check_interval": STEPS + 1,
     "limit_val_batches": 0,
     "limit_test_batches": 0,
     "num_sanity_val_steps": 0,
@@ -117,13 +113,13 @@ SHORT = {
 }
 
 
-def _shortened(config: Any) -> Any:
+def _shortened(config: Any, steps: int) -> Any:
     """The config for some steps that leave nothing behind; weights are not read."""
     from omegaconf import OmegaConf, open_dict
 
     short = OmegaConf.create(_filled(OmegaConf.to_container(config, resolve=True)))
     with open_dict(short):
-        short.trainer.update(SHORT)
+        short.trainer.update(SHORT | {"max_steps": steps + 1, "val_check_interval": steps + 1})
         short.trainer.accelerator = "neuron"
         short.exp_manager = None
         short.model.restore_from_path = short.model.resume_from_checkpoint = None
@@ -132,17 +128,28 @@ def _shortened(config: Any) -> Any:
     return short
 
 
-def _stopper(recorder: Any, marks: list[int], reads: Counter[str]) -> Any:
+def _counting(steps: int, recorder: Any, seen: _Seen, reads: Counter[str]) -> Any:
+    """A callback that leaves out what is before the first step, reads the last one, and ends there."""
     from lightning.pytorch import Callback
 
-    class Stopper(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            marks.append(len(recorder.graphs))
-            if len(marks) >= STEPS:
-                raise _Enough
-            reads.clear()
+    from nxdt_nemo.runtime.xla.metrics import counters
 
-    return Stopper()
+    class Counting(Callback):
+        done = 0
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            if self.done == 0:
+                recorder.forget()  # weights and moments: contents that nobody needs
+            if self.done == steps - 1:
+                recorder.reading, seen.first, seen.before = True, len(recorder.keys), counters()
+                reads.clear()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.done += 1
+            if self.done == steps:
+                raise _Enough
+
+    return Counting()
 
 
 def _filled(value: Any) -> Any:

@@ -1,12 +1,13 @@
 """A job read before it is paid for: the step of chosen ranks of a world, lowered, added up and compared.
 
-Room audit/. Micro-batches of a step are alike: two steps of few of them are lowered and the rest is added in line, which
-the report says. Proof: tests/audit/test_audit.py.
+Room audit/. Of a large model small steps are lowered and the figures are of lines through them (points.py), which the
+report says. Proof: tests/audit/test_audit.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from nxdt_nemo.audit.bounds import Bounds, bounds
 from nxdt_nemo.audit.deadlock import mismatches
 from nxdt_nemo.audit.formula import Count, Decoder, count
 from nxdt_nemo.audit.hlo import Collective, Graph
-from nxdt_nemo.audit.lowering import Lowered, lower
+from nxdt_nemo.audit.lowering import STEPS, Lowered, lower
+from nxdt_nemo.audit.points import Point, Points, points
 from nxdt_nemo.config.instances import Dtype, Instance
 from nxdt_nemo.errors import ConfigError
 
@@ -39,12 +41,13 @@ class Transfer:
 class Rank:
     """One rank's step.
 
-    graphs          distinct graphs until the step repeats; executions of one step
+    graphs          that are compiled until the step repeats; executions of one step
+    operations      of the largest step that was lowered
     flops           of a micro-batch, recomputation included; analytic: the same by hand
     least_bytes     of whole tensors that a step's collectives cannot do without, None without a formula (docs/communication.md)
-    peak_bytes      live at once in the lowered step, program order
-    state_bytes     what lives from step to step: weights, gradients' and optimizer's memory
-    program         digest of the step: equal for ranks that run one program
+    peak_bytes      live at once, program order
+    state_bytes     that the step is given: weights, gradients' and optimizer's memory, the batch
+    program         digest of the largest step that was lowered: equal for ranks that run one program
     """
 
     rank: int
@@ -73,11 +76,13 @@ class Rank:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found. `mismatch` is the first place where ranks part, "" where they agree."""
+    """What was found. `mismatch` is the first place where ranks part, "" where they agree.
+
+    points   what was lowered, and what the figures are of
+    """
 
     world: int
-    micro_batches: int
-    lowered_micro_batches: tuple[int, ...]
+    points: Points
     target: str
     hbm: int
     ranks: tuple[Rank, ...]
@@ -90,8 +95,10 @@ class Audit:
         return {
             "world": self.world,
             "target": self.target,
-            "micro_batches": self.micro_batches,
-            "lowered_micro_batches": list(self.lowered_micro_batches),
+            "layers_of_a_stage": self.points.wanted[0],
+            "micro_batches": self.points.wanted[1],
+            "lowered_layers": list(self.points.layers),
+            "lowered_micro_batches": list(self.points.micro),
             "graphs": max(rank.graphs for rank in self.ranks),
             "parameters": first.parameters,
             "flops": first.flops,
@@ -128,71 +135,82 @@ def audit(
     ranks: Sequence[int] | None = None,
     target: Instance | None = None,
     keep: Callable[[int, Graph], None] | None = None,
+    whole: bool = False,
+    elsewhere: Mapping[int, Any] | None = None,
 ) -> Audit:
     """Lower the step of `ranks` (see chosen) of a world, and read it.
 
-    config   a NeMo configuration, resolved
-    keep     called with each rank's step of most micro-batches
+    config      a NeMo configuration, resolved
+    keep        called with each rank's largest lowered step
+    whole       lower all layers and micro-batches
+    elsewhere   ranks that were started with another configuration, and that
     Raises UserError for what a run would refuse.
     """
-    import time
-
-    from omegaconf import OmegaConf
-
     began = time.monotonic()
     model = config.model
     stages = int(model.get("pipeline_model_parallel_size") or 1)
     width = int(model.get("tensor_model_parallel_size") or 1) * stages * int(model.get("context_parallel_size") or 1)
     if world % width:
         raise ConfigError(f"a world of {world} cannot be cut into {width} ranks of one replica", place="--world")
-    micro, whole = int(model.micro_batch_size), int(model.global_batch_size)
+    ranks = chosen(world, stages) if ranks is None else ranks
+    if outside := [rank for rank in ranks if not 0 <= rank < world]:
+        raise ConfigError(f"rank {outside[0]} is not in a world of {world}", place="--rank")
+    micro, whole_batch = int(model.micro_batch_size), int(model.global_batch_size)
     replicas = world // width
-    count_of, rest = divmod(whole, micro * replicas)
-    if rest:
-        reason = f"global_batch_size={whole} is no multiple of micro_batch_size={micro} x {replicas} replicas"
+    count_of, rest = divmod(whole_batch, micro * replicas)
+    if rest or not count_of:
+        reason = f"global_batch_size={whole_batch} is no multiple of micro_batch_size={micro} x {replicas} replicas"
         raise ConfigError(reason, place="model.global_batch_size")
-    counts = _lowered_counts(count_of, stages, int(model.get("virtual_pipeline_model_parallel_size") or 1))
-    found: dict[int, list[Lowered]] = {}
-    for rank in ranks or chosen(world, stages):
-        for number in counts:
-            short = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-            short.model.global_batch_size = number * micro * replicas
-            short.trainer.num_nodes = max(1, world // int(short.trainer.devices))
-            found.setdefault(rank, []).append(lower(short, rank, world))
-            if number == counts[-1] and keep is not None:
-                keep(rank, found[rank][-1].graphs[found[rank][-1].step[-1]])
-    steps = {rank: [one for graph in lowered[-1].step for one in lowered[-1].graphs[graph].collectives]
-             for rank, lowered in found.items()}  # fmt: skip
+    wanted = points(model, count_of, whole=whole)
+    found: dict[int, dict[Point, Lowered]] = {rank: {} for rank in ranks}
+    for rank in ranks:
+        of_rank = (elsewhere or {}).get(rank, config)
+        for place, point in enumerate(wanted.all):
+            # Three steps of the smallest: does the third have the graph of the second?
+            steps = STEPS if place else STEPS + 1
+            found[rank][point] = lower(_resized(of_rank, point, micro * replicas, world), rank, world, steps)
+        if keep is not None:
+            keep(rank, found[rank][wanted.all[-1]].step[-1])
+    largest = {rank: lowered[wanted.all[-1]].step for rank, lowered in found.items()}
+    steps_of = {rank: [one for graph in step for one in graph.collectives] for rank, step in largest.items()}
     return Audit(
         world,
-        count_of,
-        counts,
+        wanted,
         target.name if target else "",
         target.core(config.trainer.get("lnc")).hbm if target else 0,
-        tuple(_rank(config, lowered, counts, count_of, target) for lowered in found.values()),
-        next((str(one) for one in mismatches(steps)), ""),
+        tuple(_rank((elsewhere or {}).get(rank, config), lowered, wanted, target) for rank, lowered in found.items()),
+        next((str(one) for one in mismatches(steps_of)), ""),
         time.monotonic() - began,
     )
 
 
-def _lowered_counts(count_of: int, stages: int, chunks: int) -> tuple[int, ...]:
-    """Micro-batches of the steps that are lowered: the pipeline is full in both, so that one more is a line's step."""
-    least = stages if stages > 1 else 1
-    more = stages if chunks > 1 else 1
-    counts = (least, least + more)
-    return counts if count_of > counts[-1] else (count_of,)
+def _resized(config: Any, point: Point, one_each: int, world: int) -> Any:
+    """The config of a smaller step; one_each is the global batch of one micro-batch."""
+    from omegaconf import OmegaConf
+
+    short = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    stages = int(short.model.get("pipeline_model_parallel_size") or 1)
+    chunks = int(short.model.get("virtual_pipeline_model_parallel_size") or 1)
+    if int(short.model.num_layers) % (stages * chunks) == 0:
+        short.model.num_layers = point[0] * stages * chunks
+    short.model.global_batch_size = point[1] * one_each
+    short.trainer.num_nodes = max(1, world // int(short.trainer.devices))
+    return short
 
 
-def _rank(config: Any, lowered: Sequence[Lowered], counts: Sequence[int], count_of: int, target: Instance | None) -> Rank:
-    last = lowered[-1]
-    graphs = [last.graphs[index] for index in last.step]
-    sizes = [sum(one.graphs[index].flops for index in one.step) for one in lowered]
-    flops_step = _line(sizes, counts, count_of)
-    moved = _line([sum(one.graphs[index].product_bytes for index in one.step) for one in lowered], counts, count_of)
-    times = _times(lowered, counts, count_of)
+def _rank(config: Any, lowered: Mapping[Point, Lowered], wanted: Points, target: Instance | None) -> Rank:
+    first, last = lowered[wanted.all[0]], lowered[wanted.all[-1]]
+    count_of = wanted.wanted[1]
+
+    def summed(figure: Callable[[Graph], float]) -> Callable[[Point], float]:
+        return lambda point: sum(figure(graph) for graph in lowered[point].step)
+
+    flops_step = wanted.value(summed(lambda graph: graph.flops))
+    moved = wanted.value(summed(lambda graph: graph.product_bytes))
+    times = _times(lowered, wanted)
     analytic = _analytic(config, last)
     model = analytic.model * count_of if analytic else flops_step
-    dtype: Dtype = "bfloat16" if any(graph.dtypes.get("bf16", 0) for graph in graphs) else "float32"
+    dtype: Dtype = "bfloat16" if any(graph.dtypes.get("bf16", 0) for graph in last.step) else "float32"
     found = None
     if target is not None:
         found = bounds(
@@ -205,40 +223,37 @@ def _rank(config: Any, lowered: Sequence[Lowered], counts: Sequence[int], count_
             collectives=times,
             rank=last.rank,
         )
-    dtypes: Counter[str] = sum((graph.dtypes for graph in graphs), Counter())
     return Rank(
         last.rank,
         last.stage,
-        len(last.graphs),
+        first.distinct,
         len(last.step),
-        sum(len(graph.operations) for graph in graphs),
-        last.parameters,
+        sum(len(graph.operations) for graph in last.step),
+        round(wanted.at_full_pipeline(lambda point: lowered[point].parameters)),
         flops_step / count_of,
         analytic,
         _transfers(times, last.rank),
         _least(config, last, count_of),
-        max(graph.peak_bytes() for graph in graphs),
-        max(sum(shape.bytes for shape in graph.parameters()) for graph in graphs),
+        round(wanted.at_full_pipeline(lambda point: max(graph.peak_bytes() for graph in lowered[point].step))),
+        round(wanted.value(lambda point: max(_given(graph) for graph in lowered[point].step))),
         found,
         last.reads,
         last.fallbacks,
-        dict(dtypes),
-        graphs[-1].digest,
+        dict(sum((graph.dtypes for graph in last.step), Counter())),
+        last.step[-1].digest,
     )
 
 
-def _line(values: Sequence[float], counts: Sequence[int], wanted: int) -> float:
-    if len(values) == 1:
-        return values[0] * wanted / counts[0]
-    slope = (values[1] - values[0]) / (counts[1] - counts[0])
-    return values[0] + slope * (wanted - counts[0])
+def _given(graph: Graph) -> int:
+    return sum(shape.bytes for shape in graph.parameters())
 
 
-def _times(lowered: Sequence[Lowered], counts: Sequence[int], wanted: int) -> list[tuple[Collective, float]]:
-    """Each distinct collective, and how often a whole step has it."""
-    seen = [Counter(one for index in each.step for one in each.graphs[index].collectives) for each in lowered]
-    distinct = {one: None for counter in seen for one in counter}
-    return [(one, _line([counter[one] for counter in seen], counts, wanted)) for one in distinct]
+def _times(lowered: Mapping[Point, Lowered], wanted: Points) -> list[tuple[Collective, float]]:
+    """Each distinct collective, and how often a whole step has it. Buckets of the small steps, which the large one does
+    not have, come out less than never: only sums over a group mean something."""
+    seen = {point: Counter(one for graph in each.step for one in graph.collectives) for point, each in lowered.items()}
+    distinct = {one: None for counter in seen.values() for one in counter}
+    return [(one, wanted.value(lambda point, one=one: seen[point][one])) for one in distinct]  # type: ignore[misc]
 
 
 def _transfers(times: Sequence[tuple[Collective, float]], rank: int) -> tuple[Transfer, ...]:

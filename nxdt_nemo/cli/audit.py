@@ -15,6 +15,7 @@ import typer
 from nxdt_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nxdt_nemo.audit.hlo import Graph
     from nxdt_nemo.audit.summary import Audit, Rank
 
 __all__ = ["audit"]
@@ -30,6 +31,11 @@ def audit(
     ranks: Annotated[str, typer.Option("--ranks", help="`all`: every rank.")] = "",
     target: Annotated[str, typer.Option("--target", help="An instance, for its memory and peaks.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Lower all layers and micro-batches, however many.")] = False,
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", metavar="RANK:KEY=VALUE", help="What a rank was started with otherwise.", show_default=False),
+    ] = None,
     hlo: Annotated[Path | None, typer.Option("--hlo", help="Write each rank's step there, as HLO text.")] = None,
 ) -> None:
     """Lower the training step of chosen ranks of a world, in one process, and run none of it.
@@ -43,12 +49,14 @@ def audit(
 
     os.environ["NXDT_NEMO_RUNTIME"] = "xla"
     found = _composed(config, overrides or [])
+    world = world or int(found.trainer.devices) * int(found.trainer.get("num_nodes") or 1)
+    elsewhere = {number: _composed(config, [*(overrides or []), *said]) for number, said in _said(on or []).items()}
+    chosen = _numbers(rank or ranks, world)
     out = sys.stdout
     try:
-        if as_json:
-            sys.stdout = sys.stderr  # NeMo prints
+        sys.stdout = sys.stderr  # NeMo and Lightning print
         nxdt_nemo.activate()
-        result = _run(found, world, _numbers(rank or ranks, world), target, hlo)
+        result = _run(found, world, chosen, target, hlo, full, elsewhere)
     finally:
         sys.stdout = out
     typer.echo(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(report(result)))
@@ -72,26 +80,44 @@ def _numbers(text: str, world: int) -> list[int] | None:
     return [int(part) for part in text.split(",")]
 
 
-def _run(config: Any, world: int, ranks: list[int] | None, target: str, hlo: Path | None) -> Audit:
+def _said(texts: Sequence[str]) -> dict[int, list[str]]:
+    """Overrides by rank."""
+    found: dict[int, list[str]] = {}
+    for text in texts:
+        rank, colon, override = text.partition(":")
+        if not (colon and rank.isdigit() and "=" in override):
+            raise ConfigError(f"{text!r} is no override of a rank", place="--on", fix="give RANK:KEY=VALUE")
+        found.setdefault(int(rank), []).append(override)
+    return found
+
+
+def _run(
+    config: Any,
+    world: int,
+    ranks: list[int] | None,
+    target: str,
+    hlo: Path | None,
+    whole: bool,
+    elsewhere: dict[int, Any],
+) -> Audit:
     from nxdt_nemo.audit.summary import audit as audited
     from nxdt_nemo.config.instances import instance
 
-    world = world or int(config.trainer.devices) * int(config.trainer.get("num_nodes") or 1)
+    def keep(rank: int, graph: Graph) -> None:
+        if hlo is not None:
+            (hlo / f"rank{rank}.hlo").write_text(graph.text)
+
     if hlo is not None:
         hlo.mkdir(parents=True, exist_ok=True)
-    keep = None if hlo is None else lambda rank, graph: (hlo / f"rank{rank}.hlo").write_text(graph.text)
     chip = instance(target, place="--target") if target else None
-    return audited(config, world, ranks=ranks, target=chip, keep=keep)
+    return audited(config, world, ranks=ranks, target=chip, keep=keep, whole=whole, elsewhere=elsewhere)
 
 
 def report(found: Audit) -> Iterator[str]:
     """Markdown: the job, a table of ranks, collectives of the first, and what is wrong."""
-    lowered = " and ".join(map(str, found.lowered_micro_batches))
-    yield f"world {found.world}, {found.micro_batches} micro-batches a step; {len(found.ranks)} ranks lowered with {lowered}"
-    if found.micro_batches not in found.lowered_micro_batches:
-        yield "micro-batches a step, the rest added in line; all layers lowered"
+    yield from _what(found)
     yield ""
-    yield "| rank | stage | graphs | parameters | TFLOP a micro-batch | by hand | live GB | program |"
+    yield "| rank | stage | graphs | parameters | TFLOP a micro-batch | of the count by hand | live GB | program |"
     yield "|---|---|---|---|---|---|---|---|"
     for one in found.ranks:
         yield _row(one)
@@ -107,8 +133,21 @@ def report(found: Audit) -> Iterator[str]:
     yield from _verdicts(found)
 
 
+def _what(found: Audit) -> Iterator[str]:
+    layers, micro = found.points.wanted
+    counted = f"{layers} layer{'s' * (layers != 1)} a stage and chunk, {micro} micro-batch{'es' * (micro != 1)} a step"
+    yield f"world {found.world}, {counted}; {len(found.ranks)} rank{'s' * (len(found.ranks) != 1)} lowered"
+    few = [
+        f"{' and '.join(map(str, lowered))} {name}"
+        for name, lowered, wanted in (("layers", found.points.layers, layers), ("micro-batches", found.points.micro, micro))
+        if wanted not in lowered
+    ]
+    if few:
+        yield f"with {', with '.join(few)}; figures of the whole are in line with those (--full lowers all of it)"
+
+
 def _row(one: Rank) -> str:
-    by_hand = f"{one.flops / one.analytic.hardware:.4f} of it" if one.analytic else "no formula"
+    by_hand = f"{one.flops / one.analytic.hardware:.4f}" if one.analytic else "no formula"
     return (
         f"| {one.rank} | {one.stage[0] + 1} of {one.stage[1]} | {one.graphs} | {one.parameters:,} | "
         f"{one.flops / 1e12:.4f} | {by_hand} | {one.peak_bytes / 1e9:.2f} | {one.program[:12]} |"

@@ -19,7 +19,7 @@ from megatron.core.utils import get_model_config
 from nxdt_nemo.errors import NotOnNeuron
 from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.runtime.collectives import all_reduce_
-from nxdt_nemo.runtime.groups import Group
+from nxdt_nemo.runtime.groups import Group, completed
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["allreduce_non_tensor_model_parallel_grads", "sum_kv_copies"]
@@ -61,10 +61,7 @@ def _replicas(heads: KVHeads) -> Group:
     tensor_parallel = parallel_state.get_tensor_model_parallel_group()
     known = _groups.setdefault(tensor_parallel, {})
     if heads not in known:
-        mine = dist.get_process_group_ranks(tensor_parallel)
-        everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyones, mine)
-        peers = sorted({tuple(ranks) for ranks in everyones})
+        peers = (ranks for ranks in current().group_of(tensor_parallel).mesh if len(ranks) == heads.ranks)
         mesh = [[ranks[place] for place in holders] for ranks in peers for holders in heads.holders()]
-        known[heads] = current().groups(mesh, "kv copies")
+        known[heads] = current().groups(completed(mesh, dist.get_world_size()), "kv copies")
     return known[heads]

@@ -51,16 +51,24 @@ def pretend(
 
 
 class Recorder:
-    """Takes the text of each graph that would be run, and lets tensors without contents stand for its results.
+    """Takes each graph that would be run, and lets tensors without contents stand for its results.
 
-    graphs  HLO text, in order
+    keys     of the graphs, in order: torch_xla compiles graphs of one key once
+    graphs   their HLO texts, "" for those of a time when nobody was `reading`
     What only autograd holds at a cut inside a step is traced again in the next graph.
     """
 
     def __init__(self) -> None:
+        self.reading = True
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.keys: list[bytes] = []
         self.graphs: list[str] = []
 
     def cut(self) -> None:
+        gc.unfreeze()  # what a strategy froze is listed as well
         live = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "xla"]
         # As torch_xla has them, in the order they were made: the collector's is another one in each process.
         pending = sorted(
@@ -68,7 +76,8 @@ class Recorder:
         )
         if not pending:
             return
-        self.graphs.append(torch_xla._XLAC._get_xla_tensors_hlo(pending))
+        self.keys.append(torch_xla._XLAC._get_graph_hash(pending))
+        self.graphs.append(torch_xla._XLAC._get_xla_tensors_hlo(pending) if self.reading else "")
         for tensor in pending:
             blank(tensor)
         # Collectives follow each other by a token, which would lead back into the graph that is done.
@@ -82,7 +91,8 @@ def blank(tensor: torch.Tensor) -> None:
 
 
 class Alone:
-    """What stands where process groups have gloo for host tensors: waits for nobody, and makes up no numbers."""
+    """What stands where process groups have gloo for host tensors: waits for nobody, and has this rank's own word for
+    what the others would say. What adds numbers up is refused."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -92,6 +102,14 @@ class Alone:
 
     def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any) -> Any:
         return done(tensors)
+
+    def allgather(
+        self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], opts: Any = None
+    ) -> Any:
+        for parts, mine in zip(outputs, inputs, strict=True):
+            for part in parts:
+                part.copy_(mine)
+        return done(outputs)
 
     def __getattr__(self, name: str) -> Any:
         raise LaneError(f"{name} of tensors on the host needs the other ranks, and this process only stands for one")
