@@ -1,14 +1,8 @@
 """FLOPs of a GPT's micro-batch on one rank, counted by hand: what the lowered graph is checked against.
 
 Room audit/. Standard library only. Narayanan et al. 2021 (arXiv:2104.04473), section 5.1, for a rank, with grouped
-queries, gated MLPs, and attention as it is computed here. Proof: tests/audit/test_formula.py, tests/audit/test_audit.py.
-
-    T = S B tokens, a multiply-add is 2; q, g a rank's query and KV heads, D features a head, f its part of the MLP
-    layer    2 T H (q + 2 g) D + 2 T q D H + 2 T H f (3 with a gate, else 2)
-    scores   2 B q D pairs for each of the two products; pairs = S S, in causal blocks of b queries S (S + b) / 2
-    head     2 T H v, v the rank's part of the vocabulary
-    backward twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
-    recompute  full: a layer's forward once more; selective: its attention's
+queries, gated MLPs, and attention as it is computed here: see FORMULA.
+Proof: tests/audit/test_formula.py, tests/audit/test_audit.py.
 """
 
 from __future__ import annotations
@@ -16,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Count", "Decoder", "count"]
+__all__ = ["FORMULA", "Count", "Decoder", "count"]
+
+FORMULA = """\
+T = S B tokens, a multiply-add is 2; q, g a rank's query and KV heads, D features a head, f its part of the MLP
+layer      2 T H (q + 2 g) D + 2 T q D H + 2 T H f (3 with a gate, else 2)
+scores     2 B q D pairs for each of the two products; pairs = S S, in causal blocks of b queries S (S + b) / 2
+head       2 T H v, v the rank's part of the vocabulary
+backward   twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
+recompute  full: a layer's forward once more; selective: its attention's
+"""
 
 Recompute = Literal["", "selective", "full"]
 
@@ -58,7 +61,7 @@ class Count:
 
 
 def count(part: Decoder) -> Count:
-    """See the module."""
+    """By FORMULA."""
     tokens = part.seq * part.batch
     projections = 2 * tokens * part.hidden * part.features * (2 * part.queries + 2 * part.groups)
     mlp = 2 * tokens * part.hidden * part.ffn * (3 if part.gated else 2) * part.experts

@@ -11,7 +11,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,10 +72,8 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
     with _as_rank(config, rank, world), pretend(lane, rank, world, Replicas(), recorder.cut), _reads() as reads:
         model, trainer = _build(config)
         trainer.callbacks.append(_counting(steps, recorder, seen, reads))
-        try:
+        with suppress(_Enough):
             trainer.fit(model)
-        except _Enough:
-            pass
         stage, count = _stage(), sum(one.numel() for one in model.parameters())
         vocab = int(model.padded_vocab_size) // int(config.model.get("tensor_model_parallel_size") or 1)
         _forget()
@@ -182,7 +180,9 @@ def _reads() -> Iterator[Counter[str]]:
             try:
                 return saved[name](self, *arguments, **named)
             except RuntimeError as error:
-                raise UserError(f"{place} reads a tensor of the device ({name}): the step's graph ends there") from error
+                raise UserError(
+                    f"{place} reads a tensor of the device ({name}): the step's graph ends there"
+                ) from error
 
         return read
 

@@ -44,7 +44,8 @@ class Rank:
     graphs          that are compiled until the step repeats; executions of one step
     operations      of the largest step that was lowered
     flops           of a micro-batch, recomputation included; analytic: the same by hand
-    least_bytes     of whole tensors that a step's collectives cannot do without, None without a formula (docs/communication.md)
+    least_bytes     of whole tensors that a step's collectives cannot do without (docs/communication.md), None without
+                    a formula
     peak_bytes      live at once, program order
     state_bytes     that the step is given: weights, gradients' and optimizer's memory, the batch
     program         digest of the largest step that was lowered: equal for ranks that run one program

@@ -34,7 +34,9 @@ def audit(
     full: Annotated[bool, typer.Option("--full", help="Lower all layers and micro-batches, however many.")] = False,
     on: Annotated[
         list[str] | None,
-        typer.Option("--on", metavar="RANK:KEY=VALUE", help="What a rank was started with otherwise.", show_default=False),
+        typer.Option(
+            "--on", metavar="RANK:KEY=VALUE", help="What a rank was started with otherwise.", show_default=False
+        ),
     ] = None,
     hlo: Annotated[Path | None, typer.Option("--hlo", help="Write each rank's step there, as HLO text.")] = None,
 ) -> None:
@@ -131,6 +133,11 @@ def report(found: Audit) -> Iterator[str]:
         yield f"| {row.kind} | {row.dtype} | {_ranks(row.ranks)} | {row.times:.0f} | {row.received / 1e9:.3f} |"
     yield ""
     yield from _verdicts(found)
+    if first.analytic:
+        from nxdt_nemo.audit.formula import FORMULA
+
+        yield "\nFLOPs by hand, of a micro-batch on a rank:\n"
+        yield from (f"    {line}" for line in FORMULA.splitlines())
 
 
 def _what(found: Audit) -> Iterator[str]:
@@ -139,7 +146,10 @@ def _what(found: Audit) -> Iterator[str]:
     yield f"world {found.world}, {counted}; {len(found.ranks)} rank{'s' * (len(found.ranks) != 1)} lowered"
     few = [
         f"{' and '.join(map(str, lowered))} {name}"
-        for name, lowered, wanted in (("layers", found.points.layers, layers), ("micro-batches", found.points.micro, micro))
+        for name, lowered, wanted in (
+            ("layers", found.points.layers, layers),
+            ("micro-batches", found.points.micro, micro),
+        )
         if wanted not in lowered
     ]
     if few:
@@ -162,13 +172,15 @@ def _verdicts(found: Audit) -> Iterator[str]:
     if found.hbm:
         peak = max(one.peak_bytes for one in found.ranks)
         word = "fits" if peak <= found.hbm else "DOES NOT FIT"
-        yield f"- memory: {peak / 1e9:.1f} GB live at most, in program order, of {found.hbm / 1e9:.1f} GB a rank: {word}"
+        live = f"{peak / 1e9:.1f} GB live at most, in program order, of {found.hbm / 1e9:.1f} GB a rank"
+        yield f"- memory: {live}: {word}"
     for one in found.ranks:
         if one.bounds:
             yield (
                 f"- rank {one.rank}: no faster than {one.bounds.step * 1e3:.1f} ms a step, by {one.bounds.by} "
                 f"(compute {one.bounds.compute * 1e3:.1f}, HBM {one.bounds.memory * 1e3:.1f}, NeuronLink "
-                f"{one.bounds.neuronlink * 1e3:.1f}, network {one.bounds.network * 1e3:.1f}); MFU below {one.bounds.mfu:.2f}"
+                f"{one.bounds.neuronlink * 1e3:.1f}, network {one.bounds.network * 1e3:.1f}); "
+                f"MFU below {one.bounds.mfu:.2f}"
             )
     stages: dict[int, set[str]] = {}
     for one in found.ranks:

@@ -1,6 +1,7 @@
 """Our side of a parity table with all ranks in one process: see runtime/xla/lift.py.
 
-Room testing/. Runs in a process of its own with lifted_env(layout) and init=ACTIVE. Proof: tests/megatron/test_xla_lift.py.
+Room testing/. Runs in a process of its own with lifted_env(layout) and init=ACTIVE.
+Proof: tests/megatron/test_xla_lift.py.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def train(
                     chunk.zero_grad_buffer()
                 training.optimizer.zero_grad()
                 given = [Batch(tokens, labels) for tokens, labels in zip(parts[::2], parts[1::2], strict=True)]  # type: ignore[arg-type]
-                losses = forward_backward(training.chunks, recipe, given, read=lambda loss: loss.clone())
-                return [torch.stack(losses).mean(), update(training.optimizer, recipe, step, read=lambda norm: norm)]
+                losses = forward_backward(training.chunks, recipe, given, read=torch.Tensor.clone)
+                return [torch.stack(losses).mean(), update(training.optimizer, recipe, step, read=torch.Tensor.detach)]
 
             loss, norm = lift.step(state, [tensor for pair in inputs for tensor in pair], run)
             now = graphs_compiled()
@@ -103,9 +104,7 @@ def _places(group: Group) -> dict[int, int]:
 def _stacked(lift: Any, batches: list[Batch]) -> list[torch.Tensor]:
     import torch
 
-    return [
-        lift.stack([torch.from_numpy(getattr(batch, name)) for batch in batches]) for name in ("tokens", "labels")
-    ]
+    return [lift.stack([torch.from_numpy(getattr(batch, name)) for batch in batches]) for name in ("tokens", "labels")]
 
 
 def _optimizers(optimizer: Any, models: set[int]) -> Iterator[torch.Tensor]:

@@ -64,6 +64,7 @@ def train(
     training = set_up(recipe, weights, layout, fields=fields)
     if resume is not None:
         load_checkpoint(training.model, training.optimizer, resume, "")
+    lane.cut()
     lane.synchronize()
     report, kept = Traced(), []
     before = counters()

@@ -32,7 +32,10 @@ def test_causal_blocks_make_half_of_the_scores_and_make_them_twice() -> None:
 def test_a_bound_is_a_quantity_over_a_rank_s_share_of_a_published_peak() -> None:
     trn2 = instance("trn2.48xlarge")
     core = trn2.core()
-    inside, outside = Collective("all-gather", "bf16", ((0, 1),), 1 << 30), Collective("all-reduce", "f32", ((0, 64),), 1 << 20)
+    inside, outside = (
+        Collective("all-gather", "bf16", ((0, 1),), 1 << 30),
+        Collective("all-reduce", "f32", ((0, 64),), 1 << 20),
+    )
     found = bounds(
         trn2, None, dtype="bfloat16", flops=1e15, model_flops=8e14, bytes_moved=1e12, rank=0,
         collectives=[(inside, 10.0), (outside, 2.0)],

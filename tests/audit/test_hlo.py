@@ -31,7 +31,7 @@ ENTRY %IrToHlo.40 (p0.1: f32[8,4], p1.2: f32[4,6], p2.3: bf16[2,8,4]) -> (f32[8,
   %collective-permute.19 = f32[8,6]{1,0} collective-permute(f32[8,6]{1,0} %reduce-scatter.18), source_target_pairs={{0,1},{1,0}}
   ROOT %tuple.20 = (f32[8,6]{1,0}) tuple(f32[8,6]{1,0} %collective-permute.19)
 }
-"""
+"""  # noqa: E501
 
 
 def test_products_count_two_for_a_multiply_add() -> None:

@@ -44,9 +44,7 @@ def lifted(with_torch_xla: None) -> Callable[[Recipe, Any, Layout], Lifted]:
         slow("llama", "tp2spdp2+zero"),
     ],
 )
-def test_equals_the_cpu_lanes_ranks(
-    parity: Parity, lifted: Callable[..., Lifted], family: Any, place: str
-) -> None:
+def test_equals_the_cpu_lanes_ranks(parity: Parity, lifted: Callable[..., Lifted], family: Any, place: str) -> None:
     recipe = Recipe.of(family, layers=1 if place == "tp2spdp2" else 2)
     found = lifted(recipe, parity.weights(recipe), layout(place))
     expected, _ = parity.ours(recipe, layout(place))

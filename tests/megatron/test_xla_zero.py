@@ -92,7 +92,7 @@ def graphs_of(cases: list[tuple[Recipe, Layout]], mistake: str) -> list[str]:
             params = [param for chunk in training.model for param in chunk.parameters()]
             for param in params:
                 param.main_grad.copy_(torch.full(param.shape, 0.1))
-            lane.synchronize()
+            lane.cut()
             [optimizer] = training.optimizer.chained_optimizers
             outputs = [update(training.optimizer, recipe, 0, read=lambda found: found), *params]
             outputs += [tensor for state in optimizer.state.values() for tensor in state.values()]

@@ -208,7 +208,7 @@ class HostBucket(Division):
 def on_host(buckets: Sequence[Bucket | TracedBucket], states: States, *, read: bool) -> Sequence[Bucket | HostBucket]:
     """For a checkpoint: buckets whose parts' state is on the host, see TracedBucket.on_host; others as they are."""
     if read and any(isinstance(bucket, TracedBucket) for bucket in buckets):
-        current().synchronize()  # one graph ends here, not one at each copy
+        current().cut()  # one graph ends here, not one at each copy
     return [bucket.on_host(states, read=read) if isinstance(bucket, TracedBucket) else bucket for bucket in buckets]
 
 

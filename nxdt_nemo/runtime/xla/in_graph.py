@@ -123,7 +123,9 @@ def in_graph(dialect: Dialect) -> Ops:
     def permute(x: torch.Tensor, pairs: Sequence[tuple[int, int]], group: Group) -> torch.Tensor:
         if group.size == 1:
             return x if (0, 0) in pairs else torch.zeros_like(x)
-        everyone = [[ranks[source], ranks[target]] for ranks in group.mesh if len(ranks) > 1 for source, target in pairs]
+        everyone = [
+            [ranks[source], ranks[target]] for ranks in group.mesh if len(ranks) > 1 for source, target in pairs
+        ]
         return dialect.permute(x, everyone, group)
 
     def exchange(sends: Sequence[Send], receives: Sequence[Receive], group: Group) -> Arriving:

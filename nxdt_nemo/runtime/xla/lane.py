@@ -129,11 +129,10 @@ class XlaLane(RanksLane):
         return found
 
     def synchronize(self) -> None:
+        """What is traced and not handed over stays so: upstream asks in the middle of a step (batch_p2p_sync, timers),
+        which is one graph all the same. See cut."""
         import torch_xla.core.xla_model as xm
 
-        from nxdt_nemo.runtime.xla.ops import cut
-
-        cut()
         xm.wait_device_ops()
 
     def manual_seed(self, seed: int) -> None:

@@ -69,7 +69,8 @@ class Recorder:
 
     def cut(self) -> None:
         gc.unfreeze()  # what a strategy froze is listed as well
-        live = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "xla"]
+        kinds = {*_subclasses(torch.Tensor)}  # isinstance of a tensor's class costs seconds for a million objects
+        live = [one for one in gc.get_objects() if type(one) in kinds and one.device.type == "xla"]
         # As torch_xla has them, in the order they were made: the collector's is another one in each process.
         pending = sorted(
             (one for one in live if not torch_xla._XLAC._is_placecholder(one)), key=torch_xla._XLAC._xla_get_tensor_id
@@ -82,6 +83,12 @@ class Recorder:
             blank(tensor)
         # Collectives follow each other by a token, which would lead back into the graph that is done.
         torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for one in type.__subclasses__(kind):
+        yield from _subclasses(one)
 
 
 @torch.no_grad()

@@ -198,7 +198,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         self._reduced, self._norm = False, None
         if self.optimizer is None and not current().ragged:  # a first step begins: its graph is to be that of all
             self._stepper()
-            current().synchronize()
+            current().cut()
         for bucket in self.buckets:
             bucket.clear()
             for param, _, _ in bucket.spans:

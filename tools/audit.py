@@ -1,0 +1,217 @@
+"""The audit of large jobs, and of the audit itself: docs/results/audit.md.
+
+    python tools/audit.py                 # all rows; 40 minutes of two cores
+    python tools/audit.py --rows 8b-64    # some of them; prints only
+
+Each row is `nxdt-nemo audit` in a process of its own; its seconds and memory are the process's. Exit code 1 when a
+ratio is off (FLOPs by 2 %, collectives' bytes by 2 %), a row takes more than 10 minutes of processor time or 16 GB,
+small steps and the whole differ, or a rank that was started otherwise is not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "docs" / "results" / "audit.md"
+LIMIT, SECONDS, GIGABYTES = 0.02, 600, 16
+
+EIGHT = ("model=llama3_8b", "target=trn2", "model.tensor_model_parallel_size=32")
+SEVENTY = (
+    "model=llama3_70b",
+    "target=trn2",
+    "model.tensor_model_parallel_size=32",
+    "model.pipeline_model_parallel_size=8",
+)
+FEW = ("model.num_layers=8", "model.global_batch_size=8")  # 4 micro-batches: what can be lowered whole
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job. `options`: further ones of the command; `kind`: what is looked at."""
+
+    name: str
+    job: str
+    world: int
+    overrides: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    kind: str = "size"
+
+
+ROWS = (
+    Row("8b-64", "Llama-3 8B, TP 32 x DP 2", 64, EIGHT),
+    Row("8b-512", "Llama-3 8B, TP 32 x DP 16", 512, EIGHT),
+    Row("8b-2048", "Llama-3 8B, TP 32 x DP 64", 2048, EIGHT),
+    Row("70b-512", "Llama-3 70B, TP 32 x PP 8 x DP 2", 512, SEVENTY),
+    Row("70b-2048", "Llama-3 70B, TP 32 x PP 8 x DP 8", 2048, SEVENTY),
+    Row("small", "Llama-3 8B of 8 layers, by small steps", 64, EIGHT + FEW, ("--rank", "0"), "pair"),
+    Row("whole", "the same, lowered whole", 64, EIGHT + FEW, ("--rank", "0", "--full"), "pair"),
+    Row(
+        "broken",
+        "Llama-3 8B, rank 1 without sequence parallelism",
+        64,
+        (*EIGHT, "model.num_layers=1"),
+        ("--rank", "0,1", "--on", "1:model.sequence_parallel=False"),
+        "broken",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The command's JSON and exit code, and what it took: seconds, processor seconds, bytes."""
+
+    report: dict[str, Any]
+    code: int
+    seconds: float
+    busy: float
+    memory: int
+
+
+def run(row: Row) -> Found:
+    """The command, in a process of its own."""
+    arguments = ["configs/train.yaml", *row.overrides, "--world", str(row.world), "--target", "trn2.48xlarge", "--json"]
+    call = "from nxdt_nemo.cli.main import main; main()"
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        began = time.monotonic()
+        child = subprocess.Popen(
+            [sys.executable, "-c", call, "audit", *arguments, *row.options], cwd=ROOT, stdout=out, stderr=errors
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.monotonic() - began
+        out.seek(0)
+        errors.seek(0)
+        text = out.read()
+        if not text:
+            raise SystemExit(f"{row.name}: {errors.read()[-2000:]}")
+    return Found(
+        json.loads(text),
+        os.waitstatus_to_exitcode(status),
+        seconds,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * 1024,
+    )
+
+
+def size(row: Row, found: Found) -> tuple[str, bool]:
+    """A line of the first table."""
+    ranks = found.report["ranks"]
+    flops = max((one["flops"] / one["analytic"]["hardware"] for one in ranks), key=lambda ratio: abs(ratio - 1))
+    sent = max(one["sent_bytes"] / one["least_bytes"] for one in ranks)
+    slowest = max(ranks, key=lambda one: one["bounds"]["step"])
+    fits = found.busy <= SECONDS and found.memory <= GIGABYTES * 1e9
+    good = (
+        abs(flops - 1) <= LIMIT and sent <= 1 + LIMIT and fits and found.code == 0 and found.report["mismatch"] is None
+        and not found.report["fallbacks"] and not found.report["host_transfers"]
+    )  # fmt: skip
+    cells = (
+        row.job,
+        row.world,
+        len(ranks),
+        f"{flops:.4f}",
+        f"{sent:.4f}",
+        found.report["graphs"],
+        f"{found.report['peak_bytes'] / 1e9:.1f} of {found.report['hbm_bytes'] / 1e9:.1f}",
+        f"{slowest['bounds']['step']:.2f} s, {slowest['bounds']['by']}",
+        f"{found.report['mfu_bound']:.2f}",
+        f"{found.seconds:.0f}",
+        f"{found.busy:.0f}",
+        f"{found.memory / 1e9:.1f}",
+        "green" if good else "RED",
+    )
+    return f"| {' | '.join(map(str, cells))} |", good
+
+
+COLUMNS = (
+    "job", "world", "ranks lowered", "FLOPs / by hand", "collectives' bytes / least", "graphs", "live GB",
+    "no faster than", "MFU bound", "s", "processor s", "GB", "",
+)  # fmt: skip
+
+
+def pair(small: Found, whole: Found) -> tuple[list[str], bool]:
+    """Small steps beside the whole one."""
+    lines = ["| figure | by small steps | whole | ratio | |", "|---|---|---|---|---|"]
+    good = True
+    for name, near in (
+        ("flops", 1e-6),
+        ("parameters", 1e-6),
+        ("sent_bytes", 1e-3),
+        ("state_bytes", 1e-3),
+        ("peak_bytes", 0.05),
+    ):
+        ours, theirs = (found.report["ranks"][0][name] for found in (small, whole))
+        fine = abs(ours / theirs - 1) <= near
+        good &= fine
+        lines.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.5f} | {'green' if fine else 'RED'} |")
+    return lines, good
+
+
+def page(found: dict[str, Found]) -> tuple[str, bool]:
+    """The results, and whether all is green."""
+    good = True
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torch_xla", "megatron-core", "nemo_toolkit"))
+    shared = f"{os.cpu_count()} cores that others used as well (load {os.getloadavg()[0]:.0f} at the end)"
+    lines = [
+        "# Audit\n",
+        f"`python tools/audit.py`, {datetime.date.today()}, {shared}:",
+        f"a row's time is its processor time. Python {platform.python_version()}, {versions}.",
+        "What the figures are: [audit.md](../audit.md). trn2.48xlarge, bfloat16, sequence parallelism, sharded",
+        "optimizer.\n",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+    ]
+    for row in ROWS:
+        if row.kind == "size" and row.name in found:
+            line, fine = size(row, found[row.name])
+            lines.append(line)
+            good &= fine
+    if {"small", "whole"} <= set(found):
+        rows, fine = pair(found["small"], found["whole"])
+        lines += [
+            "\nSmall steps (1 and 2 layers, 1 and 2 micro-batches) against all 8 layers and 4 micro-batches:\n",
+            *rows,
+        ]
+        good &= fine
+    if "broken" in found:
+        told = found["broken"].report["mismatch"]
+        fine = found["broken"].code == 1 and bool(told)
+        lines.append(
+            f"\nRank 1 started with `model.sequence_parallel=False`, exit code {found['broken'].code}: {told}."
+        )
+        good &= fine
+    return "\n".join(lines) + "\n", good
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", help=f"some of: {', '.join(row.name for row in ROWS)}")
+    asked = parser.parse_args(arguments).rows
+    names = asked.split(",") if asked else [row.name for row in ROWS]
+    found: dict[str, Found] = {}
+    for row in ROWS:
+        if row.name in names:
+            print(f"{row.name} ...", file=sys.stderr, flush=True)
+            found[row.name] = run(row)
+    text, good = page(found)
+    print(text)
+    if not asked:
+        RESULT.write_text(text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
