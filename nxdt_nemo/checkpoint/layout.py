@@ -6,6 +6,7 @@ May import the standard library and nxdt_nemo.errors. Proof: tests/checkpoint/te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,22 +82,35 @@ class Layout:
         return range(begin, begin + counts[place])
 
     def shards(self, layers: int, experts: int = 0) -> Iterator[Shard]:
-        """One for each (pp, chunk, ep, tp), tp fastest."""
+        """One for each (pp, chunk) and rank of `grid`."""
         each = experts // self.ep
         for pp in range(self.pp):
-            for chunk in range(self.vpp):
-                for ep in range(self.ep):
-                    for tp in range(self.tp):
-                        yield self.shard(layers, tp, pp, chunk, ep, range(ep * each, (ep + 1) * each))
+            for tp, ep, etp in self.grid():
+                for chunk in range(self.vpp):
+                    yield self.shard(layers, tp, pp, chunk, ep, range(ep * each, (ep + 1) * each), etp)
 
-    def shard(self, layers: int, tp: int, pp: int, chunk: int, ep: int, experts: Sequence[int]) -> Shard:
+    def grid(self) -> list[tuple[int, int, int]]:
+        """(tp, ep, expert tp) of the ranks of a stage, as many as differ.
+
+        Dense layers count ranks tp first, expert layers etp, then ep: with etp < tp not all pairs (tp, ep) occur.
+        """
+        etp, found = self.etp or self.tp, {}
+        for rank in range(math.lcm(self.tp, etp * self.ep)):
+            found.setdefault((rank % self.tp, rank // etp % self.ep), rank % etp)
+        return [
+            (tp, ep, expert_tp) for (tp, ep), expert_tp in sorted(found.items(), key=lambda at: (at[0][1], at[0][0]))
+        ]
+
+    def shard(
+        self, layers: int, tp: int, pp: int, chunk: int, ep: int, experts: Sequence[int], expert_tp: int = 0
+    ) -> Shard:
         """The one at these coordinates."""
         return Shard(
             tp=tp,
             ranks=self.tp,
             layers=self.layers_of(layers, pp, chunk),
             experts=experts,
-            expert_tp=tp % (self.etp or self.tp),
+            expert_tp=expert_tp,
             expert_ranks=self.etp or self.tp,
             first=pp == 0 and chunk == 0,
             last=pp == self.pp - 1 and chunk == self.vpp - 1,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from nxdt_nemo.checkpoint.boxes import Box, whole
@@ -22,7 +23,20 @@ from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.tensors import Logical, logical_of
 from nxdt_nemo.errors import LayoutError
 
-__all__ = ["Blocks", "Dialect", "Groups", "How", "Part", "Row", "Same", "Segment", "Stored", "chunks", "rows_of"]
+__all__ = [
+    "Blocks",
+    "Dialect",
+    "Groups",
+    "How",
+    "Part",
+    "Row",
+    "Rows",
+    "Same",
+    "Segment",
+    "Stored",
+    "chunks",
+    "rows_of",
+]
 
 
 class Part(NamedTuple):
@@ -114,6 +128,19 @@ class Groups(How):
         ]
 
 
+@dataclass(frozen=True)
+class Rows(How):
+    """Rows of several tensors in turn: the first row of each, then the second. Megatron's checkpoint_version 1."""
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "turned", False)
+
+    def segments(self, names: Sequence[str], model: Model, rank: int, ranks: int) -> list[Segment]:
+        shares = [_share(name, model, rank, ranks) for name in names]
+        return [Segment(share.name, share.start + at, 1) for at in range(shares[0].size) for share in shares]
+
+
 def _share(name: str, model: Model, rank: int, ranks: int) -> Segment:
     logical = logical_of(name)
     size = logical.size(model)[logical.tp or 0]
@@ -190,7 +217,7 @@ Dialect = tuple[Row, ...]
 def rows_of(
     dialect: Dialect, model: Model, names: frozenset[str], shard: Shard, layout: Layout, *, local: bool = True
 ) -> Iterator[Stored]:
-    """The arrays of one shard, in the dialect's order, a row at a time for each layer.
+    """The arrays of one shard, in the dialect's order, which is that of upstream's parameters.
 
     names  the patterns of the logical tensors that the model has; rows that need others are left out
     local  keys count the shard's own layers and experts from 0
@@ -199,24 +226,23 @@ def rows_of(
     for row in rows:
         if row.on == "first" and shard.first:
             yield _stored(row, model, shard, (), {}, local)
+    inner = [row for row in rows if row.on == "layers"]
     for at in range(max(len(shard.layers), len(shard.second))):
-        for row in rows:
-            if row.on != "layers":
-                continue
-            mine = shard.second if row.how.names[0].startswith("decoder.") else shard.layers
-            if at < len(mine):
-                yield from _layer(row, model, shard, at, mine[at], local)
+        for expert, group in groupby(inner, lambda row: row.expert):
+            yield from _layer(list(group), model, shard, at, expert, local)
     for row in rows:
         if row.on == "last" and shard.last:
             yield _stored(row, model, shard, (), {}, local)
 
 
-def _layer(row: Row, model: Model, shard: Shard, at: int, layer: int, local: bool) -> Iterator[Stored]:
-    if not row.expert:
-        yield _stored(row, model, shard, (layer,), {"l": at}, local)
-        return
-    for place, expert in enumerate(shard.experts):
-        yield _stored(row, model, shard, (layer, expert), {"l": at, "e": place}, local)
+def _layer(rows: Sequence[Row], model: Model, shard: Shard, at: int, expert: bool, local: bool) -> Iterator[Stored]:
+    """A layer's arrays; those of experts expert by expert."""
+    for place, number in enumerate(shard.experts) if expert else ((0, -1),):
+        for row in rows:
+            mine = shard.second if row.how.names[0].startswith("decoder.") else shard.layers
+            if at < len(mine):
+                index, places = ((mine[at], number), {"l": at, "e": place}) if expert else ((mine[at],), {"l": at})
+                yield _stored(row, model, shard, index, places, local)
 
 
 def _stored(

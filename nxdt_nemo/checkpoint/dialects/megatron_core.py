@@ -7,7 +7,7 @@ May import this room. Proof: tests/checkpoint/test_upstream.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from nxdt_nemo.checkpoint.layout import Layout
@@ -17,6 +17,7 @@ from nxdt_nemo.checkpoint.placement import Blocks, Dialect, Groups, Row, Same
 __all__ = ["DISTRIBUTED", "PER_RANK", "PER_RANK_TE"]
 
 Spec = Literal["local", "te"]
+_BOTH = ("weight", "bias")
 
 
 def _untied(model: Model, layout: Layout) -> bool:
@@ -47,22 +48,12 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
     yield Row("embedding.word_embeddings.weight", Same("embedding.word.weight"), on="first")
     yield Row("embedding.position_embeddings.weight", Same("embedding.position.weight"), on="first")
     yield Row("embedding.tokentype_embeddings.weight", Same("embedding.token_type.weight"), on="first")
-    for what in ("weight", "bias"):
-        norm = f"self_attention.linear_qkv.layer_norm_{what}"
-        yield row(f"input_layernorm.{what}", norm, Same(mine + f"attention.norm.{what}"))
-    for what in ("q", "k"):
-        name = f"self_attention.{what}_layernorm.weight"
-        yield row(name, name, Same(mine + f"attention.{what}_norm.weight"))
-    for what in ("weight", "bias"):
-        name = f"self_attention.linear_proj.{what}"
-        yield row(name, name, Same(mine + f"attention.out.{what}"))
-    for what in ("weight", "bias"):
-        name = f"self_attention.linear_qkv.{what}"
-        yield row(name, name, Groups(*(mine + f"attention.{one}.{what}" for one in "qkv")))
-    for what in ("weight", "bias"):
-        norm = f"mlp.linear_fc1.layer_norm_{what}"
-        yield row(f"pre_mlp_layernorm.{what}", norm, Same(mine + f"mlp.norm.{what}"))
+    yield from _attention(row, mine, spec)
+    norms = [
+        row(f"pre_mlp_layernorm.{w}", f"mlp.linear_fc1.layer_norm_{w}", Same(mine + f"mlp.norm.{w}")) for w in _BOTH
+    ]
     fc1, fc2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
+    yield from norms
     yield row(fc1, fc1, Blocks(mine + "mlp.gate.weight", mine + "mlp.up.weight"), when=_gated)
     yield row(fc1, fc1, Same(mine + "mlp.up.weight"), when=_not_gated)
     yield row("mlp.linear_fc1.bias", "mlp.linear_fc1.bias", Same(mine + "mlp.up.bias"))
@@ -75,6 +66,23 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
     yield Row("output_layer.weight", Same("head.weight"), on="last", when=_untied)
     if not stacked:  # the last stage's copy
         yield Row("output_layer.weight", Same("embedding.word.weight"), on="last", when=_tied_and_split, copy=True)
+
+
+def _attention(row: Callable[..., Row], mine: str, spec: Spec) -> Iterator[Row]:
+    """In the order of the modules: with TransformerEngine the norm is a part of linear_qkv."""
+    at = "self_attention."
+    norm = [
+        row(f"input_layernorm.{w}", at + f"linear_qkv.layer_norm_{w}", Same(mine + f"attention.norm.{w}"))
+        for w in _BOTH
+    ]
+    out = [row(at + f"linear_proj.{w}", at + f"linear_proj.{w}", Same(mine + f"attention.out.{w}")) for w in _BOTH]
+    yield from (*out, *norm) if spec == "te" else (*norm, *out)
+    for what in _BOTH:
+        name = at + f"linear_qkv.{what}"
+        yield row(name, name, Groups(*(mine + f"attention.{one}.{what}" for one in "qkv")))
+    for what in ("q", "k"):
+        name = at + f"{what}_layernorm.weight"
+        yield row(name, name, Same(mine + f"attention.{what}_norm.weight"))
 
 
 def _experts(layer: str, mine: str, stacked: bool) -> Iterator[Row]:

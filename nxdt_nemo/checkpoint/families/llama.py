@@ -12,8 +12,9 @@ from nxdt_nemo.checkpoint.families.family import Config, Family, need
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Row, Same
+from nxdt_nemo.errors import UserError
 
-__all__ = ["ATTENTION", "ENDS", "FAMILY", "MLP", "from_hf", "to_hf"]
+__all__ = ["ATTENTION", "ENDS", "FAMILY", "MLP", "from_hf", "plain", "to_hf", "untied"]
 
 
 def untied(model: Model, layout: Layout) -> bool:
@@ -95,9 +96,21 @@ def to_hf(model: Model, **others: Any) -> dict[str, Any]:
     }
 
 
+def plain(model: Model) -> bool:
+    """True for what Llama and its relatives share, without what any of them adds."""
+    adds = model.bias or model.qkv_bias or model.qk_norm or model.experts or model.learned_positions
+    return not adds and model.activation == "swiglu" and model.norm == "RMSNorm" and not model.norm_from_one
+
+
+def _from_hf(config: Config) -> Model:
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise UserError(f"{name} is true, which no released Llama is", place="config.json", fix="not supported")
+    return from_hf(config)
+
+
 def _is_it(model: Model) -> bool:
-    plain = not (model.bias or model.qkv_bias or model.qk_norm or model.experts or model.learned_positions)
-    return plain and model.activation == "swiglu" and model.norm == "RMSNorm" and not model.norm_from_one
+    return plain(model) and model.window is None
 
 
-FAMILY = Family("llama", ("llama",), (*ENDS, *ATTENTION, *MLP), from_hf, to_hf, _is_it)
+FAMILY = Family("llama", ("llama",), (*ENDS, *ATTENTION, *MLP), _from_hf, to_hf, _is_it)

@@ -15,8 +15,8 @@ from nxdt_nemo.errors import UserError
 __all__ = ["READERS", "WRITERS", "find", "read", "writer"]
 
 # Name of the format and the module that has it, in the order in which a path is tried.
-READERS = {"hf": "hf", "torch_dist": "torch_dist"}
-WRITERS = {"hf": "hf", "hf_bin": "hf", "torch_dist": "torch_dist"}
+READERS = {"hf": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch"}
+WRITERS = {"hf": "hf", "hf_bin": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch"}
 
 
 def reader(name: str) -> Reader:

@@ -77,14 +77,15 @@ class HFReader(Reader):
         arrays = _arrays(path)
         catalog, claimed = Catalog(), set()
         for stored in whole_model(family, model):
-            found = arrays.get(stored.key)
+            key = next((key for key in (stored.key, *stored.also) if key in arrays), "")
+            found = arrays.get(key)
             if found is None:
                 raise UserError(f"{stored.key} is missing", place=str(path), fix="the checkpoint is not complete")
             if found.shape != stored.shape:
                 reason = f"{stored.key} is {list(found.shape)}, {CONFIG} makes it {list(stored.shape)}"
                 raise UserError(reason, place=str(path), fix=f"use the {CONFIG} that belongs to the weights")
             catalog.add("model", stored.parts, found, whole(found.shape))
-            claimed.add(stored.key)
+            claimed.add(key)
         for key in arrays.keys() - claimed:
             if model.tied and key in _HEADS:
                 _check_tied(path, arrays[key], catalog)

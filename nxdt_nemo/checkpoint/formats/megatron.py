@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,25 @@ from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.formats import hf
 from nxdt_nemo.checkpoint.formats.base import Options, Source, Training
 from nxdt_nemo.checkpoint.io.files import Extent
-from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.errors import UserError
 
-__all__ = ["FAMILY", "TRACKER", "args_for", "folder_of", "groups_of", "iteration_name", "model_of", "training_of"]
+__all__ = [
+    "FAMILY",
+    "FILE",
+    "TRACKER",
+    "args_for",
+    "flat",
+    "folder_name",
+    "folder_of",
+    "groups_of",
+    "iteration_name",
+    "model_of",
+    "training_of",
+]
 
+FILE = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
 FAMILY = "nxdt_family"
 _FOLDER = re.compile(r"iter_(\d{7,})|release")
@@ -156,15 +168,18 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, (Extent, torch.Tensor))
 
 
-def differing(values: Iterable[Any]) -> list[Any]:
-    """Distinct values, of whatever type, in order."""
-    found: list[Any] = []
-    for value in values:
-        if not any(value is other or (type(value) is type(other) and value == other) for other in found):
-            found.append(value)
-    return found
+def folder_name(layout: Layout, tp: int, pp: int, ep: int) -> str:
+    """mp_rank_00, _000 for a stage if there are several, _000 for a group of experts likewise."""
+    name = f"mp_rank_{tp:02d}"
+    name += f"_{pp:03d}" if layout.pp > 1 else ""
+    return name + (f"_{ep:03d}" if layout.ep > 1 else "")
 
 
-def is_inert(value: Any) -> bool:
-    """True for an object of a class that is not imported here."""
-    return isinstance(value, Inert)
+def flat(state: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested state with keys joined by dots."""
+    for key, value in state.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{name}.")
+        else:
+            yield name, value

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nxdt_nemo.checkpoint.boxes import Box, whole
+from nxdt_nemo.checkpoint.boxes import Box
 from nxdt_nemo.checkpoint.catalog import Wanted
 from nxdt_nemo.checkpoint.dialects.megatron_core import DISTRIBUTED
 from nxdt_nemo.checkpoint.formats import distributed, megatron
@@ -270,18 +270,18 @@ def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: La
         (stored.key, stored.index): stored
         for stored in rows_of(DISTRIBUTED, model, names, _whole_shard(model), layout, local=False)
     }
+    written: set[tuple[str, tuple[int, ...], Box]] = set()
     for shard in layout.shards(model.layers, model.experts):
-        found = []
+        found: list[_Chunk] = []
         for stored in rows_of(DISTRIBUTED, model, names, shard, layout, local=False):
             all_of_it = entire[stored.key, stored.index]
             boxes = chunks(stored, all_of_it)
-            copied = boxes == [whole(all_of_it.shape)]
-            rank = shard.expert_tp if stored.row.expert else shard.tp
-            if (copied and rank) or (shard.ep and not stored.row.expert):
-                continue  # the first of those that have it writes it
+            # The first of the ranks that have it writes it.
+            new = [box for box in boxes if (stored.key, stored.index, box) not in written]
+            written.update((stored.key, stored.index, box) for box in new)
             for kind in target.kinds:
                 dtype = target.dtype if kind == "model" else None
-                found += [writer.chunk(kind, all_of_it, box, dtype) for box in boxes]
+                found += [writer.chunk(kind, all_of_it, box, dtype) for box in new]
         yield found
 
 

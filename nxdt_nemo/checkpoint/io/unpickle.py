@@ -295,6 +295,8 @@ _KNOWN: dict[str, Any] = {
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "numpy.ndarray": "numpy.ndarray",
+    "torch.Tensor": "torch.Tensor",
+    "torch.nn.parameter.Parameter": "torch.nn.parameter.Parameter",
     "numpy.dtype": _NumpyType,
 }
 for _name in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool_"):
