@@ -94,7 +94,8 @@ class Layout:
 
         Dense layers count ranks tp first, expert layers etp, then ep: with etp < tp not all pairs (tp, ep) occur.
         """
-        etp, found = self.etp or self.tp, {}
+        etp = self.etp or self.tp
+        found: dict[tuple[int, int], int] = {}
         for rank in range(math.lcm(self.tp, etp * self.ep)):
             found.setdefault((rank % self.tp, rank // etp % self.ep), rank % etp)
         return [

@@ -136,6 +136,19 @@ class _Chunk:
         return torch_zip.one_tensor(self.want, self.want.dtype, self.box.size)
 
 
+@dataclass(frozen=True)
+class _Object:
+    """The state that TransformerEngine's linear layers have beside their tensors: none. Stock loaders ask for it."""
+
+    key: str
+
+    def blob(self) -> torch_zip.Zip:
+        return torch_zip.Zip([None])
+
+
+_Entry = _Chunk | _Object
+
+
 @dataclass
 class TorchDistWriter(Writer):
     """Writes a folder that megatron-core 0.13 loads at any layout.
@@ -147,7 +160,7 @@ class TorchDistWriter(Writer):
     format = "torch_dist"
     _whole: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     _original: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    _items: dict[str, list[tuple[_Chunk, int, int]]] = field(default_factory=dict)
+    _items: dict[str, list[tuple[_Entry, int, int]]] = field(default_factory=dict)
 
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:
         layout = Layout(
@@ -163,7 +176,7 @@ class TorchDistWriter(Writer):
             if found:
                 yield self._file(f"__{rank}_0.distcp", found)
 
-    def _file(self, name: str, found: list[_Chunk]) -> Output:
+    def _file(self, name: str, found: list[_Entry]) -> Output:
         offset, placed = 0, []
         for chunk in found:
             length = chunk.blob().length
@@ -221,6 +234,7 @@ class TorchDistWriter(Writer):
     def _metadata(self) -> bytes:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import (
+            BytesStorageMetadata,
             ChunkStorageMetadata,
             Metadata,
             MetadataIndex,
@@ -236,6 +250,10 @@ class TorchDistWriter(Writer):
         storage: dict[Any, Any] = {}
         for name, placed in self._items.items():
             for chunk, offset, length in placed:
+                if isinstance(chunk, _Object):
+                    entries[chunk.key] = BytesStorageMetadata()
+                    storage[MetadataIndex(chunk.key)] = _StorageInfo(name, offset, length)
+                    continue
                 at = torch.Size(chunk.box.start)
                 held = entries[chunk.key].chunks
                 held.append(ChunkStorageMetadata(at, torch.Size(chunk.box.size)))
@@ -263,7 +281,7 @@ class TorchDistWriter(Writer):
         return _Chunk(key, Box((*stored.index, *place, 0), lead + (1,) * len(counts) + (box.volume,)), want)
 
 
-def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: Layout) -> Iterator[list[_Chunk]]:
+def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: Layout) -> Iterator[list[_Entry]]:
     model = writer._model
     names = source.names
     entire = {
@@ -271,18 +289,31 @@ def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: La
         for stored in rows_of(DISTRIBUTED, model, names, _whole_shard(model), layout, local=False)
     }
     written: set[tuple[str, tuple[int, ...], Box]] = set()
+    objects: set[str] = set()
     for shard in layout.shards(model.layers, model.experts):
-        found: list[_Chunk] = []
+        found: list[_Entry] = []
         for stored in rows_of(DISTRIBUTED, model, names, shard, layout, local=False):
             all_of_it = entire[stored.key, stored.index]
             boxes = chunks(stored, all_of_it)
             # The first of the ranks that have it writes it.
             new = [box for box in boxes if (stored.key, stored.index, box) not in written]
             written.update((stored.key, stored.index, box) for box in new)
+            if new and (extra := _extra_state(stored)) not in objects:
+                objects.add(extra)
+                found += [_Object(extra)] if extra else []
             for kind in target.kinds:
                 dtype = target.dtype if kind == "model" else None
                 found += [writer.chunk(kind, all_of_it, box, dtype) for box in new]
         yield found
+
+
+def _extra_state(stored: Stored) -> str:
+    """The key of a linear layer's extra state; "" for what is no linear layer."""
+    name, _, last = stored.key.rpartition(".")
+    if not stored.lead or last != "weight" or not name.rpartition(".")[2].startswith("linear_"):
+        return ""
+    place, size = (".".join(map(str, numbers)) for numbers in (stored.index, stored.lead))
+    return f"{name}._extra_state/shard_{place}_{size}"
 
 
 def _whole_shard(model: Model) -> Any:
