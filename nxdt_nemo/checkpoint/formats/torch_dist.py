@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Stored, chunks, rows_of
 from nxdt_nemo.errors import UserError
 
-__all__ = ["READERS", "WRITERS", "TorchDistReader", "TorchDistWriter", "items_of"]
+__all__ = ["READERS", "WRITERS", "TorchDistReader", "TorchDistWriter", "items_in", "items_of"]
 
 METADATA, COMMON, KIND = ".metadata", "common.pt", "metadata.json"
 
@@ -64,17 +64,34 @@ class Blob:
 
 def items_of(path: Path, files: Files) -> dict[str, distributed.Item]:
     """The arrays of a folder with `.metadata`, by key. Objects that are no tensors are left out."""
-    at = checked_path(path / METADATA)
-    metadata = unpickle.load(at.read_bytes(), str(at))
+    data = checked_path(path / METADATA).read_bytes()
+
+    def locate(name: str) -> tuple[Mapped, int, int]:
+        file = files(path / name)
+        return file, 0, file.size
+
+    return items_in(path, data, locate)
+
+
+def items_in(path: Path, data: bytes, locate: Callable[[str], tuple[Mapped, int, int]]) -> dict[str, distributed.Item]:
+    """The same of a folder that may lie in an archive.
+
+    data    what `.metadata` holds
+    locate  the file that holds a member of the folder, where it begins there, and its size
+    """
+    at = path / METADATA
+    metadata = unpickle.load(data, str(at))
     if not isinstance(metadata, Inert) or not isinstance(metadata.get("storage_data"), dict):
         raise UserError("is no metadata of a distributed checkpoint", place=str(at))
     try:
-        return _items(path, files, metadata)
+        return _items(path, locate, metadata)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"is not understood: {error!r}", place=str(at), fix="the file is damaged") from error
 
 
-def _items(path: Path, files: Files, metadata: Inert) -> dict[str, distributed.Item]:
+def _items(
+    path: Path, locate: Callable[[str], tuple[Mapped, int, int]], metadata: Inert
+) -> dict[str, distributed.Item]:
     where: dict[str, dict[tuple[int, ...], Any]] = {}
     for index, info in metadata.get("storage_data").items():
         where.setdefault(index.get("fqn"), {})[tuple(index.get("offset") or ())] = info
@@ -95,9 +112,12 @@ def _items(path: Path, files: Files, metadata: Inert) -> dict[str, distributed.I
             name = str(info.get("relative_path"))
             if Path(name).name != name:
                 raise UserError(f"{key} is in {name}, outside the folder", place=str(path / METADATA))
-            file = files(path / name)
-            file.need(info.get("offset"), info.get("length"))
-            item.chunks.append((box, Blob(file, key, info.get("offset"), info.get("length"), box.size, dtype)))
+            file, begin, held = locate(name)
+            offset, length = info.get("offset"), info.get("length")
+            if offset < 0 or length < 0 or offset + length > held:
+                reason = f"ends at byte {held}, but bytes {offset} to {offset + length} are referred to"
+                raise UserError(reason, place=str(path / name), fix="the file is cut short: copy it again")
+            item.chunks.append((box, Blob(file, key, begin + offset, length, box.size, dtype)))
         items[key] = item
     return items
 
@@ -158,6 +178,7 @@ class TorchDistWriter(Writer):
     """
 
     format = "torch_dist"
+    prefix: str = ""  # before all keys; NeMo's are `model.` and `module.`
     _whole: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     _original: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _items: dict[str, list[tuple[_Entry, int, int]]] = field(default_factory=dict)
@@ -170,11 +191,15 @@ class TorchDistWriter(Writer):
         rows = padded(source.model.vocab, target.divisible_by, layout.tp)
         self._source, self._target = source, target
         self._model = source.model.with_(padded_vocab=rows)
-        self._folder = megatron.iteration_name(source.training.iteration)
+        self._folder = self.folder()
         self._flat = target.extra.get("optimizer_format", "fully_sharded_model_space") == "fully_sharded_model_space"
         for rank, found in enumerate(_by_rank(self, source, target, layout)):
             if found:
                 yield self._file(f"__{rank}_0.distcp", found)
+
+    def folder(self) -> str:
+        """Where it is written, a path in the target."""
+        return megatron.iteration_name(self._source.training.iteration)
 
     def _file(self, name: str, found: list[_Entry]) -> Output:
         offset, placed = 0, []
@@ -191,17 +216,22 @@ class TorchDistWriter(Writer):
         return Output(f"{self._folder}/{name}", offset, stream)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
-        source, folder = self._source, self._folder
-        common = torch_zip.Zip(self._common())
+        yield from self.indexes()
+        iteration = self._source.training.iteration
+        yield constant(megatron.TRACKER, b"release" if iteration is None else str(iteration).encode())
+
+    def indexes(self) -> Iterable[Output]:
+        """common.pt, `.metadata` and metadata.json."""
+        folder = self._folder
+        common = torch_zip.Zip(self.common())
         yield Output(f"{folder}/{COMMON}", common.length, common.stream)
         kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         kind |= {"common_backend": "torch", "common_backend_version": 1}
         yield constant(f"{folder}/{METADATA}", self._metadata())
         yield constant(f"{folder}/{KIND}", json.dumps(kind).encode())
-        iteration = source.training.iteration
-        yield constant(megatron.TRACKER, b"release" if iteration is None else str(iteration).encode())
 
-    def _common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
+        """What common.pt holds."""
         source, training = self._source, self._source.training
         dtype = self._target.dtype or source.dtype
         common: dict[str, Any] = {
@@ -212,7 +242,7 @@ class TorchDistWriter(Writer):
             "content_metadata": {},
         }
         if len(self._target.kinds) > 1:
-            common["optimizer"] = self._optimizer(dtype)
+            common["optimizer"] = self.optimizer(dtype)
             common["content_metadata"] = (
                 {"distrib_optim_sharding_type": "fully_sharded_model_space"} if self._flat else {}
             )
@@ -220,7 +250,8 @@ class TorchDistWriter(Writer):
             common["opt_param_scheduler"] = training.scheduler
         return common
 
-    def _optimizer(self, dtype: torch.dtype) -> dict[str, Any]:
+    def optimizer(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The optimizer's state without its tensors."""
         training = self._source.training
         step = torch.tensor(float(training.step or 0.0))
         groups = [dict(group) for group in training.groups]
@@ -268,7 +299,8 @@ class TorchDistWriter(Writer):
 
     def chunk(self, kind: str, stored: Stored, box: Box, dtype: torch.dtype | None) -> _Chunk:
         """One box of an array as it will be written."""
-        key = stored.key if kind == "model" else f"optimizer.state.{kind}.{stored.key}"
+        name = self.prefix + stored.key
+        key = name if kind == "model" else f"optimizer.state.{kind}.{name}"
         want = self._source.catalog.want(kind, stored.cut(box), dtype)
         shape, lead = stored.lead + stored.shape, (1,) * len(stored.lead)
         if kind == "model" or not self._flat:
@@ -300,7 +332,7 @@ def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: La
             written.update((stored.key, stored.index, box) for box in new)
             if new and (extra := _extra_state(stored)) not in objects:
                 objects.add(extra)
-                found += [_Object(extra)] if extra else []
+                found += [_Object(writer.prefix + extra)] if extra else []
             for kind in target.kinds:
                 dtype = target.dtype if kind == "model" else None
                 found += [writer.chunk(kind, all_of_it, box, dtype) for box in new]

@@ -1,0 +1,232 @@
+"""NeMo's model configuration, 1.x YAML and 2.0 dataclasses, as Megatron's arguments and back.
+
+Room checkpoint/ (leaf). megatron_args.py makes a Model of the arguments; what a YAML leaves open (the vocabulary, which
+is the tokenizer's) is taken from the tensors. May import torch and this room. Proof: tests/checkpoint/test_nemo.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB
+from nxdt_nemo.checkpoint.io.unpickle import Inert
+from nxdt_nemo.checkpoint.layout import Layout
+from nxdt_nemo.checkpoint.model import Model
+
+__all__ = ["args_of", "config_of", "plain_config", "two_args"]
+
+# NeMo 1.x key: Megatron's argument. Values are the same.
+_SAME = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "encoder_seq_length": "seq_length",
+    "layernorm_epsilon": "norm_epsilon",
+    "bias": "add_bias_linear",
+    "qkv_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "rotary_percentage": "rotary_percent",
+    "scale_positional_embedding": "use_rope_scaling",
+    "scale_factor": "rope_scaling_factor",
+    "window_size": "window_size",
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "moe_router_topk",
+    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    "tensor_model_parallel_size": "tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size": "expert_model_parallel_size",
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+    TRUE_VOCAB: TRUE_VOCAB,
+}
+# What NeMo takes for keys that are not there.
+_DEFAULTS = {"position_embedding_type": "learned_absolute", "bias": True, "layernorm_epsilon": 1e-5}
+_INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
+_WHOLE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings encoder_seq_length "
+    "num_query_groups num_moe_experts moe_router_topk moe_ffn_hidden_size"
+).split()
+
+
+def plain_config(value: Any, root: Any = None) -> Any:
+    """OmegaConf's objects out of a pickle, or YAML's, as dicts and lists; `${a.b}` replaced by what is there.
+
+    Other interpolations (`${multiply:...}`) stay text: they need NeMo's resolvers.
+    """
+    plain = _plain(value)
+    return _resolved(plain, plain if root is None else root, 0)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Inert):
+        state = value.state if isinstance(value.state, dict) else {}
+        if "_content" in state:
+            return _plain(state["_content"])
+        if "_val" in state:
+            return _plain(state["_val"])
+        return None if not state else {str(key): _plain(item) for key, item in state.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _resolved(value: Any, root: Any, depth: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolved(item, root, depth) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, root, depth) for item in value]
+    if isinstance(value, str) and depth < 8 and (match := _INTERPOLATION.fullmatch(value)):
+        found = root
+        for name in match[1].split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        return value if found is None else _resolved(found, root, depth + 1)
+    return value
+
+
+def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments for a `model:` section. Keys that are not there are left out, or NeMo's defaults."""
+    config = {**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    args = {theirs: config[ours] for ours, theirs in _SAME.items() if ours in config}
+    for ours in _WHOLE:
+        name = _SAME.get(ours, ours)
+        if isinstance(args.get(name), str):  # an interpolation that was not resolved
+            del args[name]
+    # NNM and NxDT say num_kv_heads.
+    groups = config.get("num_query_groups") or config.get("num_kv_heads")
+    heads = config.get("num_attention_heads")
+    args["group_query_attention"] = bool(groups) and groups != heads
+    args["num_query_groups"] = groups or 1
+    kind = str(config.get("normalization", "layernorm")).lower()
+    args["normalization"] = "RMSNorm" if kind == "rmsnorm" else "LayerNorm"
+    args["apply_layernorm_1p"] = kind == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma"))
+    activation = str(config.get("activation", "gelu")).removeprefix("fast-")
+    args["swiglu"], args["geglu"] = activation == "swiglu", activation == "geglu"
+    args["squared_relu"] = activation == "squared-relu"
+    args["openai_gelu"] = bool(config.get("openai_gelu"))
+    args["untie_embeddings_and_output_weights"] = not config.get("share_embeddings_and_output_weights", True)
+    if "num_experts" in args and "moe_ffn_hidden_size" not in args and "ffn_hidden_size" in args:
+        args["moe_ffn_hidden_size"] = args["ffn_hidden_size"]
+    if (config.get("sliding_window_size") or 0) > 0:
+        args["window_size"] = [config["sliding_window_size"], 0]
+    for name in ("nxdt_family", "nxdt_extra"):
+        if name in config:
+            args[name] = config[name]
+    return args
+
+
+def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A `model:` section: what the source had, with what the model and the layout now are."""
+    norm = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm1p" if model.norm_from_one else "layernorm"}[model.norm]
+    activations = {
+        "swiglu": "fast-swiglu",
+        "geglu": "fast-geglu",
+        "openai_gelu": "gelu",
+        "squared_relu": "squared-relu",
+        "relu": "relu",
+    }
+    scaling = model.rope_scaling or {}
+    said: dict[str, Any] = {
+        "mcore_gpt": True,
+        "encoder_seq_length": kept.get("encoder_seq_length") or model.positions,
+        "max_position_embeddings": model.positions,
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.expert_ffn or model.ffn,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.groups if model.groups != model.heads else None,
+        "kv_channels": model.head_size,
+        "normalization": norm,
+        "layernorm_zero_centered_gamma": model.norm_from_one,
+        "layernorm_epsilon": model.norm_eps,
+        "activation": activations.get(model.activation, model.activation),
+        "openai_gelu": model.activation == "openai_gelu",
+        "bias": model.bias,
+        "qkv_bias": model.qkv_bias and not model.bias,
+        "share_embeddings_and_output_weights": model.tied,
+        "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
+        "rotary_base": int(model.rope_base),
+        "rotary_percentage": model.rope_fraction,
+        "scale_positional_embedding": scaling.get("rope_type", scaling.get("type")) == "llama3",
+        "seq_len_interpolation_factor": scaling.get("factor") if scaling.get("type") == "linear" else None,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "expert_model_parallel_size": layout.ep,
+        "megatron_amp_O2": dtype != torch.float32 and bool(kept.get("megatron_amp_O2", True)),
+        "precision": {torch.bfloat16: "bf16", torch.float16: 16}.get(dtype, 32),
+    }
+    if model.experts:
+        said |= {"num_moe_experts": model.experts, "moe_router_topk": model.experts_per_token}
+    if model.qk_norm:
+        said["qk_layernorm"] = True
+    if model.window:
+        said["window_size"] = [model.window, 0]
+    if layout.stages:
+        said["num_layers_in_first_pipeline_stage"] = layout.stages[0]
+        said["num_layers_in_last_pipeline_stage"] = layout.stages[-1]
+    return {**kept, **said}
+
+
+# NeMo 2.0: fields of GPTConfig, those of megatron.core's TransformerConfig among them.
+_TWO = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "kv_channels",
+    "seq_length": "max_position_embeddings",
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+    "normalization": "normalization",
+    "add_bias_linear": "add_bias_linear",
+    "add_qkv_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "rotary_percent": "rotary_percent",
+    "scale_factor": "rope_scaling_factor",
+    "window_size": "window_size",
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "moe_router_topk",
+    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    "tensor_model_parallel_size": "tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size": "expert_model_parallel_size",
+}
+
+
+def two_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments for the `config` of a NeMo 2.0 model, as context/model.yaml has it."""
+    config = {key: value for key, value in config.items() if value is not None}
+    args = {theirs: config[ours] for ours, theirs in _TWO.items() if ours in config}
+    groups, heads = config.get("num_query_groups"), config.get("num_attention_heads")
+    args["group_query_attention"] = bool(groups) and groups != heads
+    args["num_query_groups"] = groups or 1
+    function = config.get("activation_func")
+    function = function.get("_target_", "") if isinstance(function, Mapping) else str(function or "")
+    gated = bool(config.get("gated_linear_unit"))
+    args["swiglu"], args["geglu"] = gated and "gelu" not in function, gated and "gelu" in function
+    args["openai_gelu"] = "openai_gelu" in function and not gated
+    args["squared_relu"] = "squared_relu" in function
+    args["untie_embeddings_and_output_weights"] = not config.get("share_embeddings_and_output_weights", True)
+    target = str(config.get("_target_", ""))
+    args["use_rope_scaling"] = "scale_factor" in config and "Llama3" in target
+    if "num_experts" in args and "moe_ffn_hidden_size" not in args and "ffn_hidden_size" in args:
+        args["moe_ffn_hidden_size"] = args["ffn_hidden_size"]
+    for name in ("nxdt_family", "nxdt_extra", TRUE_VOCAB):
+        if name in config:
+            args[name] = config[name]
+    return args
