@@ -112,6 +112,16 @@ class Catalog:
         """All blocks of one; copies included."""
         return self._blocks.get((kind, name), [])
 
+    def copy(self, kind: Kind, to: Kind) -> None:
+        """Let another kind of state be the same arrays."""
+        for name in self.names(kind):
+            self._blocks[to, name] = self._blocks[kind, name]
+
+    def rename(self, kind: Kind, to: Kind) -> None:
+        """Let the arrays of one kind stand for those of another."""
+        for name in self.names(kind):
+            self._blocks[to, name] = self._blocks.pop((kind, name))
+
     def arrays(self) -> Iterator[Array]:
         """Each array once."""
         seen: set[int] = set()
@@ -148,6 +158,14 @@ class Catalog:
         if dtype is None:
             dtype = moves[0].block.array.dtype if moves else torch.float32
         return Wanted(moves, stored.shape, dtype)
+
+    def part(self, kind: Kind, name: str, box: Box) -> Wanted:
+        """A box of a logical tensor."""
+        moves = []
+        for block in self.blocks(kind, name):
+            if both := block.box.meet(box):
+                moves.append(Move(block, both, both.moved(box.start, (0,) * len(box.start)), False))
+        return Wanted(tuple(moves), box.size, self.dtype(kind, name))
 
     def moves(self, kind: Kind, stored: Stored) -> list[Move]:
         """What makes up an array. Raises UserError if elements of it are nowhere and are not padding."""

@@ -11,9 +11,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Target
@@ -36,6 +38,7 @@ class Report:
     bytes: int
     seconds: float
     resumed: int
+    kinds: tuple[str, ...] = ("model",)
     notes: list[str] = field(default_factory=list)
 
 
@@ -63,7 +66,7 @@ def convert(
         raise UserError("is the source, or inside of it", place=str(target), fix="choose another place")
     source = formats.read(path, options)
     writer = formats.writer(to)
-    _check_kinds(source, wanted)
+    wanted = _with_masters(source, wanted)
     outputs = list(writer.outputs(source, wanted))
     before = _fingerprints(source)
     total = sum(output.size for output in outputs)
@@ -84,13 +87,29 @@ def convert(
     if _fingerprints(source) != before:
         raise UserError("changed while it was read", place=str(path), fix="convert it when nothing writes to it")
     folder.commit(_provenance(source, to, wanted, before, version), [output.path for output in outputs])
-    return Report(source, target, total, time.monotonic() - started, folder.resumed, source.notes)
+    return Report(source, target, total, time.monotonic() - started, folder.resumed, wanted.kinds, source.notes)
 
 
-def _check_kinds(source: Source, wanted: Target) -> None:
+def _with_masters(source: Source, wanted: Target) -> Target:
+    """What to write of the optimizer: float32 weights are their own main parameters, others have a copy in float32.
+
+    Raises UserError if the source lacks a kind that is wanted.
+    """
+    if wanted.kinds == ("model",):
+        return wanted
+    there = source.catalog.kinds()
     for kind in wanted.kinds:
-        if kind not in source.catalog.kinds() and kind != "fp32_param":
+        if kind not in there and kind != "fp32_param":
             raise UserError(f"has no {kind}", place=str(source.path), fix="leave out --with-optimizer")
+    narrow = (wanted.dtype or source.dtype) != torch.float32
+    if "fp32_param" in there and not narrow:
+        source.catalog.rename("fp32_param", "model")
+    elif "fp32_param" not in there and narrow:
+        if source.dtype != torch.float32:
+            raise UserError("has no float32 main parameters", place=str(source.path), fix="leave out --with-optimizer")
+        source.catalog.copy("model", "fp32_param")
+    kinds = tuple(kind for kind in wanted.kinds if narrow or kind != "fp32_param")
+    return replace(wanted, kinds=kinds)
 
 
 def _fingerprints(source: Source) -> dict[str, dict[str, int]]:

@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ def main(kind: str, folder: Path, model_file: Path, out: Path) -> None:
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # upstream makes buffers there
     said = json.loads(model_file.read_text())
     dist.init_process_group("gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
+    random.get_cuda_rng_tracker().fork = lambda *_: nullcontext()  # it keeps states of the GPU; nothing drops out here
     model = _build(said).eval()
     if kind == "torch_dist":
         _load_distributed(model, folder, str(said.get("prefix", "")))
@@ -131,7 +134,7 @@ def _load_ranks(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
     """All files of the `torch` format: layers and experts renumbered, shards joined along the marked dimension."""
     import torch
 
-    tp, pp, vpp, ep = (int(said[name]) for name in ("tp", "pp", "vpp", "ep"))
+    pp, vpp, ep = (int(said[name]) for name in ("pp", "vpp", "ep"))
     stages = said["stages"] or [said["layers"] // (pp * vpp)] * (pp * vpp)
     shards: dict[str, list[Any]] = {}
     for place in sorted(folder.iterdir()):
@@ -151,7 +154,10 @@ def _load_ranks(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
     marks = dict(model.named_parameters())
     if said["tied"]:
         shards.pop("output_layer.weight", None)
-    whole = {name: _join(parts, marks[name], name, said["activation"] in ("swiglu", "geglu")) for name, parts in shards.items()}
+    whole = {
+        name: _join(parts, marks[name], name, said["activation"] in ("swiglu", "geglu"))
+        for name, parts in shards.items()
+    }
     missing = [key for key in model.load_state_dict(whole, strict=False).missing_keys if "_extra_state" not in key]
     assert not [key for key in missing if not (said["tied"] and key == "output_layer.weight")], missing
 
