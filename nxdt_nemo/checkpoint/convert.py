@@ -67,10 +67,13 @@ def convert(
     source = formats.read(path, options)
     writer = formats.writer(to)
     wanted = _with_masters(source, wanted)
+    single = target.name if writer.single and target.name.endswith(writer.single) else ""
+    if single:
+        wanted = replace(wanted, extra={**wanted.extra, "single": single})
     outputs = list(writer.outputs(source, wanted))
     before = _fingerprints(source)
     total = sum(output.size for output in outputs)
-    folder = Folder(target, _plan(source, to, options, wanted, outputs, before), overwrite=overwrite)
+    folder = Folder(target, _plan(source, to, options, wanted, outputs, before), overwrite=overwrite, single=single)
     folder.open(total)
     done = 0
 

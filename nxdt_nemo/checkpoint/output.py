@@ -43,14 +43,16 @@ class Folder:
 
     Order: open (once), write (any number of times), commit (once). A failure leaves DST.partial, which `open` with the
     same plan takes up, and never anything at `target`.
+
+    single  the one file that is to be at `target` instead of a folder; its manifest lies beside it
     """
 
-    def __init__(self, target: Path, plan: str, *, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, plan: str, *, overwrite: bool = False, single: str = "") -> None:
         self.target, self.plan = target, plan
         self.partial = target.with_name(target.name + ".partial")
         self.done: dict[str, Written] = {}
         self.resumed = 0
-        self._overwrite = overwrite
+        self._overwrite, self._single = overwrite, single
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -158,12 +160,22 @@ class Folder:
         (self.partial / ".lock").unlink()
         os.close(self._guard)
         if self.target.exists():
-            if self._overwrite:
+            if self._overwrite or self._single:
                 _replace(self.target)
             else:
                 self.target.rmdir()
-        os.rename(self.partial, self.target)
+        if self._single:
+            os.rename(at, manifest_of(self.target))
+            os.rename(self.partial / self._single, self.target)
+            shutil.rmtree(self.partial)
+        else:
+            os.rename(self.partial, self.target)
         _sync(self.target.parent)
+
+
+def manifest_of(target: Path) -> Path:
+    """Where the manifest of a checkpoint is: in its folder, or beside its file."""
+    return target / MANIFEST if target.is_dir() else target.with_name(target.name + ".manifest.json")
 
 
 def _replace(target: Path) -> None:
@@ -202,7 +214,7 @@ def digest(path: Path) -> str:
 
 def check_manifest(path: Path) -> list[str]:
     """What of a folder is not as its manifest says, a line each; [] if all is or there is no manifest."""
-    at = path / MANIFEST
+    at = manifest_of(path)
     if not at.is_file():
         return []
     try:
@@ -211,7 +223,7 @@ def check_manifest(path: Path) -> list[str]:
         raise UserError(f"is damaged: {error}", place=str(at)) from error
     wrong = []
     for name, row in files.items():
-        file = path / name
+        file = path / name if path.is_dir() else path
         if not file.is_file():
             wrong.append(f"{name} is missing")
         elif file.stat().st_size != row["size"]:

@@ -17,7 +17,7 @@ from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 
-__all__ = ["args_of", "config_of", "plain_config", "two_args"]
+__all__ = ["TEMPLATE", "args_of", "config_of", "of_hyper_parameters", "plain_config", "two_args"]
 
 # NeMo 1.x key: Megatron's argument. Values are the same.
 _SAME = {
@@ -67,6 +67,13 @@ def plain_config(value: Any, root: Any = None) -> Any:
     return _resolved(plain, plain if root is None else root, 0)
 
 
+def of_hyper_parameters(found: Any) -> dict[str, Any]:
+    """The model's configuration out of Lightning's `hyper_parameters`; {} if there is none."""
+    plain = plain_config(found)
+    config = plain.get("cfg", plain) if isinstance(plain, dict) else None
+    return plain_config(config) if isinstance(config, dict) else {}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Inert):
         state = value.state if isinstance(value.state, dict) else {}
@@ -74,6 +81,8 @@ def _plain(value: Any) -> Any:
             return _plain(state["_content"])
         if "_val" in state:
             return _plain(state["_val"])
+        if items := value.__dict__["items"]:  # a subclass of dict, such as Lightning's AttributeDict
+            return {str(key): _plain(item) for key, item in items}
         return None if not state else {str(key): _plain(item) for key, item in state.items()}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -176,6 +185,9 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
     if layout.stages:
         said["num_layers_in_first_pipeline_stage"] = layout.stages[0]
         said["num_layers_in_last_pipeline_stage"] = layout.stages[-1]
+    data = kept.get("data")
+    if isinstance(data, Mapping) and str(data.get("seq_length", "")).startswith("${"):
+        said["data"] = {**data, "seq_length": said["encoder_seq_length"]}
     return {**kept, **said}
 
 
@@ -230,3 +242,60 @@ def two_args(config: Mapping[str, Any]) -> dict[str, Any]:
         if name in config:
             args[name] = config[name]
     return args
+
+
+# A `model:` section's other keys, for sources that have none. Paths and batch sizes are the user's to set.
+TEMPLATE: dict[str, Any] = {
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "sequence_parallel": False,
+    "init_method_std": 0.02,
+    "use_scaled_init_method": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ffn_dropout": 0.0,
+    "apply_query_key_layer_scaling": False,
+    "attention_type": "multihead",
+    "transformer_block_type": "pre_ln",
+    "normalize_attention_scores": True,
+    "pre_process": True,
+    "post_process": True,
+    "persist_layer_norm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "get_attention_mask_from_fusion": True,
+    "transformer_engine": False,
+    "use_cpu_initialization": True,
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+    "seed": 1234,
+    "tokenizer": {
+        "library": "huggingface",
+        "type": None,
+        "model": None,
+        "vocab_file": None,
+        "merge_file": None,
+        "delimiter": None,
+        "sentencepiece_legacy": False,
+        "use_fast": True,
+    },
+    "data": {
+        "data_prefix": [],
+        "index_mapping_dir": None,
+        "data_impl": "mmap",
+        "splits_string": "900,50,50",
+        "seq_length": "${.encoder_seq_length}",
+        "skip_warmup": True,
+        "num_workers": 2,
+        "dataloader_type": "single",
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "validation_drop_last": True,
+    },
+    "optim": {"name": "fused_adam", "lr": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.95]},
+}

@@ -15,8 +15,28 @@ from nxdt_nemo.errors import UserError
 __all__ = ["READERS", "WRITERS", "find", "read", "writer"]
 
 # Name of the format and the module that has it, in the order in which a path is tried.
-READERS = {"hf": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch"}
-WRITERS = {"hf": "hf", "hf_bin": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch"}
+READERS = {
+    "hf": "hf",
+    "nemo": "nemo",
+    "nemo2": "nemo",
+    "nemo_dist": "nemo",  # a torch_dist folder too
+    "torch_dist": "torch_dist",
+    "nnm": "ptl",
+    "ptl": "ptl",
+    "torch": "megatron_torch",
+    "nxdt": "nxdt",
+}
+WRITERS = {
+    "hf": "hf",
+    "hf_bin": "hf",
+    "torch_dist": "torch_dist",
+    "torch": "megatron_torch",
+    "nemo": "nemo",
+    "nemo_dist": "nemo",
+    "ptl": "ptl",
+    "nnm": "ptl",
+    "nxdt": "nxdt",
+}
 
 
 def reader(name: str) -> Reader:

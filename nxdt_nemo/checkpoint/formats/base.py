@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 
-__all__ = ["Bytes", "Options", "Output", "Reader", "Source", "Target", "Training", "Writer"]
+__all__ = ["Asset", "Bytes", "Options", "Output", "Reader", "Source", "Target", "Training", "Writer"]
 
 Bytes = bytes | memoryview
 
@@ -39,6 +39,7 @@ class Options:
     step    the iteration to read of a folder that has several; None for the latest
     vocab   rows that mean a token; None for what the source says, else all
     optimizer  read optimizer state too
+    extra   options of one format: hw_backend (nxdt)
     """
 
     format: str = ""
@@ -47,6 +48,13 @@ class Options:
     step: int | None = None
     vocab: int | None = None
     optimizer: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Asset(Protocol):
+    """A small file that is carried along: a path, or a member of an archive."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Source:
     layout: Layout = field(default_factory=Layout)
     training: Training = field(default_factory=Training)
     files: list[Path] = field(default_factory=list)
-    assets: dict[str, Path] = field(default_factory=dict)
+    assets: dict[str, Asset] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     detail: dict[str, Any] = field(default_factory=dict)
 
@@ -109,7 +117,7 @@ class Target:
     kinds   "model", and the optimizer's where they are wanted
     dtype   of the weights; None to keep the source's. Optimizer state keeps its own
     divisible_by  Megatron's make_vocab_size_divisible_by
-    extra   options of one format: shard_size (hf), spec ("local" or "te"), optimizer_format
+    extra   options of one format: shard_size (hf), spec ("local" or "te"), optimizer_format; see each writer's
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -151,9 +159,14 @@ class Reader(ABC):
 
 
 class Writer(ABC):
-    """Writes one format. Made anew for each conversion, so it may keep what `outputs` found for `last`."""
+    """Writes one format. Made anew for each conversion, so it may keep what `outputs` found for `last`.
+
+    single  how the name of a target ends that is one file, not a folder; its name is then Target.extra["single"], and
+            `outputs` gives that file alone
+    """
 
     format: ClassVar[str]
+    single: ClassVar[str] = ""
 
     @abstractmethod
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:

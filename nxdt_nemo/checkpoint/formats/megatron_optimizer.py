@@ -27,7 +27,7 @@ from nxdt_nemo.checkpoint.io.pickling import Pending
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
 from nxdt_nemo.errors import UserError
 
-__all__ = ["collect", "state_of"]
+__all__ = ["collect", "part_of", "state_of", "unsharded"]
 
 SHARDED = "distrib_optim.pt"
 _ALIGN = 64
@@ -62,7 +62,7 @@ def collect(source: Source, ranks: Mapping[str, Mapping[str, Any]], dialect: Dia
                 held = buffers[number] if isinstance(buffers, list) else buffers
                 _sharded(source, mine, held, str(sharded))
             else:
-                _unsharded(source, [s for chunk in mine for s in chunk], part, str(folder / FILE))
+                unsharded(source, [s for chunk in mine for s in chunk], part, str(folder / FILE))
 
 
 def _has(stored: Stored, number: int, parts: int) -> bool:
@@ -75,7 +75,8 @@ def _in_order(found: Sequence[Stored], state: Mapping[str, Any]) -> list[Stored]
     return [by_key[key] for key, value in flat(state) if key in by_key and isinstance(value, Extent)]
 
 
-def _unsharded(source: Source, params: Sequence[Stored], part: Mapping[str, Any], place: str) -> None:
+def unsharded(source: Source, params: Sequence[Stored], part: Mapping[str, Any], place: str) -> None:
+    """Put the state of an optimizer with these parameters, in the order of the model's modules, into the catalog."""
     inner = part.get("optimizer", part)
     groups, state = inner.get("param_groups"), inner.get("state")
     if not isinstance(groups, list) or not isinstance(state, Mapping):
@@ -162,11 +163,12 @@ def state_of(source: Source, target: Target, params: Sequence[Stored]) -> Any:
     """The `optimizer` of a rank with these parameters: of megatron-core's unsharded optimizers."""
     dense = [stored for stored in params if not stored.row.expert]
     expert = [stored for stored in params if stored.row.expert]
-    made = [_part(source, target, part) for part in (dense, expert) if part]
+    made = [part_of(source, target, part) for part in (dense, expert) if part]
     return made[0] if len(made) == 1 else made
 
 
-def _part(source: Source, target: Target, params: Sequence[Stored]) -> dict[str, Any]:
+def part_of(source: Source, target: Target, params: Sequence[Stored]) -> dict[str, Any]:
+    """The state of one optimizer with these parameters."""
     step = torch.tensor(float(source.training.step or 0))
     groups: dict[bool, list[Stored]] = {}
     for stored in params:

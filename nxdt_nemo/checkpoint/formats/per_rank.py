@@ -37,6 +37,7 @@ __all__ = [
     "of_layers",
     "pending",
     "read",
+    "read_only",
     "stacked",
     "xser",
 ]
@@ -59,7 +60,11 @@ class Held:
 
 def read(path: Path, files: Files) -> Any:
     """What a file holds, with Extents for its tensors, also where these are files of their own."""
-    value = torch_zip.read(files(path))
+    return read_only(path, torch_zip.read(files(path)), files)
+
+
+def read_only(path: Path, value: Any, files: Files) -> Any:
+    """A part of what a file holds, its references replaced by the tensors' Extents."""
     folder = path.with_name(path.name + ".tensors")
     found: dict[int, Extent] = {}
 
