@@ -209,6 +209,8 @@ class NemoDistReader(Reader):
         source.detail |= {"nemo_config": config}
         if match := re.search(r"consumed_samples=(\d+)", path.name):
             source.training.consumed = int(match[1])
+        elif isinstance(memo := common.get(ptl.MEMO), dict):
+            source.training.consumed = memo.get("consumed")
         return source
 
 

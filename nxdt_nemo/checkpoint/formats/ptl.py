@@ -79,6 +79,7 @@ def memo_of(source: Source, model: Model) -> dict[str, Any]:
         "vocab": model.vocab,
         "extra": dict(model.extra),
         "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
+        "consumed": source.training.consumed,
     }
 
 
@@ -477,7 +478,7 @@ class NNMWriter(PTLWriter):
 
 def _nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:
     """A virtual stage as NNM's modules nest it: each takes its own keys off, layers stay joined by dots."""
-    model: dict[str, Any] = {"language_model": {"encoder": {}}}
+    model: dict[str, Any] = {"language_model": {}}
     language = model["language_model"]
     for key, value in arrays.items():
         rest = key.removeprefix("language_model.")
@@ -485,7 +486,7 @@ def _nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:
             name, _, last = key.rpartition(".")
             model.setdefault(name, {})[last] = value
         elif rest.startswith("encoder."):
-            language["encoder"][rest.removeprefix("encoder.")] = value
+            language.setdefault("encoder", {})[rest.removeprefix("encoder.")] = value
         else:
             place = language
             *names, last = rest.split(".")
