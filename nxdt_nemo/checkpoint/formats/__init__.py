@@ -10,12 +10,13 @@ from importlib import import_module
 from pathlib import Path
 
 from nxdt_nemo.checkpoint.formats.base import Options, Reader, Source, Writer
+from nxdt_nemo.checkpoint.formats.megatron import TRACKER, folder_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["READERS", "WRITERS", "find", "read", "writer"]
 
 # Name of the format and the module that has it, in the order in which a path is tried.
-READERS = {"hf": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch"}
+READERS = {"hf": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch", "zarr": "zarr"}
 WRITERS = {"hf": "hf", "hf_bin": "hf", "torch_dist": "torch_dist", "torch": "megatron_torch"}
 
 
@@ -41,6 +42,8 @@ def find(path: Path) -> str:
         path.stat()
     except OSError as error:
         raise UserError(f"cannot be opened: {error.strerror}", place=str(path)) from error
+    if (path / TRACKER).is_file():
+        folder_of(path, None)  # says what is wrong with it
     for name in READERS:
         if reader(name).looks_like(path):
             return name

@@ -192,6 +192,7 @@ class TorchDistWriter(Writer):
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
         source, folder = self._source, self._folder
+        yield from megatron.asset_outputs(source)
         common = torch_zip.Zip(self._common())
         yield Output(f"{folder}/{COMMON}", common.length, common.stream)
         kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
