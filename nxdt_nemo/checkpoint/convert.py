@@ -74,7 +74,6 @@ def convert(
     before = _fingerprints(source)
     total = sum(output.size for output in outputs)
     folder = Folder(target, _plan(source, to, options, wanted, outputs, before), overwrite=overwrite, single=single)
-    folder.open(total)
     done = 0
 
     def advance(count: int) -> None:
@@ -83,13 +82,17 @@ def convert(
         if progress:
             progress(done, total)
 
-    folder.write(outputs, workers, advance)
-    for last in writer.last({name: written.sha256 for name, written in folder.done.items()}):
-        folder.write([last], 1, lambda _: None)
-        outputs.append(last)
-    if _fingerprints(source) != before:
-        raise UserError("changed while it was read", place=str(path), fix="convert it when nothing writes to it")
-    folder.commit(_provenance(source, to, wanted, before, version), [output.path for output in outputs])
+    try:
+        folder.open(total)
+        folder.write(outputs, workers, advance)
+        for last in writer.last({name: written.sha256 for name, written in folder.done.items()}):
+            folder.write([last], 1, lambda _: None)
+            outputs.append(last)
+        if _fingerprints(source) != before:
+            raise UserError("changed while it was read", place=str(path), fix="convert it when nothing writes to it")
+        folder.commit(_provenance(source, to, wanted, before, version), [output.path for output in outputs])
+    finally:
+        folder.close()
     return Report(source, target, total, time.monotonic() - started, folder.resumed, wanted.kinds, source.notes)
 
 

@@ -55,6 +55,7 @@ class Folder:
         self._overwrite, self._single = overwrite, single
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._guard = -1
 
     def open(self, need: int) -> None:
         """Make room and take up what an earlier run finished. Raises UserError if there is no place for it.
@@ -78,6 +79,12 @@ class Folder:
         if missing + _SLACK > free:
             reason = f"{missing / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free"
             raise UserError(reason, place=place, fix="make room, or choose another place")
+
+    def close(self) -> None:
+        """Let others write it. What is there stays for the next run."""
+        if self._guard >= 0:
+            os.close(self._guard)
+            self._guard = -1
 
     def _take_up(self) -> None:
         """Files that the journal names and that are as it says; all else goes."""
@@ -158,7 +165,7 @@ class Folder:
             _sync(path)
         (self.partial / JOURNAL).unlink()
         (self.partial / ".lock").unlink()
-        os.close(self._guard)
+        self.close()
         if self.target.exists():
             if self._overwrite or self._single:
                 _replace(self.target)

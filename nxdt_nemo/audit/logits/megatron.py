@@ -32,8 +32,11 @@ def main(kind: str, folder: Path, model_file: Path, out: Path) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
 
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # upstream makes buffers there
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.13.1 names it only with TransformerEngine, and asks always
+        moe_utils.te_general_gemm = None
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]  # upstream makes buffers there
     said = json.loads(model_file.read_text())
     dist.init_process_group("gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -147,8 +150,7 @@ def _load_ranks(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
         for chunk in range(vpp):
             before = sum(stages[: chunk * pp + stage])
             for key, value in state[f"model{chunk}" if vpp > 1 else "model"].items():
-                name = _LAYER.sub(lambda m, n=before: f"{m[1]}{int(m[2]) + n}", key)
-                name = _EXPERT.sub(lambda m, n=group * said["experts"] // ep: f"{m[1]}{int(m[2]) + n}", name)
+                name = _renumbered(_EXPERT, _renumbered(_LAYER, key, before), group * said["experts"] // ep)
                 if isinstance(value, torch.Tensor) and (group == 0 or "experts" in name):
                     shards.setdefault(name, []).append(value.float())
     marks = dict(model.named_parameters())
@@ -160,6 +162,10 @@ def _load_ranks(model: Any, folder: Path, said: Mapping[str, Any]) -> None:
     }
     missing = [key for key in model.load_state_dict(whole, strict=False).missing_keys if "_extra_state" not in key]
     assert not [key for key in missing if not (said["tied"] and key == "output_layer.weight")], missing
+
+
+def _renumbered(pattern: re.Pattern[str], key: str, before: int) -> str:
+    return pattern.sub(lambda found: f"{found[1]}{int(found[2]) + before}", key)
 
 
 def _join(parts: list[Any], parameter: Any, name: str, gated: bool) -> Any:

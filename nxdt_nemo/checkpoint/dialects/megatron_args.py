@@ -100,8 +100,8 @@ def layout_of(args: Mapping[str, Any]) -> Layout:
     tp = args.get("tensor_model_parallel_size") or args.get("model_parallel_size") or 1
     first, last = args.get("decoder_first_pipeline_num_layers"), args.get("decoder_last_pipeline_num_layers")
     vpp = args.get("virtual_pipeline_model_parallel_size") or 1
-    layers, stages = int(args.get("num_layers") or 0), ()
-    if (first or last) and pp > 1:
+    layers, stages = int(args.get("num_layers") or 0), _stages(args)
+    if not stages and (first or last) and pp > 1:
         middle = pp - bool(first) - bool(last)
         each = (layers - (first or 0) - (last or 0)) // middle if middle else 0
         stages = (*([first] if first else []), *[each] * middle, *([last] if last else []))
@@ -113,6 +113,16 @@ def layout_of(args: Mapping[str, Any]) -> Layout:
         etp=args.get("expert_tensor_parallel_size") or tp,
         stages=stages,
     )
+
+
+def _stages(args: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers of each stage as a layout string has them: E|t|tt|tL."""
+    said = args.get("pipeline_model_parallel_layout")
+    if not isinstance(said, str):
+        return ()
+    if set(said) - set("EtL|"):
+        raise UserError(f"the pipeline layout {said} is not understood", fix="write it without multiplications")
+    return tuple(stage.count("t") for stage in said.split("|"))
 
 
 def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
@@ -164,6 +174,9 @@ def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 
 def layout_args(layout: Layout) -> dict[str, Any]:
     """The sizes of a layout as arguments."""
+    middle = layout.stages[1:-1]
+    ends = bool(layout.stages) and layout.vpp == 1 and 0 not in layout.stages and len(set(middle)) < 2
+    written = "|".join("t" * count for count in layout.stages)
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -172,6 +185,7 @@ def layout_args(layout: Layout) -> dict[str, Any]:
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp or layout.tp,
         "context_parallel_size": 1,
-        "decoder_first_pipeline_num_layers": layout.stages[0] if layout.stages else None,
-        "decoder_last_pipeline_num_layers": layout.stages[-1] if layout.stages else None,
+        "decoder_first_pipeline_num_layers": layout.stages[0] if ends else None,
+        "decoder_last_pipeline_num_layers": layout.stages[-1] if ends else None,
+        "pipeline_model_parallel_layout": f"E{written}L" if layout.stages and not ends else None,
     }

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nxdt_nemo.checkpoint.formats.base import Options, Reader, Source, Writer
+from nxdt_nemo.checkpoint.formats.megatron import TRACKER, folder_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["READERS", "WRITERS", "find", "read", "writer"]
@@ -25,6 +26,7 @@ READERS = {
     "ptl": "ptl",
     "torch": "megatron_torch",
     "nxdt": "nxdt",
+    "zarr": "zarr",
 }
 WRITERS = {
     "hf": "hf",
@@ -61,6 +63,8 @@ def find(path: Path) -> str:
         path.stat()
     except OSError as error:
         raise UserError(f"cannot be opened: {error.strerror}", place=str(path)) from error
+    if (path / TRACKER).is_file():
+        folder_of(path, None)  # says what is wrong with it
     for name in READERS:
         if reader(name).looks_like(path):
             return name

@@ -90,9 +90,8 @@ def build(
     for key in items:
         if key not in claimed and not _ASIDE.fullmatch(key):
             raise UserError(f"{key} is not a tensor of {family.name}", place=place, fix="name the right --family")
-    return Source(
-        name, path, family, model, catalog, layout_of(training.args), training, files, detail={"prefix": prefix}
-    )
+    layout, assets = layout_of(training.args), megatron.assets_of(path)
+    return Source(name, path, family, model, catalog, layout, training, files, assets, detail={"prefix": prefix})
 
 
 def _prefix(items: Mapping[str, Item], place: str) -> str:

@@ -18,7 +18,7 @@ from nxdt_nemo.checkpoint import families
 from nxdt_nemo.checkpoint.dialects import megatron_args
 from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.formats import hf
-from nxdt_nemo.checkpoint.formats.base import Options, Source, Training
+from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Training, constant
 from nxdt_nemo.checkpoint.io.files import Extent
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
@@ -29,6 +29,8 @@ __all__ = [
     "FILE",
     "TRACKER",
     "args_for",
+    "asset_outputs",
+    "assets_of",
     "flat",
     "folder_name",
     "folder_of",
@@ -38,7 +40,7 @@ __all__ = [
     "training_of",
 ]
 
-FILE = "model_optim_rng.pt"
+FILE, ASSETS = "model_optim_rng.pt", "hf"
 TRACKER = "latest_checkpointed_iteration.txt"
 FAMILY = "nxdt_family"
 _FOLDER = re.compile(r"iter_(\d{7,})|release")
@@ -137,6 +139,20 @@ def groups_of(optimizer: Any) -> tuple[list[dict[str, Any]], float | None]:
 
     look(optimizer)
     return groups, max(steps) if steps else None
+
+
+def assets_of(folder: Path) -> dict[str, Path]:
+    """A tokenizer's files that a conversion carried along, beside the iteration's folder."""
+    for at in (folder / ASSETS, folder.parent / ASSETS):
+        if at.is_dir():
+            return {file.name: file for file in sorted(at.iterdir()) if file.is_file()}
+    return {}
+
+
+def asset_outputs(source: Source) -> Iterator[Output]:
+    """These files, to be written."""
+    for name, path in source.assets.items():
+        yield constant(f"{ASSETS}/{name}", path.read_bytes())
 
 
 def args_for(source: Source, model: Model, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:

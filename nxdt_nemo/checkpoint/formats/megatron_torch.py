@@ -90,6 +90,7 @@ class MegatronTorchReader(Reader):
         _collect(source, ranks, dialect)
         if options.optimizer:
             megatron_optimizer.collect(source, {name: rank.state for name, rank in ranks.items()}, dialect, files)
+        source.assets = megatron.assets_of(folder)
         source.files = sorted(file.path for file in files)
         source.detail = {"checkpoint_version": first.state.get("checkpoint_version"), "ranks": names}
         return source
@@ -249,6 +250,7 @@ class MegatronTorchWriter(Writer):
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
         iteration = self._source.training.iteration
+        yield from megatron.asset_outputs(self._source)
         yield constant(megatron.TRACKER, b"release" if iteration is None else str(iteration).encode())
 
 

@@ -216,6 +216,7 @@ class TorchDistWriter(Writer):
         return Output(f"{self._folder}/{name}", offset, stream)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+        yield from megatron.asset_outputs(self._source)
         yield from self.indexes()
         iteration = self._source.training.iteration
         yield constant(megatron.TRACKER, b"release" if iteration is None else str(iteration).encode())

@@ -17,7 +17,7 @@ import torch
 import torch._utils
 
 from nxdt_nemo.checkpoint.io.files import Extent
-from nxdt_nemo.checkpoint.io.unpickle import Inert
+from nxdt_nemo.checkpoint.io.unpickle import Device, Inert, NumpyArray, PathText
 
 __all__ = ["Makes", "Pending", "dumps"]
 
@@ -88,6 +88,10 @@ class _Pickler(_Base):
             storage = _Storage(len(self.tensors) - 1, pending)
             arguments: tuple[Any, ...] = (storage, 0, pending.shape, _strides(pending.shape), False, OrderedDict())
             return torch._utils._rebuild_tensor_v2, arguments
+        if isinstance(obj, NumpyArray) and obj.value is not None:
+            return obj.value.__reduce__()
+        if isinstance(obj, (Device, PathText)):
+            return obj.original()
         if isinstance(obj, Inert):
             return type(obj), obj.arguments, obj.state, None, None
         return NotImplemented

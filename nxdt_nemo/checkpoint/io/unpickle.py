@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import io
+import pathlib
 import pickle
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import torch
 from nxdt_nemo.checkpoint.io.files import Extent
 from nxdt_nemo.errors import UserError
 
-__all__ = ["Inert", "StorageRef", "load", "plain"]
+__all__ = ["Device", "Inert", "NumpyArray", "PathText", "StorageRef", "load", "plain"]
 
 # Packages whose classes are found in checkpoints. Their names become Inert, nothing of them is imported.
 _PACKAGES = frozenset(
@@ -210,12 +211,12 @@ def _bytearray(*args: Any) -> bytearray:
     return bytearray(*args)
 
 
-class _NumpyArray:
+class NumpyArray:
     """numpy.core.multiarray._reconstruct; the array is made by the state that follows."""
 
     value: np.ndarray[Any, Any] | None = None
 
-    def __new__(cls, *_: Any) -> _NumpyArray:
+    def __new__(cls, *_: Any) -> NumpyArray:
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -252,14 +253,26 @@ def _bytes_io(*args: Any) -> io.BytesIO:
     return io.BytesIO(*(arg for arg in args if isinstance(arg, bytes)))
 
 
-class _DeviceType:
-    def __init__(self, *args: Any) -> None:
-        self.args = args
+class Device:
+    """torch.device, as its arguments."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def original(self) -> tuple[Any, ...]:
+        """How it is pickled."""
+        return torch.device, self.arguments
 
 
-class _Path(str):
-    def __new__(cls, *parts: str) -> _Path:
-        return super().__new__(cls, "/".join(map(str, parts)))
+class PathText(str):
+    """pathlib.Path, as text."""
+
+    def __new__(cls, *parts: str) -> PathText:
+        return super().__new__(cls, str(pathlib.PurePosixPath(*map(str, parts))))
+
+    def original(self) -> tuple[Any, ...]:
+        """How it is pickled."""
+        return pathlib.PosixPath, (str(self),)
 
 
 def _size(values: Any = ()) -> tuple[int, ...]:
@@ -279,10 +292,10 @@ _KNOWN: dict[str, Any] = {
     "_codecs.encode": _encode,
     "_io.BytesIO": _bytes_io,
     "io.BytesIO": _bytes_io,
-    "pathlib.PosixPath": _Path,
-    "pathlib.PurePosixPath": _Path,
+    "pathlib.PosixPath": PathText,
+    "pathlib.PurePosixPath": PathText,
     "torch.Size": _size,
-    "torch.device": _DeviceType,
+    "torch.device": Device,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_tensor": _tensor,
@@ -290,8 +303,8 @@ _KNOWN: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: function(*arguments),
     "torch.serialization._get_layout": lambda name: name,
-    "numpy.core.multiarray._reconstruct": _NumpyArray,
-    "numpy._core.multiarray._reconstruct": _NumpyArray,
+    "numpy.core.multiarray._reconstruct": NumpyArray,
+    "numpy._core.multiarray._reconstruct": NumpyArray,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "numpy.ndarray": "numpy.ndarray",
@@ -305,7 +318,7 @@ for _name in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool_"
 
 def plain(value: Any) -> Any:
     """What `load` gave as things that print and turn into JSON: arrays as lists, inert objects as their text."""
-    if isinstance(value, _NumpyArray):
+    if isinstance(value, NumpyArray):
         return value.value.tolist() if value.value is not None else None
     if isinstance(value, argparse.Namespace):
         return {key: plain(item) for key, item in vars(value).items()}
