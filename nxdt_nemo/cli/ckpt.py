@@ -35,6 +35,10 @@ _Config = Annotated[
     Path | None, typer.Option("--model-config", help="A config.json, for sources that do not say what the model is.")
 ]
 _Step = Annotated[int | None, typer.Option(help="The iteration to read; the latest by default.")]
+_Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="KEY=VALUE, of one format: hw_backend=trn1, xser=true. See docs/checkpoint_formats.md."),
+]
 _Vocab = Annotated[int | None, typer.Option("--vocab-size", help="Rows that mean a token; further ones are padding.")]
 
 
@@ -48,13 +52,14 @@ def inspect(
     model_config: _Config = None,
     step: _Step = None,
     vocab_size: _Vocab = None,
+    option: _Option = None,
 ) -> None:
     """Format, model, layout, tensors and where they lie, optimizer, progress, what is suspicious. Reads no tensor."""
     from nxdt_nemo.checkpoint.formats.base import Options
     from nxdt_nemo.checkpoint.inspect import inspect as look
     from nxdt_nemo.checkpoint.inspect import summary
 
-    found = summary(look(path, Options(from_, family, model_config, step, vocab_size)))
+    found = summary(look(path, Options(from_, family, model_config, step, vocab_size, extra=_options(option))))
     if as_json:
         typer.echo(json.dumps(found, indent=2, default=str))
     else:
@@ -89,6 +94,18 @@ def _lines(found: dict[str, Any], every: bool) -> Iterator[str]:
         yield f"... {len(found['tensors']) - min(_SHOWN, len(shown))} more: --all"
 
 
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE as a table: true, false and whole numbers as what they are."""
+    found: dict[str, Any] = {}
+    for one in given or ():
+        key, equals, value = one.partition("=")
+        if not equals or not key:
+            raise UserError(f"{one} is not KEY=VALUE", place="--option", fix="write --option xser=true")
+        known = {"true": True, "false": False}
+        found[key] = int(value) if value.isdigit() else known.get(value.lower(), value)
+    return found
+
+
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -101,7 +118,7 @@ def _size(count: float) -> str:
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
-    to: Annotated[str, typer.Option(help="Format to write: hf, hf_bin, torch_dist, torch.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format to write: hf, hf_bin, torch_dist, torch, nemo, nemo_dist, ptl, nnm, nxdt.", show_default=False)],
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     vpp: Annotated[int, typer.Option(help="Virtual stages of each stage.")] = 1,
@@ -121,6 +138,7 @@ def convert(
     model_config: _Config = None,
     step: _Step = None,
     vocab_size: _Vocab = None,
+    option: _Option = None,
     workers: Annotated[int, typer.Option(help="Files written at a time.")] = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the target.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check digests, tensors and logits afterwards.")] = False,
@@ -134,11 +152,12 @@ def convert(
     from nxdt_nemo.checkpoint.layout import Layout
 
     kinds = ("model", "fp32_param", "exp_avg", "exp_avg_sq") if with_optimizer else ("model",)
-    options = Options(from_, family, model_config, step, vocab_size, with_optimizer)
+    options = Options(from_, family, model_config, step, vocab_size, with_optimizer, _options(option))
     extra = {
         "optimizer_format": _one_of("--optimizer-format", optimizer_format, "fully_sharded_model_space", "model_space"),
         "spec": _one_of("--spec", spec, "local", "te"),
         "shard_size": int(shard_size * 1000**3),
+        **_options(option),
     }
     layout = Layout(tp, pp, vpp, ep, etp, _numbers(stages))
     wanted = Target(layout, _dtype(dtype), kinds, _positive("--divisible-by", divisible_by), extra)

@@ -17,8 +17,9 @@ from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 
-__all__ = ["TEMPLATE", "args_of", "config_of", "of_hyper_parameters", "plain_config", "two_args"]
+__all__ = ["SCALING", "TEMPLATE", "args_of", "config_of", "of_hyper_parameters", "plain_config", "two_args"]
 
+SCALING = "nxdt_rope_scaling"  # what Megatron has no argument for
 # NeMo 1.x key: Megatron's argument. Values are the same.
 _SAME = {
     "num_layers": "num_layers",
@@ -127,6 +128,8 @@ def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
     args["untie_embeddings_and_output_weights"] = not config.get("share_embeddings_and_output_weights", True)
     if "num_experts" in args and "moe_ffn_hidden_size" not in args and "ffn_hidden_size" in args:
         args["moe_ffn_hidden_size"] = args["ffn_hidden_size"]
+    if factor := config.get("seq_len_interpolation_factor"):
+        args[SCALING] = {"rope_type": "linear", "factor": float(factor)}
     if (config.get("sliding_window_size") or 0) > 0:
         args["window_size"] = [config["sliding_window_size"], 0]
     for name in ("nxdt_family", "nxdt_extra"):
@@ -146,6 +149,7 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
         "relu": "relu",
     }
     scaling = model.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
     said: dict[str, Any] = {
         "mcore_gpt": True,
         "encoder_seq_length": kept.get("encoder_seq_length") or model.positions,
@@ -167,8 +171,8 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
         "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
         "rotary_base": int(model.rope_base),
         "rotary_percentage": model.rope_fraction,
-        "scale_positional_embedding": scaling.get("rope_type", scaling.get("type")) == "llama3",
-        "seq_len_interpolation_factor": scaling.get("factor") if scaling.get("type") == "linear" else None,
+        "scale_positional_embedding": kind == "llama3",
+        "seq_len_interpolation_factor": scaling.get("factor") if kind == "linear" else None,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
@@ -178,6 +182,8 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
     }
     if model.experts:
         said |= {"num_moe_experts": model.experts, "moe_router_topk": model.experts_per_token}
+    if kind == "llama3":
+        said["scale_factor"] = float(scaling.get("factor", 8.0))
     if model.qk_norm:
         said["qk_layernorm"] = True
     if model.window:

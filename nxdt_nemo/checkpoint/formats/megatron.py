@@ -151,8 +151,8 @@ def assets_of(folder: Path) -> dict[str, Path]:
 
 def asset_outputs(source: Source) -> Iterator[Output]:
     """These files, to be written."""
-    for name, path in source.assets.items():
-        yield constant(f"{ASSETS}/{name}", path.read_bytes())
+    for name, asset in source.assets.items():
+        yield constant(f"{ASSETS}/{name}", asset.read_bytes())
 
 
 def args_for(source: Source, model: Model, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:

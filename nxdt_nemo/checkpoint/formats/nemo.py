@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from nxdt_nemo.checkpoint.dialects import nemo_config
-from nxdt_nemo.checkpoint.formats import distributed, per_rank, ptl, torch_dist
+from nxdt_nemo.checkpoint.formats import distributed, megatron, per_rank, ptl, torch_dist
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
 from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistWriter
 from nxdt_nemo.checkpoint.io import tar, torch_zip
@@ -105,6 +105,8 @@ def _distributed(
     files = sorted({member.file.path for member in weights.values()})
     source = distributed.build(name, place, items, said, options, files)
     source.training.args = {}  # Megatron's own; these were made of NeMo's
+    if nemo_config.SCALING in args and options.config is None:
+        source.model = source.model.with_(rope_scaling=dict(args[nemo_config.SCALING]))
     return source
 
 
@@ -211,6 +213,7 @@ class NemoDistReader(Reader):
             source.training.consumed = int(match[1])
         elif isinstance(memo := common.get(ptl.MEMO), dict):
             source.training.consumed = memo.get("consumed")
+        source.assets = dict(megatron.assets_of(path))
         return source
 
 
@@ -401,7 +404,7 @@ class NemoDistWriter(Writer):
             state = state if dtype == torch.float32 else {"optimizer": state}
             weights.content["optimizer_states"] = [state]
             weights.content["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1}]
-        self._last = [_under(output) for output in weights.indexes()]
+        self._last = [*megatron.asset_outputs(source), *(_under(output) for output in weights.indexes())]
         return written
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:

@@ -145,7 +145,7 @@ def _source(
     found = first.arrays.get(embedding)
     if args and isinstance(found, Extent):
         args["padded_vocab_size"] = found.shape[0] * layout.tp
-    model = megatron.model_of(args, options, str(tag))
+    model = ptl.model_of(args, options, str(tag))
     model = per_rank.believe(model, first, embedding, layout.tp, options)
     family = megatron.family_of(model, str(tag))
     model = model.with_(family=family.name).check(str(tag))

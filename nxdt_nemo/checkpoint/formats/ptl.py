@@ -44,6 +44,7 @@ __all__ = [
     "folder_name",
     "memo_args",
     "memo_of",
+    "model_of",
     "ranks_in",
 ]
 
@@ -91,8 +92,16 @@ def memo_args(memo: Any) -> dict[str, Any]:
         megatron.FAMILY: memo.get("family"),
         megatron_args.TRUE_VOCAB: memo.get("vocab"),
         "nxdt_extra": memo.get("extra"),
+        nemo_config.SCALING: memo.get("rope_scaling"),
     }
     return {key: value for key, value in args.items() if value}
+
+
+def model_of(args: Mapping[str, Any], options: Options, place: str) -> Model:
+    """The Model of these arguments, or of the configuration given instead; ours may say what Megatron's cannot."""
+    model = megatron.model_of(args, options, place)
+    scaling = args.get(nemo_config.SCALING) if options.config is None else None
+    return model.with_(rope_scaling=dict(scaling)) if scaling else model
 
 
 class PTLReader(Reader):
@@ -135,6 +144,7 @@ class PTLReader(Reader):
         if options.optimizer:
             _optimizer(source, {at: where[at] / name for at in states}, states, files)
         source.files = sorted(file.path for file in files)
+        source.assets = dict(megatron.assets_of(base))
         return source
 
 
@@ -237,7 +247,7 @@ def build(
     found = first.arrays.get(embedding)
     if args and isinstance(found, Extent):
         args = {"padded_vocab_size": found.shape[0] * layout.tp, **args}
-    model = megatron.model_of(args, options, str(place))
+    model = model_of(args, options, str(place))
     model = per_rank.believe(model, first, embedding, layout.tp, options)
     if model.layers != sum(counts):
         reason = f"the ranks have {sum(counts)} layers, the configuration says {model.layers}"
@@ -313,6 +323,7 @@ class PTLWriter(Writer):
     _bare: bool = False
 
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:
+        self._source = source
         layout = target.layout.check(source.model.layers, source.model.experts)
         if layout.ep > 1 or source.model.experts:
             raise UserError(
@@ -327,7 +338,7 @@ class PTLWriter(Writer):
                 yield from self._rank(source, target, model, dtype, tp, pp)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
-        return ()
+        return () if self._bare else megatron.asset_outputs(self._source)
 
     def state_dicts(self, source: Source, target: Target) -> Iterator[Output]:
         """The weights alone, as a `.nemo` file holds them: a file for each rank."""
