@@ -37,7 +37,9 @@ _Config = Annotated[
 _Step = Annotated[int | None, typer.Option(help="The iteration to read; the latest by default.")]
 _Option = Annotated[
     list[str] | None,
-    typer.Option("--option", help="KEY=VALUE, of one format: hw_backend=trn1, xser=true. See docs/checkpoint_formats.md."),
+    typer.Option(
+        "--option", help="KEY=VALUE, of one format: hw_backend=trn1, xser=true. See docs/checkpoint_formats.md."
+    ),
 ]
 _Vocab = Annotated[int | None, typer.Option("--vocab-size", help="Rows that mean a token; further ones are padding.")]
 
@@ -118,7 +120,12 @@ def _size(count: float) -> str:
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
-    to: Annotated[str, typer.Option(help="Format to write: hf, hf_bin, torch_dist, torch, nemo, nemo_dist, ptl, nnm, nxdt.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Format to write: hf, hf_bin, torch_dist, torch, nemo, nemo_dist, ptl, nnm, nxdt.", show_default=False
+        ),
+    ],
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     vpp: Annotated[int, typer.Option(help="Virtual stages of each stage.")] = 1,

@@ -17,7 +17,16 @@ from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 
-__all__ = ["SCALING", "TEMPLATE", "args_of", "config_of", "of_hyper_parameters", "plain_config", "two_args"]
+__all__ = [
+    "SCALING",
+    "TEMPLATE",
+    "args_of",
+    "config_of",
+    "of_hyper_parameters",
+    "plain_config",
+    "structured",
+    "two_args",
+]
 
 SCALING = "nxdt_rope_scaling"  # what Megatron has no argument for
 # NeMo 1.x key: Megatron's argument. Values are the same.
@@ -195,6 +204,13 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
     if isinstance(data, Mapping) and str(data.get("seq_length", "")).startswith("${"):
         said["data"] = {**data, "seq_length": said["encoder_seq_length"]}
     return {**kept, **said}
+
+
+def structured(config: Mapping[str, Any]) -> Any:
+    """A `model:` section as the OmegaConf object that NeMo's checkpoints hold."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(dict(config))
 
 
 # NeMo 2.0: fields of GPTConfig, those of megatron.core's TransformerConfig among them.

@@ -135,9 +135,7 @@ def moe(at: str, mine: str) -> Iterator[Row]:
     up = Blocks(one + "gate.weight", one + "up.weight", turned=True)
     # NxD's converter renames these two with the dense ones in Megatron's style.
     yield Row(base + "gate_up_proj.weight", up, also=(base + "dense_h_to_4h.weight",))
-    yield Row(
-        base + "down_proj.weight", Same(one + "down.weight", turned=True), also=(base + "dense_4h_to_h.weight",)
-    )
+    yield Row(base + "down_proj.weight", Same(one + "down.weight", turned=True), also=(base + "dense_4h_to_h.weight",))
 
 
 def nemo_legacy(spelling: Spelling) -> Dialect:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 import yaml
 
-from nxdt_nemo.checkpoint.dialects import nemo_config
+from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
 from nxdt_nemo.checkpoint.formats import distributed, megatron, per_rank, ptl, torch_dist
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
 from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistWriter
@@ -53,7 +53,7 @@ class _Inside:
 def _yaml(member: Member) -> dict[str, Any]:
     """A YAML file's mapping. Tags make nothing: NeMo's own files have none."""
     try:
-        found = yaml.load(member.bytes(), Loader=_Plain)  # noqa: S506, a subclass of SafeLoader
+        found = yaml.load(member.bytes(), Loader=_Plain)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"is no YAML: {reason}", place=member.place) from error
@@ -120,12 +120,13 @@ class NemoReader(Reader):
     format: ClassVar[str] = "nemo"
 
     def looks_like(self, path: Path) -> bool:
-        return path.is_file() and path.suffix == ".nemo" or (path / CONFIG).is_file()
+        return (path.is_file() and path.suffix == ".nemo") or (path / CONFIG).is_file()
 
     def read(self, path: Path, options: Options) -> Source:
         tree = Tree.of(path)
         config = nemo_config.plain_config(_yaml(tree.need(CONFIG)))
-        args = nemo_config.args_of(config) | _memo(tree)
+        assets = _assets(tree, config)
+        args = nemo_config.args_of(config) | _vocabulary(assets) | _memo(tree)
         weights = tree.folder(WEIGHTS)
         if weights:
             common = _common(weights)
@@ -136,7 +137,7 @@ class NemoReader(Reader):
             raise UserError("a .nemo file has no optimizer state", place=str(path), fix="leave out --with-optimizer")
         source.files = sorted({member.file.path for member in tree.members.values()})
         source.detail |= {"nemo_config": config}
-        source.assets = _assets(tree, config)
+        source.assets = assets
         return source
 
 
@@ -252,6 +253,22 @@ def _model_yaml(tree: Tree, options: Options) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError("has no config", place=member.place, fix="give the model's: --model-config config.json")
     return config
+
+
+def _vocabulary(assets: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens there are, by the tokenizer that lies beside; {} if it is none of SentencePiece."""
+    if "tokenizer.model" not in assets:
+        return {}
+    data, at, count = assets["tokenizer.model"].read_bytes(), 0, 0
+    while at < len(data) and data[at] == 0x0A:  # field 1 of ModelProto, a piece; all pieces come first
+        at, size, shift = at + 1, 0, 0
+        while at < len(data):
+            size |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80:
+                break
+        at, count = at + size, count + 1
+    return {megatron_args.TRUE_VOCAB: count} if count else {}
 
 
 @dataclass
@@ -394,7 +411,7 @@ class NemoDistWriter(Writer):
             "loops": _loops(step),
             "callbacks": {},
             "hparams_name": "cfg",
-            "hyper_parameters": {"cfg": config},
+            "hyper_parameters": {"cfg": nemo_config.structured(config)},
             ptl.MEMO: ptl.memo_of(source, source.model),
         }
         written, _ = weights.files(source, target)

@@ -232,13 +232,15 @@ def _copies(
 ) -> Copies:
     """How often and in which order key-value heads are there: from the arrays' sizes, and what is said of it.
 
-    Raises UserError if nothing says for which hardware heads were placed, and copies are the same either way.
+    Raises UserError if nothing says for which hardware heads were placed, or what is said is not so.
     """
     model, tp = source.model, source.layout.tp
     rows = _key_rows(first, form, model, tp)
     whole = rows * tp
     if whole % (model.groups * model.head_size):
-        reason = f"{rows} rows of keys on each of {tp} ranks are no multiple of {model.groups} heads x {model.head_size}"
+        reason = (
+            f"{rows} rows of keys on each of {tp} ranks are no multiple of {model.groups} heads x {model.head_size}"
+        )
         raise UserError(reason, place=str(first.path), fix="use the configuration that belongs to the weights")
     multiplier = whole // (model.groups * model.head_size)
     if multiplier == 1:
@@ -248,14 +250,15 @@ def _copies(
     found = _order(held, form, model, tp, multiplier)
     if said is not None and said not in _HARDWARE:
         raise UserError(f"hw_backend={said} is not known", place="--option", fix="use trn1 or trn2")
-    if said is None and found is None:
-        reason = f"has {multiplier} copies of {model.groups} key-value head(s), placed alike for trn1 and trn2"
-        if model.groups == 1:
-            return Copies(multiplier, "trn2")
-        raise UserError(reason, place=str(first.path), fix="say which: --option hw_backend=trn1 (or trn2)")
+    if model.groups == 1:  # all orders are the same
+        return Copies(multiplier, "trn2")
+    if said is None and found != "trn2":
+        # NxD's converter places keys so for trn2 too, and queries otherwise.
+        reason = f"has {multiplier} copies of {model.groups} key-value heads, and nothing says for which hardware"
+        raise UserError(reason, place=str(first.path), fix="say it: --option hw_backend=trn1 (or trn2)")
     if said and found and said != found:
         reason = f"keys are placed as for {found}, hw_backend says {said}"
-        fix = "NxD's converter does so for trn2, and such a model computes wrongly: convert the original again"
+        fix = "NxD's converter does so for trn2, a model that computes wrongly: convert the original once more"
         raise UserError(reason, place=str(first.path), fix=fix)
     return Copies(multiplier, said or found or "trn1")
 
@@ -353,7 +356,7 @@ class NxDTWriter(Writer):
     def _check(self) -> None:
         model, style = self._model, self._style
         hf = style == "hf" and (model.bias or model.learned_positions or not model.gated or model.norm == "LayerNorm")
-        megatron_style = style == "megatron" and (model.qkv_bias and not model.bias or model.qk_norm)
+        megatron_style = style == "megatron" and ((model.qkv_bias and not model.bias) or model.qk_norm)
         if hf or megatron_style:
             other = "megatron" if hf else "hf"
             raise UserError(

@@ -82,11 +82,9 @@ def read_only(path: Path, value: Any, files: Files) -> Any:
             if not isinstance(tensor, Extent):
                 raise UserError("is no tensor", place=str(at))
             shape, dtype = reference.get("shape"), reference.get("dtype")
-            if shape is not None and tuple(shape) != tensor.shape or dtype not in (None, tensor.dtype):
+            if (shape is not None and tuple(shape) != tensor.shape) or dtype not in (None, tensor.dtype):
                 said = f"{list(shape or ())} {dtype}"
-                raise UserError(
-                    f"is {list(tensor.shape)} {tensor.dtype}, {path.name} makes it {said}", place=str(at)
-                )
+                raise UserError(f"is {list(tensor.shape)} {tensor.dtype}, {path.name} makes it {said}", place=str(at))
             found[number] = tensor
         return found[number]
 

@@ -256,9 +256,7 @@ def build(
     model = model.with_(family=family.name).check(str(place))
     source = Source(name, place, family, model, Catalog(), layout)
     dialect = dialect_of(first.arrays)
-    shards = (
-        (shard, held[shard.tp, shard.pp][shard.chunk]) for shard in layout.shards(model.layers, model.experts)
-    )
+    shards = ((shard, held[shard.tp, shard.pp][shard.chunk]) for shard in layout.shards(model.layers, model.experts))
     per_rank.collect(source, dialect, shards, local=True)
     source.detail = {"dialect": dialect, "held": held}
     return source
@@ -304,7 +302,9 @@ def _slices(path: Path) -> list[Path]:
     found = [next((at / name for name in sorted(names) if (at / name).is_file()), None) for at in folders]
     if any(found) and not all(found):
         missing = folders[found.index(None)]
-        raise UserError(f"has no state of {path.name}", place=str(missing), fix="copy it, or leave out --with-optimizer")
+        raise UserError(
+            f"has no state of {path.name}", place=str(missing), fix="copy it, or leave out --with-optimizer"
+        )
     numbers = [int(at.name[8:]) for at in folders]
     if any(found) and numbers != list(range(len(numbers))):
         raise UserError(f"has data-parallel ranks {numbers}", place=str(path.parent / "optim"), fix="one is missing")
@@ -369,7 +369,8 @@ class PTLWriter(Writer):
         }
         state |= self._model(source, model, target, arrays)
         state["hparams_name"] = "cfg"
-        state["hyper_parameters"] = {"cfg": self._config(source, model, target, dtype)}
+        config = self._config(source, model, target, dtype)
+        state["hyper_parameters"] = {"cfg": nemo_config.structured(config) if self.format == "ptl" else config}
         state[MEMO] = memo_of(source, model)
         folder = folder_name(layout, tp, pp)
         path = f"{folder}/{self._name(source)}" if folder else self._name(source)
@@ -434,7 +435,7 @@ class NNMWriter(PTLWriter):
     format: ClassVar[str] = "nnm"
 
     def _check(self, model: Model, target: Target) -> None:
-        if model.qkv_bias and not model.bias or model.qk_norm or model.norm_from_one:
+        if (model.qkv_bias and not model.bias) or model.qk_norm or model.norm_from_one:
             raise UserError(f"cannot hold {model.family}'s layers", place="--to nnm", fix="use nxdt, nemo or hf")
 
     def _dialect(self, model: Model, target: Target) -> Dialect:
