@@ -212,7 +212,7 @@ def _chunks(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "model0" in state:
         count = sum(1 for key in state if re.fullmatch(r"model\d+", str(key)))
         return [_stripped(dict(megatron.flat(state[f"model{number}"]))) for number in range(count)]
-    return [_stripped(dict(megatron.flat(state["state_dict"] if "state_dict" in state else state)))]
+    return [_stripped(dict(megatron.flat(state.get("state_dict", state))))]
 
 
 def _stripped(arrays: Mapping[str, Any]) -> dict[str, Any]:

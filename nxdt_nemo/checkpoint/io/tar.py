@@ -95,7 +95,7 @@ def _checked(info: tarfile.TarInfo, place: str) -> str:
 
 
 def header(name: str, size: int, *, folder: bool = False) -> bytes:
-    """What stands before a member's bytes, which are padded to a multiple of BLOCK. Names begin with `./`, as NeMo's."""
+    """What stands before a member's bytes, which are padded to a multiple of BLOCK; `./` before names, as NeMo has."""
     info = tarfile.TarInfo(f"./{name}")
     info.size, info.mode, info.type = size, 0o755 if folder else 0o644, tarfile.DIRTYPE if folder else tarfile.REGTYPE
     return info.tobuf(tarfile.GNU_FORMAT)
