@@ -53,16 +53,9 @@ def test_convert_in_a_process_without_upstream(unpacked: Unpacked, tmp_path: Pat
         "for name in ('torch_xla', 'nemo', 'megatron', 'transformers', 'lightning', 'apex'):\n"
         "    sys.modules[name] = None\n"
     )
+    options = "--to torch --tp 4 --pp 2 --vpp 2 --with-optimizer".split()
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "tools/convert_checkpoint.py",
-            unpacked("ll_td_tp2pp2"),
-            tmp_path / "out",
-            "--to",
-            "torch",
-        ]
-        + ["--tp", "4", "--pp", "2", "--vpp", "2", "--with-optimizer"],
+        [sys.executable, ROOT / "tools/convert_checkpoint.py", unpacked("ll_td_tp2pp2"), tmp_path / "out", *options],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """A 1B Llama from Hugging Face to torch_dist at TP 8, PP 2, and back, beside `cp` and fsync of the same bytes.
 
-    python tools/bench/convert.py                    # 5 pairs each way, about 9 GB in --place; writes docs/results/convert.md
+    python tools/bench/convert.py             # 5 pairs each way, about 9 GB; writes docs/results/convert.md
     python tools/bench/convert.py --pairs 2 --layers 4 --print-only
 
 Weights are random, made once in a temporary folder. Copy and conversion take turns, so that noise meets both; each
@@ -172,18 +172,20 @@ def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, obj
 
 def page(found: dict[str, object]) -> str:
     """The page of results."""
-    limit = 2 * int(str(found["largest"])) + MEMORY_SLACK
+    largest = int(str(found["largest"]))
+    limit = 2 * largest + MEMORY_SLACK
     lines = [
         "# Conversion of a 1B Llama, beside `cp` and fsync",
         "",
         f"`python tools/bench/convert.py --pairs {found['pairs']}`, {date.today()}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, {found['workers']} writers. Python {platform.python_version()}, torch {version('torch')}.",
+        f"{os.cpu_count()} cores, {found['workers']} writers.",
+        f"Python {platform.python_version()}, torch {version('torch')}.",
         "",
-        f"{int(str(found['bytes'])) / 1e9:.2f} GB of bfloat16; the largest tensor {int(str(found['largest'])) / 1e6:.0f} MB.",
-        f"Medians of {found['pairs']} interleaved pairs. Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice the",
-        f"largest tensor and 1 GB, {limit / 1e6:.0f} MB. What came back is equal to what went out, byte for byte.",
+        f"{int(str(found['bytes'])) / 1e9:.2f} GB of bfloat16, the largest tensor {largest / 1e6:.0f} MB.",
+        f"Medians of {found['pairs']} interleaved pairs. Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice",
+        f"the largest tensor and 1 GB, {limit / 1e6:.0f} MB. What came back is what went out, byte for byte.",
         "",
-        "| Way | cp + fsync, s | Process, s | inside, s | Process / cp | inside / cp | limit | Peak RssAnon, MB | limit |",
+        "| Way | cp + fsync, s | Process, s | inside, s | Process / cp | inside / cp | limit | RssAnon, MB | limit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     names = {"there": "hf to torch_dist, TP 8, PP 2", "back": "torch_dist to hf"}
