@@ -12,15 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nxdt_nemo import __version__
 from nxdt_nemo.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["app"]
 
@@ -223,15 +220,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     return found
 
 
-def _dtype(name: str) -> torch.dtype | None:
+def _dtype(name: str) -> Any:
     if not name:
         return None
-    full = _DTYPES.get(name, name)
-    _one_of("--dtype", full, *_DTYPES.values())
-    import torch
+    from nxdt_nemo.checkpoint.formats.base import dtype_of
 
-    found: torch.dtype = getattr(torch, full)
-    return found
+    full = _DTYPES.get(name, name)
+    return dtype_of(_one_of("--dtype", full, *_DTYPES.values()))
 
 
 @contextmanager

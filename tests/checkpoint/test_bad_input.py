@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, or with what is asked of it: one line with place and fix, and nothing written."""
+"""What can be wrong with a checkpoint, or asked of it: one line with place and fix, and nothing written."""
 
 from __future__ import annotations
 
@@ -381,7 +381,7 @@ def test_a_full_disk(unpacked: Callable[[str], Path], tmp_path: Path, monkeypatc
     import errno
 
     monkeypatch.setattr(shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(UserError, match="are to be written, 0.0 GB are free"):
+    with pytest.raises(UserError, match=r"are to be written, 0\.0 GB are free"):
         convert(unpacked(HF), tmp_path / "out", "torch")
     monkeypatch.undo()
 

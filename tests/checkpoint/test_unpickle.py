@@ -69,7 +69,7 @@ def test_calls_are_refused_and_nothing_runs(name: str, protocol: int, tmp_path: 
     ],
 )
 def test_names_outside_of_the_list(text: bytes) -> None:
-    with pytest.raises(UserError, match="which could run code|getattr of what is no enum"):
+    with pytest.raises(UserError, match=r"which could run code|getattr of what is no enum"):
         load(text, "x.pt")
 
 

@@ -139,6 +139,13 @@ class Output:
     stream: Callable[[], Iterator[Bytes]]
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 def constant(path: str, content: bytes) -> Output:
     """A file whose bytes are known."""
     return Output(path, len(content), lambda: iter((content,)))
