@@ -280,9 +280,15 @@ def _size(values: Any = ()) -> tuple[int, ...]:
 
 
 _KNOWN: dict[str, Any] = {
-    **{f"builtins.{t.__name__}": t for t in (set, frozenset, slice, complex, list, dict, tuple, int, float, str, bool)},
-    **{f"__builtin__.{t.__name__}": t for t in (set, frozenset, slice, complex)},
+    **{  # protocol 2, which torch.save writes, has Python 2's name of the module
+        f"{module}.{t.__name__}": t
+        for module in ("builtins", "__builtin__")
+        for t in (set, frozenset, slice, complex, list, dict, tuple, int, float, str, bool)
+    },
+    "__builtin__.long": int,
+    "__builtin__.unicode": str,
     "builtins.bytearray": _bytearray,
+    "__builtin__.bytearray": _bytearray,
     "builtins.getattr": _getattr,
     "collections.OrderedDict": OrderedDict,
     "collections.Counter": Counter,
@@ -308,6 +314,7 @@ _KNOWN: dict[str, Any] = {
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "numpy.ndarray": "numpy.ndarray",
+    "typing.Any": "typing.Any",
     "torch.Tensor": "torch.Tensor",
     "torch.nn.parameter.Parameter": "torch.nn.parameter.Parameter",
     "numpy.dtype": _NumpyType,
