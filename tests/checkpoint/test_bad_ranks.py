@@ -124,6 +124,27 @@ def no_note(path: Path) -> None:
     (path / "user_content.pt").unlink()
 
 
+def no_object(path: Path) -> bytes:
+    return b"a: !!python/name:os.system"
+
+
+def evil_index(path: Path) -> None:
+    (path / "model_weights/.metadata").write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+
+
+def more_layers(path: Path) -> None:
+    at = path / "model_config.yaml"
+    at.write_text(at.read_text().replace("num_layers: 4", "num_layers: 5"))
+
+
+def small_tensor(path: Path) -> None:
+    torch.save(torch.zeros(3), path / f"{NNM}.tensors/tensor_3.pt")
+
+
+def third_rank(path: Path) -> None:
+    shutil.copy(path / NXDT, path / "model/dp_rank_00_tp_rank_02_pp_rank_00.pt")
+
+
 NORM = "model.decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
 CASES: list[tuple[str, str, Damage, str]] = [
     ("a member outside", "archive", member("../../evil"), "would be written outside"),
@@ -137,11 +158,11 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("no configuration", "archive", without("model_config.yaml"), "has no model_config.yaml"),
     ("no index", "archive", without("model_weights/.metadata"), "has no .metadata"),
     ("a shard is missing", "archive", without("model_weights/__1_0.distcp"), "has no __1_0.distcp"),
-    ("YAML with a Python object", "archive", replaced("model_config.yaml", lambda p: b"a: !!python/name:os.system"), "is no YAML"),
+    ("YAML with a Python object", "archive", replaced("model_config.yaml", no_object), "is no YAML"),
     ("YAML that is no mapping", "archive", replaced("model_config.yaml", lambda p: b"- 1"), "is no mapping"),
     ("a call in common.pt", "archive", replaced("model_weights/common.pt", a_call), "could run code"),
-    ("a call in .metadata", "folder", lambda p: (p / "model_weights/.metadata").write_bytes(b"cos\nsystem\n(S'touch x'\ntR."), "could run code"),
-    ("other layers than the configuration's", "folder", lambda p: (p / "model_config.yaml").write_text((p / "model_config.yaml").read_text().replace("num_layers: 4", "num_layers: 5")), "makes it"),
+    ("a call in .metadata", "folder", evil_index, "could run code"),
+    ("other layers than the configuration's", "folder", more_layers, "makes it"),
     ("no common.pt", "dist", gone("common.pt"), "does not say what the model is"),
     ("a call in a training checkpoint", "dist", evil("common.pt"), "could run code"),
     ("a shard cut short", "dist", cut("__0_0.distcp"), "cut short"),
@@ -155,10 +176,10 @@ CASES: list[tuple[str, str, Damage, str]] = [
     ("a tensor's file is missing", "nnm", gone(f"{NNM}.tensors/tensor_3.pt"), "refers to"),
     ("no tensors at all", "nnm", gone(f"{NNM}.tensors"), "only the optimizer's master weights"),
     ("a call in a tensor's file", "nnm", evil(f"{NNM}.tensors/tensor_3.pt"), "could run code"),
-    ("a tensor of another shape", "nnm", lambda p: torch.save(torch.zeros(3), p / f"{NNM}.tensors/tensor_3.pt"), "makes it"),
+    ("a tensor of another shape", "nnm", small_tensor, "makes it"),
     ("not done", "nxdt", gone("done"), "has no done"),
     ("a rank of NxD's is missing", "nxdt", gone(NXDT), "missing: dp_rank_00_tp_rank_01_pp_rank_00.pt"),
-    ("a rank too many", "nxdt", lambda p: shutil.copy(p / NXDT, p / "model/dp_rank_00_tp_rank_02_pp_rank_00.pt"), "are missing"),
+    ("a rank too many", "nxdt", third_rank, "are missing"),
     ("a call in NxD's", "nxdt", evil(NXDT), "could run code"),
     ("a call in user_content.pt", "nxdt", evil("user_content.pt"), "could run code"),
     ("garbage in NxD's", "nxdt", text(NXDT, "hello" * 100), "is no torch.save file"),

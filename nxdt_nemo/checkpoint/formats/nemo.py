@@ -189,6 +189,9 @@ def _assets(tree: Tree, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+_LIGHTNING = ("epoch", "loops", "callbacks", "lr_schedulers")
+
+
 class NemoDistReader(Reader):
     """Reads what NeMo 1.x saves in training, optimizer state included. This backend's own checkpoints are such."""
 
@@ -209,7 +212,7 @@ class NemoDistReader(Reader):
         config = nemo_config.of_hyper_parameters(common.get("hyper_parameters"))
         args = nemo_config.args_of(config) | ptl.memo_args(common.get(ptl.MEMO)) if config.get("num_layers") else {}
         source = _distributed(self.format, path, tree.members, args, options, common)
-        source.detail |= {"nemo_config": config}
+        source.detail |= {"nemo_config": config, "lightning": {key: common[key] for key in _LIGHTNING if key in common}}
         if match := re.search(r"consumed_samples=(\d+)", path.name):
             source.training.consumed = int(match[1])
         elif isinstance(memo := common.get(ptl.MEMO), dict):
@@ -421,6 +424,8 @@ class NemoDistWriter(Writer):
             state = state if dtype == torch.float32 else {"optimizer": state}
             weights.content["optimizer_states"] = [state]
             weights.content["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1}]
+        # A run of NeMo's goes on as it was.
+        weights.content |= source.detail.get("lightning", {})
         self._last = [*megatron.asset_outputs(source), *(_under(output) for output in weights.indexes())]
         return written
 
@@ -448,6 +453,11 @@ def _loops(step: int) -> dict[str, Any]:
         "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
         "epoch_loop.manual_optimization.state_dict": {},
         "epoch_loop.manual_optimization.optim_step_progress": progress("ready", "completed"),
+        "epoch_loop.val_loop.state_dict": {},
+        "epoch_loop.val_loop.batch_progress": {
+            **{key: dict.fromkeys(batch, 0) for key in ("total", "current")},
+            "is_last_batch": False,
+        },
     }
     return {"fit_loop": fit}
 

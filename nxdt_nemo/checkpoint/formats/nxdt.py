@@ -201,7 +201,9 @@ def _training(tag: Path, content: Mapping[str, Any]) -> Training:
     found = _STEP.search(tag.name)
     if not isinstance(step, int):
         step = int(found[1]) if found else None
-    return Training(iteration=step, consumed=int(consumed[1]) if consumed else None)
+    memo = content.get(ptl.MEMO)
+    noted = memo.get("consumed") if isinstance(memo, Mapping) else None
+    return Training(iteration=step, consumed=int(consumed[1]) if consumed else noted)
 
 
 def _shard(rank: _Rank, held: Held, model: Model, layout: Layout, embedding: str) -> Shard:
