@@ -120,7 +120,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="Format to write: hf, hf_bin, torch_dist, torch, nemo, nemo_dist, ptl, nnm, nxdt.", show_default=False
+            help="Format to write: hf, hf_bin, torch_dist, torch, nemo, nemo2, nemo_dist, ptl, nnm, nxdt.",
+            show_default=False,
         ),
     ],
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,

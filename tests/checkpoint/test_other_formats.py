@@ -29,6 +29,8 @@ CASES: list[tuple[str, str, str, Layout, dict[str, Any]]] = [
     ("hf_llama_tiny", "nemo", "nemo", Layout(tp=2, pp=2), {}),
     ("hf_llama_tiny", "nemo", "nemo", Layout(tp=2), {"single": True}),
     ("hf_llama_tiny", "nemo_dist", "nemo_dist", Layout(tp=1, pp=2), {}),
+    ("hf_llama_tiny", "nemo2", "nemo2", Layout(tp=2), {}),
+    ("hf_mixtral_tiny", "nemo2", "nemo2", Layout(tp=1, ep=2), {}),
     ("hf_llama_tiny", "ptl", "ptl", Layout(tp=2, pp=2), {"names": "core"}),
     ("hf_llama_tiny", "nnm", "ptl", Layout(tp=2, pp=1), {}),
     ("hf_llama_tiny", "nnm", "nnm", Layout(tp=2, pp=2, vpp=2), XSER),

@@ -26,6 +26,7 @@ __all__ = [
     "plain_config",
     "structured",
     "two_args",
+    "two_config",
 ]
 
 SCALING = "nxdt_rope_scaling"  # what Megatron has no argument for
@@ -260,10 +261,58 @@ def two_args(config: Mapping[str, Any]) -> dict[str, Any]:
     args["use_rope_scaling"] = "scale_factor" in config and "Llama3" in target
     if "num_experts" in args and "moe_ffn_hidden_size" not in args and "ffn_hidden_size" in args:
         args["moe_ffn_hidden_size"] = args["ffn_hidden_size"]
-    for name in ("nxdt_family", "nxdt_extra", TRUE_VOCAB):
-        if name in config:
-            args[name] = config[name]
     return args
+
+
+def two_config(
+    model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torch.dtype, divisor: int
+) -> dict[str, Any]:
+    """The `config` of context/model.yaml: GPTConfig's fields, over those that the source had."""
+    base = "nemo.collections.llm.gpt.model"
+    llama3 = (model.rope_scaling or {}).get("rope_type", (model.rope_scaling or {}).get("type")) == "llama3"
+    gated = model.gated
+    functions = {
+        "swiglu": "torch.nn.functional.silu",
+        "squared_relu": "megatron.core.activations.squared_relu",
+        "relu": "torch.nn.functional.relu",
+    }
+    said: dict[str, Any] = {
+        "_target_": kept.get("_target_") or f"{base}.llama.Llama31Config" if llama3 else f"{base}.base.GPTConfig",
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.expert_ffn or model.ffn,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.groups,
+        "kv_channels": model.head_size,
+        "seq_length": model.positions,
+        "normalization": model.norm,
+        "layernorm_epsilon": model.norm_eps,
+        "layernorm_zero_centered_gamma": model.norm_from_one,
+        "gated_linear_unit": gated,
+        "activation_func": {
+            "_target_": functions.get(model.activation, "torch.nn.functional.gelu"),
+            "_call_": False,
+        },
+        "add_bias_linear": model.bias,
+        "add_qkv_bias": model.qkv_bias and not model.bias,
+        "qk_layernorm": model.qk_norm,
+        "share_embeddings_and_output_weights": model.tied,
+        "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
+        "rotary_base": int(model.rope_base),
+        "rotary_percent": model.rope_fraction,
+        "window_size": [model.window, 0] if model.window else None,
+        "num_moe_experts": model.experts or None,
+        "moe_router_topk": model.experts_per_token,
+        "make_vocab_size_divisible_by": divisor,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "expert_model_parallel_size": layout.ep,
+    }
+    if llama3:
+        said["scale_factor"] = float((model.rope_scaling or {}).get("factor", 8.0))
+    return {**kept, **said}
 
 
 # A `model:` section's other keys, for sources that have none. Paths and batch sizes are the user's to set.

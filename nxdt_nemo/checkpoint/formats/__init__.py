@@ -34,6 +34,7 @@ WRITERS = {
     "torch_dist": "torch_dist",
     "torch": "megatron_torch",
     "nemo": "nemo",
+    "nemo2": "nemo",
     "nemo_dist": "nemo",
     "ptl": "ptl",
     "nnm": "ptl",

@@ -433,6 +433,42 @@ class NemoDistWriter(Writer):
         return self._last
 
 
+@dataclass
+class Nemo2Writer(Writer):
+    """Writes a NeMo 2.0 folder to restore weights from: `weights/` and context/model.yaml.
+
+    Not io.json, a graph of Python objects from which NeMo rebuilds the model itself: the recipe has to name it.
+    """
+
+    format: ClassVar[str] = "nemo2"
+    _last: list[Output] = field(default_factory=list)
+
+    def outputs(self, source: Source, target: Target) -> Iterable[Output]:
+        if len(target.kinds) > 1:
+            raise UserError("is written without optimizer state", place="--to nemo2", fix="leave out --with-optimizer")
+        dtype = target.dtype or source.dtype
+        content = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.4.0", "state_dict": {}}
+        weights = _Weights(prefix="module.", where="weights", content=content)
+        written, indexes = weights.files(source, target)
+        kept = source.detail.get("nemo2_config") or {}
+        config = nemo_config.two_config(source.model, target.layout, kept, dtype, target.divisible_by)
+        text = yaml.safe_dump({"_target_": _TARGET_2, "config": config}, sort_keys=False).encode()
+        memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
+        self._last = [
+            *(constant(f"context/nemo_tokenizer/{name}", asset.read_bytes()) for name, asset in source.assets.items()),
+            constant("context/model.yaml", text),
+            constant(MEMO, memo),
+            *indexes,
+        ]
+        return written
+
+    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+        return self._last
+
+
+_TARGET_2 = "nemo.collections.llm.gpt.model.base.GPTModel"
+
+
 def _loops(step: int) -> dict[str, Any]:
     """Lightning's progress of a run that has made so many steps in its first epoch."""
 
@@ -463,4 +499,4 @@ def _loops(step: int) -> dict[str, Any]:
 
 
 READERS = {"nemo": NemoReader, "nemo2": Nemo2Reader, "nemo_dist": NemoDistReader}
-WRITERS = {"nemo": NemoWriter, "nemo_dist": NemoDistWriter}
+WRITERS = {"nemo": NemoWriter, "nemo2": Nemo2Writer, "nemo_dist": NemoDistWriter}
