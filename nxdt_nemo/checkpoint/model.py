@@ -24,6 +24,7 @@ class Model:
     padded_vocab  V, rows that are stored; 0 for as many as `vocab`
     tied          one tensor for the embedding and the output layer
     norm_from_one stored norm weights are w - 1 (Gemma; `apply_layernorm_1p`)
+    norm_after    a sublayer's sum is normalised, and the norm is what goes on (BERT)
     window        keys that a query sees (Mistral's sliding_window), None for all
     extra         keys of the source's configuration that no format of ours reads, kept for a round trip
     """
@@ -42,6 +43,7 @@ class Model:
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_eps: float = 1e-5
     norm_from_one: bool = False
+    norm_after: bool = False
     activation: Literal["swiglu", "geglu", "gelu", "openai_gelu", "squared_relu", "relu"] = "swiglu"
     bias: bool = False  # linear layers, without query, key and value
     qkv_bias: bool = False

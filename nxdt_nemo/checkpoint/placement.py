@@ -162,6 +162,7 @@ class Row:
     key      with {l} and {e} for layer and expert, unless the array is stacked over them
     also     other spellings that are read; they are not written
     stacked  the array's leading axes count layers ("l"), or layers and experts ("le")
+    zero     the key of layer 0, where it is another; in a key, {before} is the layer before and {last} the last one
     on       the pipeline stages that have it
     when     which models and layouts have it
     copy     a second copy of a tensor that another row has: written, and compared on reading
@@ -174,6 +175,7 @@ class Row:
     on: Literal["layers", "first", "last"] = "layers"
     when: Callable[[Model, Layout], bool] = field(default=_always)
     copy: bool = False
+    zero: str = ""
 
     @property
     def expert(self) -> bool:
@@ -254,9 +256,12 @@ def _stored(
     segments = row.how.segments(names, model, rank, ranks)
     shape, parts = _parts(segments, logical_of(names[0]), model, row.how.turned)
     lead = (model.layers, model.experts)[: len(row.stacked)] if row.stacked else ()
-    spelled = places if local else numbers
+    spelled: dict[str, object] = {**(places if local else numbers), "last": model.layers - 1}
+    if index:
+        spelled["before"] = index[0] - 1
+    pattern = row.zero if row.zero and index[:1] == (0,) else row.key
     return Stored(
-        key=row.key.format(**spelled),
+        key=pattern.format(**spelled),
         shape=shape,
         parts=parts,
         row=row,

@@ -68,7 +68,8 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             import transformers
 
             torch.manual_seed(1)
-            model = transformers.AutoModelForCausalLM.from_config(config_of(name))
+            kind = "AutoModelForPreTraining" if name.startswith("bert") else "AutoModelForCausalLM"
+            model = getattr(transformers, kind).from_config(config_of(name))
             with torch.no_grad():  # norms are ones and biases zeros: a misplaced one would not show
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -82,6 +83,7 @@ def config_of(name: str) -> Any:
     """A transformers configuration."""
     import transformers as t
 
+    bert = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
     table: dict[str, Callable[[], Any]] = {
         "llama": lambda: t.LlamaConfig(**SMALL),
         "mistral": lambda: t.MistralConfig(**SMALL, sliding_window=64),
@@ -90,6 +92,8 @@ def config_of(name: str) -> Any:
         "qwen2 tied": lambda: t.Qwen2Config(**SMALL, tie_word_embeddings=True),
         "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=16),
         "gemma": lambda: t.GemmaConfig(**SMALL, head_dim=16),
+        "bert": lambda: t.BertConfig(**bert),
+        "bert before": lambda: t.MegatronBertConfig(**bert),
         "gpt2": lambda: t.GPT2Config(n_embd=64, n_layer=4, n_head=8, vocab_size=1000, n_positions=128),
     }
     return table[name]()

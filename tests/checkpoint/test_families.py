@@ -15,7 +15,7 @@ from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
 
-MODELS = ["llama", "mistral", "mixtral", "qwen2", "qwen2 tied", "qwen3", "gemma", "gpt2"]
+MODELS = ["llama", "mistral", "mixtral", "qwen2", "qwen2 tied", "qwen3", "gemma", "bert", "bert before", "gpt2"]
 ROUTES = [  # format, layout; ep of models with experts
     ("torch_dist", Layout(tp=2, pp=2), 2),
     ("torch_dist", Layout(tp=4, pp=2, stages=(1, 3)), 4),

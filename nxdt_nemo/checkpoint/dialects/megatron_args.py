@@ -21,6 +21,8 @@ __all__ = ["from_args", "layout_of", "to_args"]
 _SQUARED, _OPENAI = "squared_relu", "openai_gelu"
 # What we add to the Namespace: a vocabulary's true size, which Megatron's own `vocab_size` is not (NullTokenizer).
 TRUE_VOCAB = "nxdt_vocab_size"
+# And token types, which Megatron knows by the script that it runs.
+TOKEN_TYPES = "nxdt_token_types"
 
 
 def from_args(args: Mapping[str, Any], place: str) -> Model:
@@ -52,6 +54,7 @@ def from_args(args: Mapping[str, Any], place: str) -> Model:
         norm=args.get("normalization", "LayerNorm"),
         norm_eps=float(args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5),
         norm_from_one=bool(args.get("apply_layernorm_1p", False)),
+        norm_after=bool(args.get("apply_residual_connection_post_layernorm", False)),
         activation=_activation(args),
         bias=bool(args.get("add_bias_linear", True)),
         qkv_bias=bool(args.get("add_qkv_bias", False) or args.get("add_bias_linear", True)),
@@ -61,6 +64,8 @@ def from_args(args: Mapping[str, Any], place: str) -> Model:
         rope_fraction=float(args.get("rotary_percent") or 1.0),
         rope_scaling=_scaling(args),
         window=_window(args),
+        token_types=_token_types(args),
+        pooled=_token_types(args) > 0 and bool(args.get("bert_binary_head", True)),
         experts=args.get("num_experts") or 0,
         experts_per_token=args.get("moe_router_topk") or 2,
         expert_ffn=(args.get("moe_ffn_hidden_size") or size("ffn_hidden_size", 4 * hidden))
@@ -75,6 +80,11 @@ def _activation(args: Mapping[str, Any]) -> Any:
     if args.get("geglu") or args.get("gated_linear_unit"):
         return "geglu"
     return _SQUARED if args.get(_SQUARED) else _OPENAI if args.get(_OPENAI) else "gelu"
+
+
+def _token_types(args: Mapping[str, Any]) -> int:
+    """2 for a BERT. Megatron's arguments are those of every model; what says so is ours, or a BERT's own spelling."""
+    return int(args.get(TOKEN_TYPES) or 0)
 
 
 def _scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -168,6 +178,9 @@ def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "fp16": dtype == torch.float16,
         **({"window_size": (model.window, 0)} if model.window else {}),
         **layout_args(layout),
+        "apply_residual_connection_post_layernorm": model.norm_after,
+        "bert_binary_head": model.pooled,
+        TOKEN_TYPES: model.token_types,
         TRUE_VOCAB: model.vocab,
     }
 

@@ -8,6 +8,7 @@ May import this room. Proof: tests/checkpoint/test_upstream.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from nxdt_nemo.checkpoint.layout import Layout
@@ -99,6 +100,36 @@ def _experts(layer: str, mine: str, stacked: bool) -> Iterator[Row]:
     yield Row(base + "linear_fc2.weight", down, also=(grouped + "linear_fc2.weight{e}",))
 
 
-DISTRIBUTED: Dialect = tuple(_rows(stacked=True, spec="te"))
-PER_RANK: Dialect = tuple(_rows(stacked=False, spec="local"))
-PER_RANK_TE: Dialect = tuple(_rows(stacked=False, spec="te"))
+def _heads(stacked: bool) -> Iterator[Row]:
+    """BertModel's."""
+    for what in _BOTH:
+        yield Row(f"lm_head.dense.{what}", Same(f"head.dense.{what}"), on="last")
+        yield Row(f"lm_head.layer_norm.{what}", Same(f"head.norm.{what}"), on="last")
+    if not stacked:
+        copy = Same("embedding.word.weight")
+        yield Row("output_layer.weight", copy, on="last", when=_tied_and_split, copy=True)
+    yield Row("output_layer.bias", Same("head.bias"), on="last")
+    for what in _BOTH:
+        yield Row(f"binary_head.{what}", Same(f"binary_head.{what}"), on="last")
+    for what in _BOTH:
+        yield Row(f"pooler.dense.{what}", Same(f"pooler.{what}"), on="last")
+
+
+def _dialect(stacked: bool, spec: Spec) -> Dialect:
+    """GPTModel's rows, and for models with token types BertModel's, whose layers are an encoder's."""
+
+    def of(bert: bool, row: Row) -> Row:
+        return replace(row, when=lambda model, layout: bool(model.token_types) == bert and row.when(model, layout))
+
+    def renamed(row: Row) -> Row:
+        also = tuple(name.replace("decoder.", "encoder.", 1) for name in row.also)
+        return replace(row, key=row.key.replace("decoder.", "encoder.", 1), also=also)
+
+    own = [row for row in _rows(stacked, spec) if not row.key.startswith("output_layer")]
+    bert = [*map(renamed, own), *_heads(stacked)]
+    return (*(of(False, row) for row in _rows(stacked, spec)), *(of(True, row) for row in bert))
+
+
+DISTRIBUTED: Dialect = _dialect(stacked=True, spec="te")
+PER_RANK: Dialect = _dialect(stacked=False, spec="local")
+PER_RANK_TE: Dialect = _dialect(stacked=False, spec="te")

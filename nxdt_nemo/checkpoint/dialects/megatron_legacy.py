@@ -66,6 +66,11 @@ def _rows(version: float) -> Iterator[Row]:
     yield row(layer + "mlp.dense_4h_to_h.bias", Same(mine + "mlp.down.bias"))
     for what in ("weight", "bias"):
         yield row(_ROOT + f"encoder.final_norm.{what}", Same(f"final_norm.{what}"), on="last")
+        yield row(f"lm_head.norm.{what}", Same(f"head.norm.{what}"), on="last")
+        yield Row(f"lm_head.dense.{what}", Same(f"head.dense.{what}"), on="last")
+        yield Row(_ROOT + f"pooler.dense.{what}", Same(f"pooler.{what}"), on="last")
+        yield Row(f"binary_head.{what}", Same(f"binary_head.{what}"), on="last")
+    yield Row("lm_head.bias", Same("head.bias"), on="last")
     yield Row(_ROOT + "output_layer.weight", Same("head.weight"), on="last", when=_untied)
     copy = Same("embedding.word.weight")
     yield Row("word_embeddings_for_head.weight", copy, on="last", when=_tied_and_split, copy=True)

@@ -38,7 +38,7 @@ _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
 _ASIDE = re.compile(
     r".*_extra_state(/|$).*|rng_state(/|$).*|rerun_state_machine_state(/|$).*|(chained_\d+\.)?optimizer\..*"
 )
-_LOCAL_LAYER = re.compile(r"decoder\.layers\.\d+\.")
+_LOCAL_LAYER = re.compile(r"(de|en)coder\.layers\.\d+\.")
 _ROOTS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
 
 
