@@ -400,6 +400,9 @@ class PTLWriter(Writer):
         kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
         config = nemo_config.config_of(model, target.layout, kept, dtype)
         core = target.extra.get("names") == "core"
+        pieces = source.assets.get("tokenizer.model")
+        if isinstance(pieces, Path) and not source.detail.get("nemo_config"):
+            config["tokenizer"] = {**config["tokenizer"], "library": "sentencepiece", "model": str(pieces)}
         return {**config, "mcore_gpt": core, "make_vocab_size_divisible_by": target.divisible_by}
 
     def _files(
