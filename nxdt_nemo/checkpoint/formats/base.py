@@ -95,7 +95,7 @@ class Source:
     layout: Layout = field(default_factory=Layout)
     training: Training = field(default_factory=Training)
     files: list[Path] = field(default_factory=list)
-    assets: dict[str, Asset] = field(default_factory=dict)
+    assets: Mapping[str, Asset] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     detail: dict[str, Any] = field(default_factory=dict)
 

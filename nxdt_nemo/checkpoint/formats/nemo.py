@@ -66,7 +66,8 @@ class _Plain(yaml.SafeLoader):
     """YAML's plain kinds, and Python's tuples as lists; any other tag is an error."""
 
 
-_Plain.add_constructor("tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node))
+_constructors: Any = _Plain
+_constructors.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
 
 
 def _memo(tree: Tree) -> dict[str, Any]:
@@ -328,10 +329,11 @@ class NemoWriter(Writer):
         return self._last
 
     def _parts(self, source: Source, target: Target) -> tuple[list[Output], list[Output]]:
+        indexes: list[Output] = []
         by_file = target.extra.get("weights", "distributed") == "file"
         dtype = target.dtype or source.dtype
         if by_file:
-            written, indexes = list(_by_file(source, target)), []
+            written = list(_by_file(source, target))
         else:
             written, indexes = _Weights().files(source, target)
         kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE

@@ -494,7 +494,7 @@ def _wanted_copies(model: Model, target: Target) -> Copies:
     if multiplier > 1 and style == "megatron":
         reason = f"style megatron has no copies of heads: tp={tp} for {model.groups} key-value heads"
         raise UserError(reason, place="--to nxdt", fix="use style=hf, or a tp that divides the heads")
-    hardware = target.extra.get("hw_backend")
+    hardware: Any = target.extra.get("hw_backend")
     if multiplier > 1 and hardware not in _HARDWARE:
         reason = f"{multiplier} copies of key-value heads lie in another order on trn1 and trn2"
         raise UserError(reason, place="--to nxdt", fix="say which: --option hw_backend=trn1 (or trn2)")

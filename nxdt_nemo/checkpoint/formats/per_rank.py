@@ -260,7 +260,7 @@ class Reference:
         """The object to pickle."""
         kind = type("TensorReference", (Inert,), {"module": self.module, "name": "TensorReference"})
         shape = torch.Size(pending.shape)
-        made = kind(number, shape, pending.dtype) if self.full else kind(number)
+        made: Inert = kind(number, shape, pending.dtype) if self.full else kind(number)
         state: dict[str, Any] = {"tid": number}
         made.__setstate__(state | ({"shape": shape, "dtype": pending.dtype} if self.full else {}))
         return made
