@@ -21,7 +21,10 @@ PARTS = "nemo.collections.nlp.parts"
 def load(package: str, name: str, folder: Path, *changes: tuple[str, str]) -> Any:
     words = package.split(".")
     for end in range(1, len(words) + 1):
-        sys.modules.setdefault(".".join(words[:end]), types.ModuleType(words[end - 1])).__path__ = []  # type: ignore[attr-defined]
+        inner = sys.modules.setdefault(".".join(words[:end]), types.ModuleType(words[end - 1]))
+        inner.__path__ = []
+        if end > 1:
+            setattr(sys.modules[".".join(words[: end - 1])], words[end - 1], inner)
     path = folder / f"{name}.py"
     text = path.read_text()
     for old, new in changes:
