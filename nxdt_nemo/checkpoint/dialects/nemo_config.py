@@ -1,7 +1,8 @@
 """NeMo's model configuration, 1.x YAML and 2.0 dataclasses, as Megatron's arguments and back.
 
 Room checkpoint/ (leaf). megatron_args.py makes a Model of the arguments; what a YAML leaves open (the vocabulary, which
-is the tokenizer's) is taken from the tensors. May import torch and this room. Proof: tests/checkpoint/test_nemo.py.
+is the tokenizer's) is taken from the tensors. May import torch and this room.
+Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

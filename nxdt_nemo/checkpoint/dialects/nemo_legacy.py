@@ -6,7 +6,7 @@ Room checkpoint/ (leaf). Keys are those of a rank without the prefix (`model.` i
     gated MLP   dense_h_to_4h is [gate; up]: NNM, NxDT, NeMo's fast-swiglu; dense_h_to_4h and _2: NeMo's swiglu
     experts     NxDT: one array [experts, in, out] for all experts of a rank
 Rows come in the order of the modules, by which ZeRO-1 numbers parameters. May import this room.
-Proof: tests/checkpoint/test_nnm.py, test_nxdt.py, test_nemo.py.
+Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ scripts/checkpoint_converter.py in neuronx_distributed 0.12 and later):
     trn2   heads 0 0 .. 1 1 ..
 Four forms of attention: qkv_proj.weight_{q,k,v} (GQAQKVColumnParallelLinear), qkv_proj.weight_qkv (its fuse_qkv),
 qkv_proj.weight (multi-head, [q; k; v]), {q,k,v}_proj.weight. May import this room.
-Proof: tests/checkpoint/test_nxdt.py.
+Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

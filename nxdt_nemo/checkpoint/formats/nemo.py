@@ -5,7 +5,7 @@ Room checkpoint/ (leaf).
                or mp_rank_TT/model_weights.ckpt
     nemo_dist  what NeMo 1.x saves in training with megatron-core: a distributed folder, Lightning's dict in common.pt
     nemo2      weights/ (distributed) and context/ (what the model is)
-An archive is read in place. May import torch, yaml and this room. Proof: tests/checkpoint/test_nemo.py.
+An archive is read in place. May import torch, yaml and this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

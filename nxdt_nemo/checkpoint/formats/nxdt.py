@@ -4,7 +4,7 @@ Room checkpoint/ (leaf). TAG/{checkpoint, done, user_content.pt, model/, optim/}
 dp_rank_DD[_ep_rank_EE]_tp_rank_TT_pp_rank_PP.pt (neuronx_distributed/trainer/checkpoint.py). Layers have the whole
 model's numbers. Names are Hugging Face's (dialects/nxd_hf.py) or Megatron's (dialects/nemo_legacy.py). With xser a
 file refers to tensors in FILE.tensors/ and FILE.info.pt has their shapes; NxD's converter leaves them in the file.
-May import torch and this room. Proof: tests/checkpoint/test_nxdt.py.
+May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What formats with a file for each rank share: finding the layout in tensors, collecting, NxD's and NNM's xser.
 
 Room checkpoint/ (leaf). xser (torch_xla's serialization): the file holds references instead of tensors, which are
-files of their own in FILE.tensors/. May import torch and this room. Proof: tests/checkpoint/test_nnm.py, test_nxdt.py.
+files of their own in FILE.tensors/. May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Room checkpoint/ (leaf). `mp_rank_TT/NAME.ckpt`, `tp_rank_TT_pp_rank_PPP/NAME.ck
 without ranks. Layers are counted from 0 in each stage; with virtual stages `model0`, `model1`, ... take the place of
 `state_dict`. NNM (neuronx-nemo-megatron) writes the same, and its ZeRO-1 state to
 `optim/dp_rank_DDD/NAME-optimizer_states.ckpt`; with xser tensors are files of their own (per_rank.py).
-May import torch and this room. Proof: tests/checkpoint/test_ptl.py, test_nnm.py.
+May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

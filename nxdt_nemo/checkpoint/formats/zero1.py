@@ -3,7 +3,7 @@
 Room checkpoint/ (leaf). Parameter i, counted through the parameter groups, is padded along its first axis to a multiple
 of the data-parallel size and cut: base_state[i] has exp_avg, exp_avg_sq and step, sharded_master_weights[i] the
 float32 weights, shape_info[i] the shape before padding. May import torch and this room.
-Proof: tests/checkpoint/test_nnm.py, test_nxdt.py.
+Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations

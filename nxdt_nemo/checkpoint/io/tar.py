@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). A member's bytes lie whole in the archive, so tensors in it are mapped as those of a file.
 Nothing is unpacked. Members that would leave a folder, links and devices are refused. May import this room.
-Proof: tests/checkpoint/test_tar.py.
+Proof: tests/checkpoint/test_bad_ranks.py.
 """
 
 from __future__ import annotations
