@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from nxdt_nemo import __version__
-from nxdt_nemo.cli import patches
+from nxdt_nemo.cli import ckpt, patches
 from nxdt_nemo.cli.doctor import doctor
 from nxdt_nemo.cli.run import Job, leave
 from nxdt_nemo.errors import UserError
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(patches.app, name="patches")
+app.add_typer(ckpt.app, name="ckpt")
 app.command("doctor")(doctor)
 
 
