@@ -60,7 +60,9 @@ class Lane(ABC):
     backend: ClassVar[str]
     """Name of the torch.distributed backend that moves this lane's tensors."""
     ragged: ClassVar[bool] = False
-    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
+    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called, and one shape costs no more than another."""
+    traced: ClassVar[bool] = False
+    """A step is recorded as a graph before it runs: what differs between ranks or steps makes another graph."""
 
     @classmethod
     @abstractmethod
@@ -202,6 +204,10 @@ class Lane(ABC):
         self, group: dist.ProcessGroup | None = None, device: torch.device | None = None, async_ops: bool = False
     ) -> AbstractContextManager[Any]:
         """torch.distributed._coalescing_manager for upstream's calls."""
+
+    @abstractmethod
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
+        """Return when all ranks of the group, or of the world, are here."""
 
     @property
     def emulates_rounding(self) -> bool:
