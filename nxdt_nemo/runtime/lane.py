@@ -214,6 +214,10 @@ class Lane(ABC):
         """Is stochastic rounding asked for, and this lane's device has none? See rounding.py."""
         return False
 
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What upstream marks for a fusing compiler (megatron-core's jit_fuser), as this lane has it: as it stands."""
+        return function
+
     @abstractmethod
     def step_boundary(self) -> None:
         """The end of a training step: a traced lane cuts its graph here."""

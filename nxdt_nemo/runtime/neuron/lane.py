@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from nxdt_nemo import console
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
-from nxdt_nemo.runtime.machine import installed, neuron_devices
-from nxdt_nemo.runtime.neuron.package import obstacles
+from nxdt_nemo.runtime.machine import neuron_devices
+from nxdt_nemo.runtime.neuron.package import obstacles, version
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from nxdt_nemo.runtime.ops import Ops
 
-__all__ = ["NeuronLane"]
+__all__ = ["COMPILE", "NeuronLane"]
+
+COMPILE = "NXDT_NEMO_COMPILE"
 
 
 class NeuronLane(RanksLane):
@@ -45,7 +47,7 @@ class NeuronLane(RanksLane):
         found = obstacles(asked=asked)
         if found:
             return Verdict(False, "; ".join(found) if asked else found[0])
-        return Verdict(True, f"TorchNeuron {installed('torch_neuronx', 'torch_neuronx')}, on which nobody has tried it")
+        return Verdict(True, f"TorchNeuron {version()}, on which nobody has tried it")
 
     def enter_process(self) -> Undo:
         """Nothing to keep out or to set: `import torch` finds TorchNeuron by itself."""
@@ -169,6 +171,14 @@ class NeuronLane(RanksLane):
         one = torch.ones(1, device=self.device())
         dist.all_reduce(one, group=group)
         one.item()
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """By TorchNeuron's compiler where NXDT_NEMO_COMPILE=1, one graph for each shape; else operation by operation."""
+        if os.environ.get(COMPILE, "0") != "1":
+            return function
+        import torch
+
+        return torch.compile(function, backend=self.backend, dynamic=False)
 
     def step_boundary(self) -> None:
         """Nothing was traced."""

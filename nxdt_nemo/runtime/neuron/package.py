@@ -13,45 +13,51 @@ from packaging.version import Version
 
 from nxdt_nemo.runtime.machine import installed, neuron_devices
 
-__all__ = ["AUTOLOAD", "obstacles", "registers_itself"]
+__all__ = ["AUTOLOAD", "obstacles", "registers_itself", "version"]
 
-GROUP = "torch.backends"  # entry points that `import torch` loads
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-"""torch's switch for it: 0 turns it off."""
+"""torch's switch: with 0 `import torch` loads no library of a device."""
+_GROUP = "torch.backends"  # the entry points that it loads otherwise
 _OLDEST = (2, 10)
+_EARLY = (0, 1)  # what builds of the closed beta called themselves, whatever their torch
+
+
+def version() -> str | None:
+    """The installed torch_neuronx's."""
+    return installed("torch_neuronx")
 
 
 def registers_itself() -> bool:
     """Does the installed torch_neuronx come with an entry point for torch: is it TorchNeuron?"""
     found = next(iter(MetadataPathFinder.find_distributions(DistributionFinder.Context(name="torch_neuronx"))), None)
-    return found is not None and any(point.group == GROUP for point in found.entry_points)
+    return found is not None and any(point.group == _GROUP for point in found.entry_points)
 
 
 def obstacles(*, asked: bool = False) -> list[str]:
     """What keeps the lane from running here, the first reason first; nothing: it can.
 
-    asked  the user named the lane: hints are added. A host whose device does not show in /dev is taken at the
-           package's word then, which says so when the device is used.
+    asked  the user named the lane: hints are added, and a host that shows no device in /dev may have one all the same;
+           where it has none the lane says so when the device is asked for.
     """
-    torch, package = installed("torch"), installed("torch_neuronx", "torch_neuronx")
+    torch, package = installed("torch"), version()
     native = package is not None and registers_itself()
-    reasons = []
+    found = []
     if torch is None:
-        reasons.append("torch is not installed")
+        found.append("torch is not installed")
     elif not native and Version(torch).release < _OLDEST:
-        reasons.append(f"needs torch>={'.'.join(map(str, _OLDEST))}, found {Version(torch).public}")
+        found.append(f"needs torch>={'.'.join(map(str, _OLDEST))}, found {Version(torch).public}")
     if package is None:
         hint = ": TorchNeuron comes with the AWS Neuron SDK, see docs/neuron.md" if asked else ""
-        reasons.append(f"torch_neuronx is not installed{hint}")
+        found.append(f"torch_neuronx is not installed{hint}")
     elif not native:
-        reasons.append(f"torch_neuronx {Version(package).public} is the library on torch-xla, not TorchNeuron")
-    elif torch is not None and _family(package) not in (_family(torch), (0, 1)):  # early builds said 0.1.0
+        found.append(f"torch_neuronx {Version(package).public} is the library on torch-xla, not TorchNeuron")
+    elif torch is not None and _family(package) not in (_family(torch), _EARLY):
         major, minor = _family(package)
-        reasons.append(f"torch_neuronx {Version(package).public} is for torch {major}.{minor}, found {torch}")
+        found.append(f"torch_neuronx {Version(package).public} is for torch {major}.{minor}, found {torch}")
     if not neuron_devices() and not (asked and native):
-        reasons.append("no Neuron device")
-    return reasons
+        found.append("no Neuron device")
+    return found
 
 
-def _family(version: str) -> tuple[int, ...]:
-    return Version(version).release[:2]
+def _family(number: str) -> tuple[int, ...]:
+    return Version(number).release[:2]

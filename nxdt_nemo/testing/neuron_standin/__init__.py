@@ -40,7 +40,9 @@ def installed(root: Path | None = None) -> Path:
         return folder
     tools = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     if tools:
-        raise UserError(f"{' and '.join(tools)} not found", place="neuron_standin", fix="install a C++ compiler and ninja")
+        raise UserError(
+            f"{' and '.join(tools)} not found", place="neuron_standin", fix="install a C++ compiler and ninja"
+        )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as made:
         # In a process of its own: what is built is loaded too, and a process has one device of this kind.
@@ -72,7 +74,10 @@ def build(folder: Path) -> None:
     metadata = folder / f"torch_neuronx-{family}.0+standin.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch-neuronx\nVersion: {family}.0+standin\n")
-    (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_neuronx = torch_neuronx:_autoload\n")
+    (metadata / "entry_points.txt").write_text(
+        "[torch.backends]\ntorch_neuronx = torch_neuronx:_autoload\n"
+        "[torch_dynamo_backends]\nneuron = torch_neuronx.compiler:compiled\n"
+    )
 
 
 def environment(folder: Path) -> dict[str, str]:

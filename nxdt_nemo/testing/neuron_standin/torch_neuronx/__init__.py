@@ -7,7 +7,7 @@ Has the names of TorchNeuron that the lane uses, and its limits (see process_gro
 import sys
 
 import torch
-
+from torch.utils import backend_registration
 from torch_neuronx import _C, neuron, process_group
 
 
@@ -16,9 +16,9 @@ def _autoload() -> None:
 
 
 def _register() -> None:
-    torch.utils.rename_privateuse1_backend("neuron")
+    backend_registration.rename_privateuse1_backend("neuron")
     torch._register_device_module("neuron", neuron)
-    torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    backend_registration.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
     torch.distributed.Backend.register_backend("neuron", process_group.NeuronProcessGroup, devices=["neuron"])
     sys.modules["torch.neuron"] = neuron
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
 from torch_neuronx import _C
 
 default_generators = (_C.default_generator(),)
@@ -12,7 +11,7 @@ default_generators = (_C.default_generator(),)
 
 def is_available() -> bool:
     """A host without a device has the package all the same."""
-    return _C.device_count() > 0
+    return device_count() > 0
 
 
 def device_count() -> int:
@@ -63,7 +62,8 @@ def initial_seed() -> int:
 
 def get_rng_state(device: Any = "neuron") -> torch.Tensor:
     """A host tensor of bytes."""
-    return _C.default_generator().get_state()
+    state: torch.Tensor = _C.default_generator().get_state()
+    return state
 
 
 def set_rng_state(state: torch.Tensor, device: Any = "neuron") -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
-
 from torch_neuronx import _C
 
 c10d: Any = _distributed_c10d
