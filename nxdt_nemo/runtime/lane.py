@@ -60,7 +60,8 @@ class Lane(ABC):
     backend: ClassVar[str]
     """Name of the torch.distributed backend that moves this lane's tensors."""
     ragged: ClassVar[bool] = False
-    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called, and one shape costs no more than another."""
+    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called, and
+    a new shape costs nothing."""
     traced: ClassVar[bool] = False
     """A step is recorded as a graph before it runs: what differs between ranks or steps makes another graph."""
 

@@ -1,4 +1,4 @@
-"""The neuron lane: what it says where TorchNeuron lacks something, and on a stand-in for it, in processes of their own."""
+"""The neuron lane: what it says where TorchNeuron lacks something, and on a stand-in, in processes of their own."""
 
 from __future__ import annotations
 

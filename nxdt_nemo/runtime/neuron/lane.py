@@ -92,7 +92,7 @@ class NeuronLane(RanksLane):
         return torch.get_device_module("neuron")
 
     def device_count(self) -> int:
-        """Ranks that a launcher placed here, or the devices that the driver shows: asking TorchNeuron would start it."""
+        """Ranks that a launcher placed here, or cores, or what the driver shows: asking TorchNeuron would start it."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _visible_cores() or neuron_devices() or 1
 
     def name_of_device(self) -> str:
@@ -173,7 +173,7 @@ class NeuronLane(RanksLane):
         one.item()
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """By TorchNeuron's compiler where NXDT_NEMO_COMPILE=1, one graph for each shape; else operation by operation."""
+        """By TorchNeuron's compiler where NXDT_NEMO_COMPILE=1, a graph for each shape; else operation by operation."""
         if os.environ.get(COMPILE, "0") != "1":
             return function
         import torch

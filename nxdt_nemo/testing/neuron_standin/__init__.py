@@ -1,4 +1,4 @@
-"""A device `neuron` without the hardware: installs a stand-in for TorchNeuron's `torch_neuronx`, backed by the host's memory.
+"""A device `neuron` without the hardware: a stand-in for TorchNeuron's `torch_neuronx`, on the host's memory.
 
 Room testing/. What is tested on it is the neuron lane's own code and upstream's on a device that is not the CPU; it
 says nothing of TorchNeuron's operations or speed. Needs g++ and ninja, 20 seconds, once for each torch.
