@@ -83,10 +83,10 @@ def _all_gather_into_tensor(
 
 
 @functools.wraps(dist.barrier)
-def _barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> dist.Work | None:
-    """The lane's; device_ids are CUDA's."""
-    if async_op:
-        started: dist.Work | None = dist.barrier(group, async_op)
+def _barrier(group: Any = None, async_op: bool = False, device_ids: Any = None, **named: Any) -> dist.Work | None:
+    """The lane's; device_ids are CUDA's, a timeout is torch's (2.14)."""
+    if async_op or named:
+        started: dist.Work | None = dist.barrier(group, async_op, **named)
         return started
     current().barrier(group)
     return None

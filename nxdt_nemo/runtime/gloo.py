@@ -44,7 +44,7 @@ def table(device: torch.device | None = None) -> Ops:
         reduce_scatter=_reduce_scatter,
         all_to_all=_all_to_all,
         permute=_permute,
-        exchange=functools.partial(_exchange, device=device),
+        exchange=functools.partial(_exchange, device=device) if device else _exchange,
         shard=_shard,
     )
 

@@ -7,24 +7,14 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.testing.matrix import NEURON
 from nxdt_nemo.testing.parity import Parity
 from nxdt_nemo.testing.recipe import Recipe, layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
-ROWS = [
-    ("gpt", "one"),
-    ("gpt", "tp2"),
-    ("gpt", "tp2sp"),
-    ("llama", "tp2sp"),
-    ("gpt", "dp2"),
-    ("gpt", "dp2+zero"),
-    ("gpt", "pp2"),
-    ("mixtral", "ep2dp2"),
-]
 
-
-@pytest.mark.parametrize(("family", "place"), ROWS)
+@pytest.mark.parametrize(("family", "place"), NEURON)
 def test_equals_the_cpu_lane(neuron_standin: Path, parity: Parity, family: Any, place: str) -> None:
     row = parity.neuron_against_cpu(Recipe.of(family, layers=2, steps=10), layout(place), 1e-6)
     assert row.good, row
