@@ -4,8 +4,8 @@
     python tools/neuron.py --only gpt-tp2   # one row of the stand-in; prints only
 
 Run it once with each lock: `requirements.lock` has torch 2.9, `requirements-neuron.lock` the torch of TorchNeuron.
-Rows are those of tools/parity.py: loss and gradient norm of every step, each parameter's gradient of step 1. Exit code 1
-when a row is not as it must be.
+Rows are those of tools/parity.py: loss and gradient norm of every step, each parameter's gradient of step 1. Exit
+code 1 when a row is not as it must be.
 """
 
 from __future__ import annotations

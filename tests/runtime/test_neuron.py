@@ -50,6 +50,19 @@ def test_a_function_that_this_torchneuron_lacks_is_named(torchneuron: SimpleName
     assert "has no torch.neuron.memory_allocated" in error.value.reason
 
 
+def test_a_rank_on_another_core_than_its_first_is_refused(
+    torchneuron: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks would put their tensors on one core."""
+    monkeypatch.setattr(module.RanksLane, "init_ranks", lambda *_, **__: None)
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "0-3")
+    torchneuron.is_available, torchneuron.current_device = lambda: True, lambda: 2
+    with pytest.raises(LaneError) as error:
+        NeuronLane().init_ranks(2, 4)
+    assert error.value.place == "NEURON_RT_VISIBLE_CORES=0-3"
+    assert "rank 2 on neuron:2" in error.value.reason
+
+
 def test_memory_is_read_when_the_device_is_done(torchneuron: SimpleNamespace) -> None:
     done: list[bool] = []
     torchneuron.synchronize = lambda: done.append(True)
@@ -268,7 +281,11 @@ def collectives() -> dict[str, Any]:
     objects: list[Any] = [None, None]
     dist.all_gather_object(objects, {"rank": rank})
     devices = {str(value.device) for value in found.values()}
-    return {name: value.cpu().tolist() for name, value in found.items()} | {"objects": objects, "devices": devices}
+    return {name: value.cpu().tolist() for name, value in found.items()} | {
+        "objects": objects,
+        "devices": devices,
+        "core": os.environ["NEURON_RT_VISIBLE_CORES"],
+    }
 
 
 @pytest.mark.slow
@@ -288,6 +305,7 @@ def test_two_processes(pools: Callable[..., list[Any]]) -> None:
     }
     own = [
         {
+            "core": str(rank),
             "reduce_scatter": [[row[rank]] for row in total],
             "all_to_all": [zero[rank], one[rank]],
             "permute": zero if rank else [[0.0, 0.0], [0.0, 0.0]],

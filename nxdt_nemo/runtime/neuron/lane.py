@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["COMPILE", "NeuronLane"]
 
 COMPILE = "NXDT_NEMO_COMPILE"
+CORES = "NEURON_RT_VISIBLE_CORES"
 
 
 class NeuronLane(RanksLane):
@@ -67,7 +68,7 @@ class NeuronLane(RanksLane):
                 place="NXDT_NEMO_RUNTIME=neuron",
                 fix="see what neuron-ls lists, or use cpu",
             )
-        return torch.device("neuron", int(self._call("current_device")))
+        return torch.device("neuron", 0)  # not current_device(), which may start the runtime before the ranks
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
         from nxdt_nemo.runtime.placing import place
@@ -134,7 +135,20 @@ class NeuronLane(RanksLane):
         import_module("torch_neuronx")
 
     def init_ranks(self, rank: int, world: int, **named: Any) -> None:
+        """Also gives this process its core, as TorchNeuron does where nobody has: NEURON_RT_VISIBLE_CORES=LOCAL_RANK.
+
+        Raises LaneError when TorchNeuron goes by another number than 0 for the core then.
+        """
+        if "LOCAL_RANK" in os.environ:
+            os.environ.setdefault(CORES, os.environ["LOCAL_RANK"])
         super().init_ranks(rank, world, **named)
+        number = int(self._call("current_device"))
+        if number != self.device().index:
+            raise LaneError(
+                f"TorchNeuron placed rank {rank} on neuron:{number} of several that it sees",
+                place=f"{CORES}={os.environ.get(CORES, '')}",
+                fix="give each process one core",
+            )
         self._check_generator()
 
     def _check_generator(self) -> None:
@@ -188,9 +202,9 @@ class NeuronLane(RanksLane):
 
 
 def _visible_cores() -> int:
-    """Cores that NEURON_RT_VISIBLE_CORES ("0,2", "4-7") or NEURON_RT_NUM_CORES leaves to this process; 0 if unsaid."""
+    """Cores that CORES ("0,2", "4-7") or NEURON_RT_NUM_CORES leaves to this process; 0 where neither says."""
     count = 0
-    for part in filter(None, os.environ.get("NEURON_RT_VISIBLE_CORES", "").split(",")):
+    for part in filter(None, os.environ.get(CORES, "").split(",")):
         first, _, last = part.partition("-")
         count += int(last or first) - int(first) + 1
     return count or int(os.environ.get("NEURON_RT_NUM_CORES", 0))

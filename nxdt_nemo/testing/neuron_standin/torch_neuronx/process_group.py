@@ -56,8 +56,7 @@ class NeuronProcessGroup(c10d.ProcessGroup):
         """call(given, results) on host copies; the results' copies go back to the device."""
         hosts = _map(_host, given), _map(_host, results)
         call(*hosts).wait()
-        for device, host in zip(_flat(results), _flat(hosts[1]), strict=True):
-            device.copy_(host)
+        _fill(_flat(results), _flat(hosts[1]))
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result(list(_flat(results)))
         return c10d._create_work_from_future(future)
@@ -129,12 +128,32 @@ class NeuronProcessGroup(c10d.ProcessGroup):
         return self._gloo.send(_map(_host, tensors), target, tag)
 
     def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Any:
-        return self._run(lambda _, out: self._gloo.recv(out, source, tag), [], tensors)
+        hosts = _map(_host, tensors)
+        return _Receiving(self._gloo.recv(hosts, source, tag), tensors, hosts)
 
     def barrier(self, opts: Any = None) -> Any:
         if dist.get_world_size() != self.size():
             raise NotImplementedError("barrier is implemented only for the default group")
         return self._gloo.barrier(c10d.BarrierOptions())
+
+
+class _Receiving(dist.Work):
+    """Under way until somebody waits: a rank that receives before it sends may not stop at the receiving."""
+
+    def __init__(self, work: Any, tensors: Tensors, hosts: Tensors) -> None:
+        super().__init__()
+        self._work, self._tensors, self._hosts = work, tensors, hosts
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._work.wait()
+        _fill(self._tensors, self._hosts)
+        return True
+
+
+@torch.no_grad()
+def _fill(tensors: Tensors, hosts: Tensors) -> None:
+    for tensor, host in zip(tensors, hosts, strict=True):
+        tensor.copy_(host)
 
 
 def _host(tensor: torch.Tensor) -> torch.Tensor:
