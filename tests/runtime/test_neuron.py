@@ -72,7 +72,7 @@ def test_memory_is_read_when_the_device_is_done(torchneuron: SimpleNamespace) ->
 
 
 CORES = [  # NEURON_RT_VISIBLE_CORES, NEURON_RT_NUM_CORES, LOCAL_WORLD_SIZE, devices
-    ("", "", "", 1),
+    ("", "", "", 8),  # TorchNeuron's
     ("0,2", "", "", 2),
     ("4-7,9", "2", "", 5),
     ("", "2", "", 2),
@@ -81,10 +81,15 @@ CORES = [  # NEURON_RT_VISIBLE_CORES, NEURON_RT_NUM_CORES, LOCAL_WORLD_SIZE, dev
 
 
 @pytest.mark.parametrize(("visible", "number", "ranks", "count"), CORES)
-def test_devices_are_counted_without_starting_the_runtime(
-    monkeypatch: pytest.MonkeyPatch, visible: str, number: str, ranks: str, count: int
+def test_devices_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+    torchneuron: SimpleNamespace,
+    visible: str,
+    number: str,
+    ranks: str,
+    count: int,
 ) -> None:
-    monkeypatch.setattr(module, "neuron_devices", lambda: 0)
+    torchneuron.device_count = lambda: 8
     said = {"NEURON_RT_VISIBLE_CORES": visible, "NEURON_RT_NUM_CORES": number, "LOCAL_WORLD_SIZE": ranks}
     for name, value in said.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo import console
 from nxdt_nemo.errors import LaneError
+from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
-from nxdt_nemo.runtime.machine import neuron_devices
 from nxdt_nemo.runtime.neuron.package import obstacles, version
 from nxdt_nemo.runtime.ranks import RanksLane
 
@@ -51,8 +51,8 @@ class NeuronLane(RanksLane):
         return Verdict(True, f"TorchNeuron {version()}, on which nobody has tried it")
 
     def enter_process(self) -> Undo:
-        """Nothing to keep out or to set: `import torch` finds TorchNeuron by itself."""
-        return lambda: None
+        """torch_xla stays out, which accelerate would load; `import torch` finds TorchNeuron by itself."""
+        return keep_out("torch_xla")
 
     def device(self, local_rank: int = 0) -> torch.device:
         """The one device that this process has: a rank's core is the only one it sees."""
@@ -93,8 +93,8 @@ class NeuronLane(RanksLane):
         return torch.get_device_module("neuron")
 
     def device_count(self) -> int:
-        """Ranks that a launcher placed here, or cores, or what the driver shows: asking TorchNeuron would start it."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _visible_cores() or neuron_devices() or 1
+        """Ranks that a launcher placed here, or the cores that are left to this process, or TorchNeuron's own count."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _visible_cores() or int(self._call("device_count"))
 
     def name_of_device(self) -> str:
         return str(self._call("get_device_properties", self.device().index).name)
