@@ -116,6 +116,13 @@ class NeuronProcessGroup(c10d.ProcessGroup):
             lambda ins, out: self._gloo.alltoall_base(out[0], ins[0], out_sizes, sizes, opts), [given], [output]
         )
 
+    # torch 2.14 calls them by these names.
+    all_gather_single = _allgather_base
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+    reduce_scatter_single = _reduce_scatter_base
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+    all_to_all_single = alltoall_base
+
     def gather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
         opts = opts or c10d.GatherOptions()
         return self._run(lambda given, out: self._gloo.gather(out, given, opts), inputs, outputs)
