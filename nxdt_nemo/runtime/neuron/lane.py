@@ -100,7 +100,7 @@ class NeuronLane(RanksLane):
         return str(self._call("get_device_properties", self.device().index).name)
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """float16 is out on every lane; the cores have no float64, which TorchNeuron computes in float32."""
+        """float16 is out on every lane, and float64 is none of the cores' own."""
         import torch
 
         return dtype in (torch.float32, torch.bfloat16)
