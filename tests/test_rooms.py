@@ -18,13 +18,14 @@ ORDER = ["testing", "cli", "audit", "nemo", "lightning", "megatron", "apex", "ru
 LEAVES = ["patching", "config", "checkpoint", "data"]
 UPSTREAM = {"torch", "lightning", "pytorch_lightning", "nemo", "megatron", "hydra", "transformers", "torch_xla"}
 
-# Imports a room and every module in it, and prints what that loaded.
+# Imports a room and every module in it, and prints what that loaded. The stand-in for torch_neuronx is material: it is
+# copied to where it can be imported, beside its compiled half.
 PROBE = """
 import importlib, json, pkgutil, sys
 room = importlib.import_module(sys.argv[1])
 if sys.argv[2] == "whole":
     for found in pkgutil.walk_packages(getattr(room, "__path__", []), room.__name__ + "."):
-        if not found.name.endswith("__main__"):
+        if not found.name.endswith("__main__") and ".torch_neuronx" not in found.name:
             importlib.import_module(found.name)
 ours = {name.split(".")[1] for name in sys.modules if name.startswith("nxdt_nemo.")}
 print("PROBE" + json.dumps([sorted(ours), sorted({name.partition(".")[0] for name in sys.modules})]))

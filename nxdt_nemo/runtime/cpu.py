@@ -13,9 +13,11 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
 from nxdt_nemo.runtime.machine import host_memory, process_memory, reset_process_peak, text
+from nxdt_nemo.runtime.neuron.package import AUTOLOAD, registers_itself
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
@@ -38,7 +40,17 @@ class CpuLane(RanksLane):
         return Verdict(True, "always there")
 
     def enter_process(self) -> Undo:
-        return keep_out("torch_xla", "torch_neuronx")
+        """Libraries of devices stay out; `import torch` would fail where it is to load one of them by itself."""
+        back = keep_out("torch_xla", "torch_neuronx")
+        if not registers_itself():
+            return back
+        autoload = set_variable(AUTOLOAD, "0")
+
+        def undo() -> None:
+            autoload()
+            back()
+
+        return undo
 
     def start_method(self, asked: str) -> str:
         """fork in place of spawn, which upstream's scripts force for CUDA's sake and which imports all again.

@@ -60,7 +60,10 @@ class Lane(ABC):
     backend: ClassVar[str]
     """Name of the torch.distributed backend that moves this lane's tensors."""
     ragged: ClassVar[bool] = False
-    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
+    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called, and
+    a new shape costs nothing."""
+    traced: ClassVar[bool] = False
+    """A step is recorded as a graph before it runs: what differs between ranks or steps makes another graph."""
 
     @classmethod
     @abstractmethod
@@ -203,10 +206,18 @@ class Lane(ABC):
     ) -> AbstractContextManager[Any]:
         """torch.distributed._coalescing_manager for upstream's calls."""
 
+    @abstractmethod
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
+        """Return when all ranks of the group, or of the world, are here."""
+
     @property
     def emulates_rounding(self) -> bool:
         """Is stochastic rounding asked for, and this lane's device has none? See rounding.py."""
         return False
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What upstream marks for a fusing compiler (megatron-core's jit_fuser), as this lane has it: as it stands."""
+        return function
 
     @abstractmethod
     def step_boundary(self) -> None:

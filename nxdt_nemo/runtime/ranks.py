@@ -150,6 +150,12 @@ class RanksLane(Lane):
 
         return gaps.coalescing(group, device, async_ops)
 
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
+        """torch.distributed.barrier for upstream's calls."""
+        import torch.distributed as dist
+
+        dist.barrier(group)
+
 
 def _check_launcher(rank: int, world: int) -> None:
     for name, value in {"RANK": rank, "WORLD_SIZE": world}.items():

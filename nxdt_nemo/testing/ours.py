@@ -8,6 +8,7 @@ has changed them. Proof: tests/megatron/test_parity.py.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -75,6 +76,7 @@ def train(
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
+    current().init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))  # unless the pool has
     try:
         return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {})
     finally:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.testing import ours
+from nxdt_nemo.testing import neuron_standin, ours
 from nxdt_nemo.testing.matrix import TOLERANCE, NemoRow
 from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.nemo_run import NemoPart
@@ -291,6 +291,16 @@ class Parity:
         one, _ = self.ours(recipe, Layout())
         left = f"{layout}, {fault}" if fault else str(layout)
         return Row(recipe.family, left, "ours, one rank", tolerance, errors(mine, one, copies), bool(fault))
+
+    def neuron_against_cpu(self, recipe: Recipe, layout: Layout, tolerance: float, fault: Fault = "") -> Row:
+        """Ours on the neuron lane's stand-in, against the cpu lane in the same layout; with a fault it must fail."""
+        env = neuron_standin.environment(neuron_standin.installed()) | {"NXDT_NEMO": "0"}
+        with RankPool(layout.world, env=env, init=ACTIVE, group=False, timeout=2 * self.timeout) as pool:
+            arguments = (recipe, self.weights(recipe), layout, fault)
+            mine, copies = ours.assemble(pool.run("nxdt_nemo.testing.ours:train", *arguments))
+        left = ", ".join(filter(None, [f"neuron stand-in, {layout}", *_marks(recipe), fault]))
+        theirs, _ = self.ours(recipe, layout)
+        return Row(recipe.family, left, f"cpu lane, {layout}", tolerance, errors(mine, theirs, copies), bool(fault))
 
     def _run_ours(self, layout: Layout, *arguments: Any) -> list[Any]:
         function = "nxdt_nemo.testing.ours:train"

@@ -114,7 +114,7 @@ class Bucket:
 def refuse_on_traced_lanes(place: str, fix: str) -> None:
     """Raise LaneError where graphs are traced: each rank's pieces would be another graph."""
     lane = current()
-    if not lane.ragged:
+    if lane.traced:
         raise LaneError(f"sharded optimizers are not on the {lane.name} lane in this release yet", place=place, fix=fix)
 
 

@@ -34,6 +34,7 @@ class XlaLane(RanksLane):
 
     name = "xla"
     backend = "nxdt_xla"  # not torch_xla's "xla", whose groups of some ranks are groups of one (xla_backend.py)
+    traced = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,22 +63,9 @@ class XlaLane(RanksLane):
         return torch_xla.device()  # type: ignore[no-any-return]
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Module.to makes new parameters here: it drops `tensor_model_parallel` and the like, and unties tied ones.
-        Parameters that two modules share have to be placed in one call."""
-        import torch
+        from nxdt_nemo.runtime.placing import place
 
-        device, made = self.device(), {}
-        for part in module.modules():
-            for name, old in part._parameters.items():
-                if old is None or old.device == device:
-                    continue
-                if old not in made:
-                    made[old] = torch.nn.Parameter(old.detach().to(device), old.requires_grad)
-                    made[old].__dict__.update(vars(old))
-                part._parameters[name] = made[old]
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else buffer.to(device)
-        return module.to(device)  # for what subclasses note there: Lightning's modules their device
+        return place(module, self.device())
 
     def device_count(self) -> int:
         return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or 1
