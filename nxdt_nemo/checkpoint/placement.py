@@ -35,7 +35,11 @@ __all__ = [
     "Segment",
     "Stored",
     "chunks",
+    "gated",
+    "not_gated",
     "rows_of",
+    "tied_and_split",
+    "untied",
 ]
 
 
@@ -153,6 +157,26 @@ def _share(name: str, model: Model, rank: int, ranks: int) -> Segment:
 
 def _always(model: Model, layout: Layout) -> bool:
     return True
+
+
+def untied(model: Model, layout: Layout) -> bool:
+    """When of a row: the output layer has a weight of its own."""
+    return not model.tied
+
+
+def tied_and_split(model: Model, layout: Layout) -> bool:
+    """When of a row: the last stage has a copy of the embedding."""
+    return model.tied and layout.pp > 1
+
+
+def gated(model: Model, layout: Layout) -> bool:
+    """When of a row: the MLP's first matrix has a gate."""
+    return model.gated
+
+
+def not_gated(model: Model, layout: Layout) -> bool:
+    """When of a row: it has none."""
+    return not model.gated
 
 
 @dataclass(frozen=True)

@@ -11,30 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from nxdt_nemo.checkpoint.layout import Layout
-from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Blocks, Dialect, Groups, Row, Same
+from nxdt_nemo.checkpoint.placement import Blocks, Dialect, Groups, Row, Same, gated, not_gated, tied_and_split, untied
 
 __all__ = ["DISTRIBUTED", "PER_RANK", "PER_RANK_TE"]
 
 Spec = Literal["local", "te"]
 _BOTH = ("weight", "bias")
-
-
-def _untied(model: Model, layout: Layout) -> bool:
-    return not model.tied
-
-
-def _tied_and_split(model: Model, layout: Layout) -> bool:
-    return model.tied and layout.pp > 1
-
-
-def _gated(model: Model, layout: Layout) -> bool:
-    return model.gated
-
-
-def _not_gated(model: Model, layout: Layout) -> bool:
-    return not model.gated
 
 
 def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
@@ -55,8 +37,8 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
     ]
     fc1, fc2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
     yield from norms
-    yield row(fc1, fc1, Blocks(mine + "mlp.gate.weight", mine + "mlp.up.weight"), when=_gated)
-    yield row(fc1, fc1, Same(mine + "mlp.up.weight"), when=_not_gated)
+    yield row(fc1, fc1, Blocks(mine + "mlp.gate.weight", mine + "mlp.up.weight"), when=gated)
+    yield row(fc1, fc1, Same(mine + "mlp.up.weight"), when=not_gated)
     yield row("mlp.linear_fc1.bias", "mlp.linear_fc1.bias", Same(mine + "mlp.up.bias"))
     yield row(fc2, fc2, Same(mine + "mlp.down.weight"))
     yield row("mlp.linear_fc2.bias", "mlp.linear_fc2.bias", Same(mine + "mlp.down.bias"))
@@ -64,9 +46,9 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
     yield from _experts(layer, mine, stacked)
     yield Row("decoder.final_layernorm.weight", Same("final_norm.weight"), on="last")
     yield Row("decoder.final_layernorm.bias", Same("final_norm.bias"), on="last")
-    yield Row("output_layer.weight", Same("head.weight"), on="last", when=_untied)
+    yield Row("output_layer.weight", Same("head.weight"), on="last", when=untied)
     if not stacked:  # the last stage's copy
-        yield Row("output_layer.weight", Same("embedding.word.weight"), on="last", when=_tied_and_split, copy=True)
+        yield Row("output_layer.weight", Same("embedding.word.weight"), on="last", when=tied_and_split, copy=True)
 
 
 def _attention(row: Callable[..., Row], mine: str, spec: Spec) -> Iterator[Row]:
@@ -107,7 +89,7 @@ def _heads(stacked: bool) -> Iterator[Row]:
         yield Row(f"lm_head.layer_norm.{what}", Same(f"head.norm.{what}"), on="last")
     if not stacked:
         copy = Same("embedding.word.weight")
-        yield Row("output_layer.weight", copy, on="last", when=_tied_and_split, copy=True)
+        yield Row("output_layer.weight", copy, on="last", when=tied_and_split, copy=True)
     yield Row("output_layer.bias", Same("head.bias"), on="last")
     for what in _BOTH:
         yield Row(f"binary_head.{what}", Same(f"binary_head.{what}"), on="last")

@@ -10,29 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nxdt_nemo.checkpoint.layout import Layout
-from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Blocks, Dialect, Groups, How, Row, Rows, Same
+from nxdt_nemo.checkpoint.placement import (
+    Blocks,
+    Dialect,
+    Groups,
+    How,
+    Row,
+    Rows,
+    Same,
+    gated,
+    not_gated,
+    tied_and_split,
+    untied,
+)
 
 __all__ = ["legacy"]
 
 _ROOT = "language_model."
-
-
-def _untied(model: Model, layout: Layout) -> bool:
-    return not model.tied
-
-
-def _tied_and_split(model: Model, layout: Layout) -> bool:
-    return model.tied and layout.pp > 1
-
-
-def _gated(model: Model, layout: Layout) -> bool:
-    return model.gated
-
-
-def _not_gated(model: Model, layout: Layout) -> bool:
-    return not model.gated
 
 
 def _also(key: str) -> tuple[str, ...]:
@@ -59,8 +53,8 @@ def _rows(version: float) -> Iterator[Row]:
         yield row(layer + f"self_attention.dense.{what}", Same(mine + f"attention.out.{what}"))
         yield row(layer + f"post_attention_norm.{what}", Same(mine + f"mlp.norm.{what}"))
     fc1 = layer + "mlp.dense_h_to_4h.weight"
-    yield row(fc1, Blocks(mine + "mlp.gate.weight", mine + "mlp.up.weight"), when=_gated)
-    yield row(fc1, Same(mine + "mlp.up.weight"), when=_not_gated)
+    yield row(fc1, Blocks(mine + "mlp.gate.weight", mine + "mlp.up.weight"), when=gated)
+    yield row(fc1, Same(mine + "mlp.up.weight"), when=not_gated)
     yield row(layer + "mlp.dense_h_to_4h.bias", Same(mine + "mlp.up.bias"))
     yield row(layer + "mlp.dense_4h_to_h.weight", Same(mine + "mlp.down.weight"))
     yield row(layer + "mlp.dense_4h_to_h.bias", Same(mine + "mlp.down.bias"))
@@ -71,9 +65,9 @@ def _rows(version: float) -> Iterator[Row]:
         yield Row(_ROOT + f"pooler.dense.{what}", Same(f"pooler.{what}"), on="last")
         yield Row(f"binary_head.{what}", Same(f"binary_head.{what}"), on="last")
     yield Row("lm_head.bias", Same("head.bias"), on="last")
-    yield Row(_ROOT + "output_layer.weight", Same("head.weight"), on="last", when=_untied)
+    yield Row(_ROOT + "output_layer.weight", Same("head.weight"), on="last", when=untied)
     copy = Same("embedding.word.weight")
-    yield Row("word_embeddings_for_head.weight", copy, on="last", when=_tied_and_split, copy=True)
+    yield Row("word_embeddings_for_head.weight", copy, on="last", when=tied_and_split, copy=True)
 
 
 def _fuse(names: list[str], version: float) -> How:

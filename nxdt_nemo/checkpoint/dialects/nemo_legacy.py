@@ -15,9 +15,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Blocks, Dialect, Groups, How, Row, Same, Segment
+from nxdt_nemo.checkpoint.placement import (
+    Blocks,
+    Dialect,
+    Groups,
+    How,
+    Row,
+    Same,
+    Segment,
+    gated,
+    not_gated,
+    tied_and_split,
+    untied,
+)
 from nxdt_nemo.errors import LayoutError
 
 __all__ = ["Pairs", "Spelling", "nemo_legacy", "spelling_of"]
@@ -65,22 +76,6 @@ class Pairs(How):
         return [Segment(name, head * size, size) for head in heads for name in names]
 
 
-def _untied(model: Model, layout: Layout) -> bool:
-    return not model.tied
-
-
-def _tied_and_split(model: Model, layout: Layout) -> bool:
-    return model.tied and layout.pp > 1
-
-
-def _gated(model: Model, layout: Layout) -> bool:
-    return model.gated
-
-
-def _not_gated(model: Model, layout: Layout) -> bool:
-    return not model.gated
-
-
 def _rows(spelling: Spelling) -> Iterator[Row]:
     for key, name in (("word", "word"), ("position", "position"), ("tokentype", "token_type")):
         yield Row(_ROOT + f"embedding.{key}_embeddings.weight", Same(f"embedding.{name}.weight"), on="first")
@@ -107,21 +102,21 @@ def _rows(spelling: Spelling) -> Iterator[Row]:
         Same("head.weight"),
         also=("word_embeddings.weight", "word_embeddings_for_head.weight"),
         on="last",
-        when=_untied,
+        when=untied,
     )
     copy = Same("embedding.word.weight")
     other = ("word_embeddings.weight", "word_embeddings_for_head.weight")
-    yield Row(spelling.head, copy, also=other, on="last", when=_tied_and_split, copy=True)
+    yield Row(spelling.head, copy, also=other, on="last", when=tied_and_split, copy=True)
 
 
 def _mlp(at: str, mine: str, spelling: Spelling) -> Iterator[Row]:
     gate, up, down = (mine + f"mlp.{one}.weight" for one in ("gate", "up", "down"))
     if spelling.two:
-        yield Row(at + "dense_h_to_4h.weight", Same(gate), when=_gated)
-        yield Row(at + "dense_h_to_4h_2.weight", Same(up), when=_gated)
+        yield Row(at + "dense_h_to_4h.weight", Same(gate), when=gated)
+        yield Row(at + "dense_h_to_4h_2.weight", Same(up), when=gated)
     else:
-        yield Row(at + "dense_h_to_4h.weight", Blocks(gate, up), when=_gated)
-    yield Row(at + "dense_h_to_4h.weight", Same(up), when=_not_gated)
+        yield Row(at + "dense_h_to_4h.weight", Blocks(gate, up), when=gated)
+    yield Row(at + "dense_h_to_4h.weight", Same(up), when=not_gated)
     yield Row(at + "dense_h_to_4h.bias", Same(mine + "mlp.up.bias"))
     yield Row(at + "dense_4h_to_h.weight", Same(down))
     yield Row(at + "dense_4h_to_h.bias", Same(mine + "mlp.down.bias"))

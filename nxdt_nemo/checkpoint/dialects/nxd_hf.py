@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nxdt_nemo.checkpoint.dialects.nemo_legacy import moe
-from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Blocks, Dialect, How, Row, Same, Segment
+from nxdt_nemo.checkpoint.placement import Blocks, Dialect, How, Row, Same, Segment, untied
 from nxdt_nemo.errors import LayoutError
 
 __all__ = ["Attention", "Copies", "Form", "form_of", "nxd_hf"]
@@ -83,10 +82,6 @@ def form_of(keys: Sequence[str]) -> Form:
     return "stride" if "qkv_proj.weight" in ends else "separate"
 
 
-def _untied(model: Model, layout: Layout) -> bool:
-    return not model.tied
-
-
 def _attention(at: str, mine: str, form: Form, copies: Copies) -> Iterator[Row]:
     for what in ("weight", "bias"):
         names = tuple(mine + f"attention.{one}.{what}" for one in "qkv")
@@ -112,7 +107,7 @@ def _rows(form: Form, copies: Copies) -> Iterator[Row]:
     yield Row(layer + "input_layernorm.weight", Same(mine + "attention.norm.weight"))
     yield Row(layer + "post_attention_layernorm.weight", Same(mine + "mlp.norm.weight"))
     yield Row("model.norm.weight", Same("final_norm.weight"), on="last")
-    yield Row("lm_head.weight", Same("head.weight"), on="last", when=_untied)
+    yield Row("lm_head.weight", Same("head.weight"), on="last", when=untied)
 
 
 def nxd_hf(form: Form, copies: Copies) -> Dialect:
