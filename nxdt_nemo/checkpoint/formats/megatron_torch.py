@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.catalog import Catalog
 from nxdt_nemo.checkpoint.dialects import megatron_args
 from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK, PER_RANK_TE
 from nxdt_nemo.checkpoint.dialects.megatron_legacy import legacy
-from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer
+from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
+from nxdt_nemo.checkpoint.formats.per_rank import Held
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
 from nxdt_nemo.checkpoint.io.pickling import Pending
@@ -35,9 +33,6 @@ from nxdt_nemo.errors import UserError
 __all__ = ["READERS", "WRITERS", "MegatronTorchReader", "MegatronTorchWriter"]
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_NOTHING = re.compile(r".*(_extra_state|rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.attention_mask)")
-_DRIFT = 2**-6  # of the largest element: two bits of bfloat16
-_COMPARED = 1 << 24  # bytes of a copy that are compared with the original; larger ones are not
 
 
 @dataclass
@@ -77,7 +72,8 @@ class MegatronTorchReader(Reader):
         first = _open(folder / names[0], files)
         training = megatron.training_of(first.state, options)
         layout = megatron_args.layout_of(training.args) if training.args else _guess(names)
-        _check_grid(folder, names, layout)
+        wanted = {folder_name(layout, tp, pp, ep) for pp in range(layout.pp) for tp, ep, _ in layout.grid()}
+        per_rank.check_grid(folder, wanted, names, layout, by="its arguments")
         ranks = {name: first if name == names[0] else _open(folder / name, files) for name in names}
         _check_same(ranks)
         model = megatron.model_of(training.args, options, str(folder))
@@ -87,7 +83,7 @@ class MegatronTorchReader(Reader):
         model = model.with_(family=family.name).check(str(folder))
         layout.check(model.layers, model.experts)
         source = Source(self.format, folder, family, model, Catalog(), layout, training)
-        _collect(source, ranks, dialect)
+        per_rank.collect(source, dialect, _shards(model, layout, ranks), local=True, by="arguments")
         if options.optimizer:
             megatron_optimizer.collect(source, {name: rank.state for name, rank in ranks.items()}, dialect, files)
         source.assets = megatron.assets_of(folder)
@@ -112,17 +108,6 @@ def _guess(names: Sequence[str]) -> Layout:
         pp=1 + max(int(match[2] or 0) for match in found),
         ep=1 + max(int(match[3] or 0) for match in found),
     )
-
-
-def _check_grid(folder: Path, names: Sequence[str], layout: Layout) -> None:
-    """Raises UserError for missing and for further ranks."""
-    wanted = {folder_name(layout, tp, pp, ep) for pp in range(layout.pp) for tp, ep, _ in layout.grid()}
-    if missing := sorted(wanted - set(names)):
-        reason = f"{len(missing)} of the {len(wanted)} ranks of {layout} are missing: {', '.join(missing[:4])}"
-        raise UserError(reason, place=str(folder), fix="copy them from the cluster's storage")
-    if further := sorted(set(names) - wanted):
-        reason = f"{', '.join(further[:4])}: no rank of {layout}, which its arguments say"
-        raise UserError(reason, place=str(folder), fix="remove what an older run left there")
 
 
 def _check_same(ranks: Mapping[str, _Rank]) -> None:
@@ -165,61 +150,11 @@ def _believe(model: Model, ranks: Mapping[str, _Rank], layout: Layout, options: 
     return model.with_(vocab=vocab, padded_vocab=rows)
 
 
-def _collect(source: Source, ranks: Mapping[str, _Rank], dialect: Dialect) -> None:
-    """Put every tensor of every rank into the catalog; compare what is there more than once."""
-    model, layout, dtypes = source.model, source.layout, {}
-    drifted: dict[str, float] = {}
+def _shards(model: Model, layout: Layout, ranks: Mapping[str, _Rank]) -> Iterator[tuple[Shard, Held]]:
+    """Each model, or virtual stage, of each rank."""
     for shard in layout.shards(model.layers, model.experts):
         rank = ranks[folder_name(layout, shard.tp, shard.pp, shard.ep)]
-        state = rank.chunk(shard.chunk, layout)
-        claimed = set()
-        for stored in rows_of(dialect, model, source.names, shard, layout):
-            key = next((name for name in (stored.key, *stored.also) if name in state), "")
-            found = state.get(key)
-            if not isinstance(found, Extent):
-                raise UserError(f"{stored.key} is missing", place=str(rank.path), fix="the file is not complete")
-            if found.shape != stored.shape:
-                reason = f"{key} is {list(found.shape)}, its arguments make it {list(stored.shape)}"
-                raise UserError(reason, place=str(rank.path), fix="arguments and tensors are of two models")
-            claimed.add(key)
-            dtypes[found.dtype] = rank.path
-            if off := _compare(source.catalog, stored, found, rank.path):
-                drifted[key] = max(off, drifted.get(key, 0.0))
-            source.catalog.add("model", stored.parts, found, whole(found.shape))
-        left = [key for key, value in state.items() if key not in claimed and isinstance(value, Extent)]
-        if unknown := [key for key in left if not _NOTHING.fullmatch(key)]:
-            reason = f"{unknown[0]} is not a tensor of {source.family.name}"
-            raise UserError(reason, place=str(rank.path), fix="name the right --family")
-    if drifted:
-        said = f"{len(drifted)} tensors that all tensor-parallel ranks have differ in the last bits"
-        source.notes.append(f"{said}, {max(drifted.values()):.1e} of the largest element: the first rank's are taken")
-    if len(dtypes) > 1:
-        source.notes.append("weights are of several dtypes: " + ", ".join(str(dtype) for dtype in dtypes))
-
-
-def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path) -> float:
-    """How much a tensor differs from a copy that another rank has, in the largest element of either.
-
-    Ranks' copies drift apart in the last bit where their gradients are summed in another order. Raises UserError for
-    more than that.
-    """
-    worst = 0.0
-    for part in stored.parts:
-        for block in catalog.blocks("model", part.name):
-            if block.box != part.box or found.nbytes > _COMPARED:
-                continue
-            theirs = block.read(part.box).reshape(-1)
-            mine = found.read(part.at).reshape(-1)
-            if torch.equal(theirs, mine):
-                continue
-            largest = float(torch.maximum(theirs.abs().max(), mine.abs().max()))
-            off = float((theirs.double() - mine.double()).abs().max()) / largest
-            if not off <= _DRIFT:
-                where = Path(block.array.place.rpartition(": ")[0]).parent.name
-                reason = f"{stored.key} differs from its copy in {where} by {off:.0%} of the largest element"
-                raise UserError(reason, place=str(path), fix="files of two runs are mixed")
-            worst = max(worst, off)
-    return worst
+        yield shard, Held(rank.path, rank.chunk(shard.chunk, layout))
 
 
 class MegatronTorchWriter(Writer):

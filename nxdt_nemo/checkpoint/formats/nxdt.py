@@ -163,7 +163,8 @@ def _source(
         missing = sorted(set(range(model.layers)) - set(layers)) or [layers[-1]]
         reason = f"layers {missing[:6]} of {model.layers} do not match the ranks' files"
         raise UserError(reason, place=str(tag), fix="a rank is missing, or the configuration is of another model")
-    per_rank.collect(source, dialect, shards, local=False, expert_ranks=True)
+    hint = "; of NxD: --option hw_backend=trn1 or trn2 says how heads are placed"
+    per_rank.collect(source, dialect, shards, local=False, expert_ranks=True, hint=hint)
     source.detail = {
         "style": "megatron" if megatron_style else "hf",
         "dialect": dialect,

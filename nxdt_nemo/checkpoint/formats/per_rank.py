@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,6 +47,7 @@ _NOTHING = re.compile(
 )
 _DRIFT = 2**-6  # of the largest element: two bits of bfloat16
 _COMPARED = 1 << 24  # bytes of a copy that are compared with the original; larger ones are not
+_MAKES = {"configuration": "the configuration makes", "arguments": "its arguments make"}
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
 
@@ -112,14 +113,14 @@ def of_layers(arrays: Mapping[str, Any]) -> list[int]:
     return sorted(found)
 
 
-def check_grid(folder: Path, wanted: Iterable[str], have: Iterable[str], layout: Layout) -> None:
-    """Raises UserError for missing and for further ranks."""
+def check_grid(folder: Path, wanted: Iterable[str], have: Iterable[str], layout: Layout, *, by: str = "") -> None:
+    """Raises UserError for missing and for further ranks. by: who says the layout, for the error."""
     wanted, have = set(wanted), set(have)
     if missing := sorted(wanted - have):
         reason = f"{len(missing)} of the {len(wanted)} ranks of {layout} are missing: {', '.join(missing[:4])}"
         raise UserError(reason, place=str(folder), fix="copy them from the cluster's storage")
     if further := sorted(have - wanted):
-        reason = f"{', '.join(further[:4])}: no rank of {layout}"
+        reason = f"{', '.join(further[:4])}: no rank of {layout}" + (f", which {by} say" if by else "")
         raise UserError(reason, place=str(folder), fix="remove what an older run left there")
 
 
@@ -142,12 +143,21 @@ def believe(model: Model, first: Held, key: str, tp: int, options: Options) -> M
 
 
 def collect(
-    source: Source, dialect: Dialect, shards: Iterable[tuple[Shard, Held]], *, local: bool, expert_ranks: bool = False
+    source: Source,
+    dialect: Dialect,
+    shards: Iterable[tuple[Shard, Held]],
+    *,
+    local: bool,
+    expert_ranks: bool = False,
+    by: Literal["configuration", "arguments"] = "configuration",
+    hint: str = "",
 ) -> None:
     """Put the tensors of every rank into the catalog; compare what is there more than once.
 
     local         keys count a rank's own layers from 0
     expert_ranks  ranks of experts other than the first may lack what is not an expert's
+    by            what the model is known by, for errors
+    hint          what else may be wrong where copies differ
     Raises UserError for a missing tensor, one of another shape, one that is not the model's, and copies that differ.
     """
     drifted: dict[str, float] = {}
@@ -164,11 +174,11 @@ def collect(
             lead = () if place is None else (place,)
             experts = () if place is None else (len(shard.experts),)
             if found.shape != (*experts, *stored.shape):
-                reason = f"{key} is {list(found.shape)}, the configuration makes it {[*experts, *stored.shape]}"
-                raise UserError(reason, place=str(held.path), fix="configuration and tensors are of two models")
+                reason = f"{key} is {list(found.shape)}, {_MAKES[by]} it {[*experts, *stored.shape]}"
+                raise UserError(reason, place=str(held.path), fix=f"{by} and tensors are of two models")
             claimed.add(key)
             dtypes.add(found.dtype)
-            if place is None and (off := _compare(source.catalog, stored, found, held.path)):
+            if place is None and (off := _compare(source.catalog, stored, found, held.path, hint)):
                 drifted[key] = max(off, drifted.get(key, 0.0))
             source.catalog.add("model", stored.parts, found, whole(stored.shape), lead)
         left = [key for key, value in held.arrays.items() if key not in claimed and isinstance(value, Extent)]
@@ -193,8 +203,12 @@ def stacked(found: Iterable[Stored]) -> Iterator[tuple[Stored, int | None]]:
             yield stored, None
 
 
-def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path) -> float:
-    """How much a tensor differs from copies that are there, in the largest element. Raises UserError for much."""
+def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: str) -> float:
+    """How much a tensor differs from copies that other ranks have, in the largest element of either.
+
+    Ranks' copies drift apart in the last bit where their gradients are summed in another order. Raises UserError for
+    more than that.
+    """
     worst = 0.0
     for part in stored.parts:
         for block in catalog.blocks("model", part.name):
@@ -208,8 +222,7 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path) -> flo
             off = float((theirs.double() - mine.double()).abs().max()) / largest
             if not off <= _DRIFT:
                 reason = f"{stored.key} differs from its copy in {block.array.place} by {off:.0%} of the largest"
-                fix = "files of two runs are mixed; of NxD: --option hw_backend=trn1 or trn2 says how heads are placed"
-                raise UserError(reason, place=str(path), fix=fix)
+                raise UserError(reason, place=str(path), fix=f"files of two runs are mixed{hint}")
             worst = max(worst, off)
     return worst
 
