@@ -75,7 +75,7 @@ class MegatronTorchReader(Reader):
         if not names:
             raise UserError("has no mp_rank_XX", place=str(folder), fix="name the folder that has them")
         first = _open(folder / names[0], files)
-        training = megatron.training_of(first.state, options)
+        training = megatron.training_of(first.state, folder)
         layout = megatron_args.layout_of(training.args) if training.args else _guess(names)
         _check_grid(folder, names, layout)
         ranks = {name: first if name == names[0] else _open(folder / name, files) for name in names}
