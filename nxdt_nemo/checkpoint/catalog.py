@@ -22,6 +22,9 @@ from nxdt_nemo.errors import UserError
 __all__ = ["Array", "Block", "Catalog", "Move", "Reshaped", "Wanted", "collect"]
 
 
+_BLOCK = 8 << 20  # bytes that are made at a time where an array may be written in parts
+
+
 class Array(Protocol):
     """An array in a file."""
 
@@ -89,6 +92,16 @@ class Move(NamedTuple):
     box: Box
     to: Box
     turned: bool
+
+    def cut(self, box: Box) -> Move | None:
+        """What of it goes to a box of the array, seen from the box."""
+        both = self.to.meet(box)
+        if both is None:
+            return None
+        zero = (0,) * len(both.start)
+        inner = both.moved(self.to.start, zero)
+        taken = (inner.turned() if self.turned else inner).moved(zero, self.box.start)
+        return Move(self.block, taken, both.moved(box.start, zero), self.turned)
 
 
 class Catalog:
@@ -206,6 +219,18 @@ class Wanted:
     def tensor(self) -> torch.Tensor:
         """The array, made now."""
         return collect(self.moves, self.shape, self.dtype)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The array as runs of rows, each made when the one before is done with: a large one is never there at once."""
+        rows = max(1, _BLOCK * self.shape[0] // self.nbytes) if self.shape and self.nbytes else 0
+        if not rows or rows >= self.shape[0] or len(self.moves) == 1:
+            yield self.tensor()
+            return
+        for begin in range(0, self.shape[0], rows):
+            size = (min(rows, self.shape[0] - begin), *self.shape[1:])
+            box = Box((begin,) + (0,) * (len(size) - 1), size)
+            cut = [moved for move in self.moves if (moved := move.cut(box)) is not None]
+            yield collect(cut, size, self.dtype)
 
 
 def collect(moves: Sequence[Move], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

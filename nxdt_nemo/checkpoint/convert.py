@@ -52,11 +52,12 @@ def convert(
     version: str = "",
     workers: int = 2,
     overwrite: bool = False,
+    digest: str = "xxh3_128",
     progress: Progress | None = None,
 ) -> Report:
     """Write the checkpoint at `path` as format `to` at `target`. Raises UserError, and then `target` is as it was.
 
-    workers  files written at a time; version goes into the manifest
+    workers  files written at a time; digest, of each file: xxh3_128 or sha256; version goes into the manifest
     """
     started = time.monotonic()
     wanted = wanted or Target()
@@ -73,7 +74,8 @@ def convert(
     outputs = list(writer.outputs(source, wanted))
     before = _fingerprints(source)
     total = sum(output.size for output in outputs)
-    folder = Folder(target, _plan(source, to, options, wanted, outputs, before), overwrite=overwrite, single=single)
+    plan = _plan(source, to, options, wanted, outputs, before)
+    folder = Folder(target, plan, overwrite=overwrite, single=single, algorithm=digest)
     done = 0
 
     def advance(count: int) -> None:
@@ -85,7 +87,7 @@ def convert(
     try:
         folder.open(total)
         folder.write(outputs, workers, advance)
-        for last in writer.last({name: written.sha256 for name, written in folder.done.items()}):
+        for last in writer.last({name: written.digest for name, written in folder.done.items()}):
             folder.write([last], 1, lambda _: None)
             outputs.append(last)
         if _fingerprints(source) != before:

@@ -1,7 +1,7 @@
 """A folder that appears when it is whole: written beside its place, synced, renamed, with a manifest.
 
 Room checkpoint/ (leaf). DST.partial/ holds what is written and a journal with a line for each finished file; a second
-run with the same plan takes it up there. May import the standard library and this room.
+run with the same plan takes it up there. May import xxhash and this room.
 Proof: tests/checkpoint/test_output.py, test_killed.py.
 """
 
@@ -14,16 +14,18 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nxdt_nemo.checkpoint.formats.base import Output
+import xxhash
+
+from nxdt_nemo.checkpoint.formats.base import Bytes, Output
 from nxdt_nemo.errors import UserError
 
-__all__ = ["JOURNAL", "MANIFEST", "Folder", "check_manifest", "digest"]
+__all__ = ["JOURNAL", "MANIFEST", "Folder", "check_manifest", "digest", "same"]
 
 MANIFEST, JOURNAL = "nxdt_manifest.json", "nxdt_journal.jsonl"
 _BLOCK = 4 << 20
@@ -32,10 +34,10 @@ _SLACK = 64 << 20  # bytes that a file system needs beside the files'
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file."""
+    """A finished file. digest: the algorithm's name, a colon, hexadecimal digits."""
 
     size: int
-    sha256: str
+    digest: str
 
 
 class Folder:
@@ -47,8 +49,10 @@ class Folder:
     single  the one file that is to be at `target` instead of a folder; its manifest lies beside it
     """
 
-    def __init__(self, target: Path, plan: str, *, overwrite: bool = False, single: str = "") -> None:
-        self.target, self.plan = target, plan
+    def __init__(
+        self, target: Path, plan: str, *, overwrite: bool = False, single: str = "", algorithm: str = "xxh3_128"
+    ) -> None:
+        self.target, self.plan, self.algorithm = target, plan, algorithm
         self.partial = target.with_name(target.name + ".partial")
         self.done: dict[str, Written] = {}
         self.resumed = 0
@@ -95,18 +99,18 @@ class Folder:
             for line in lines[1:]:
                 row = _parsed(line)
                 if "path" in row:
-                    known[row["path"]] = Written(row["size"], row["sha256"])
+                    known[row["path"]] = Written(row["size"], row["digest"])
         for at in sorted(self.partial.rglob("*"), reverse=True):
             name = str(at.relative_to(self.partial))
             if at.is_dir():
                 if not any(at.iterdir()):
                     at.rmdir()
-            elif name in known and at.stat().st_size == known[name].size and digest(at) == known[name].sha256:
+            elif name in known and at.stat().st_size == known[name].size and same(at, known[name].digest):
                 self.done[name] = known[name]
             elif name != ".lock":
                 at.unlink()
         self.resumed = len(self.done)
-        rows = [{"path": name, "size": w.size, "sha256": w.sha256} for name, w in self.done.items()]
+        rows = [{"path": name, "size": w.size, "digest": w.digest} for name, w in self.done.items()]
         text = "".join(json.dumps(row) + "\n" for row in ({"plan": self.plan}, *rows))
         journal.write_text(text)
 
@@ -115,7 +119,7 @@ class Folder:
         todo = [output for output in outputs if output.path not in self.done]
         advance(sum(output.size for output in outputs if output.path in self.done))
         with ThreadPoolExecutor(max(1, workers), "write") as pool:
-            futures = [pool.submit(self._write, output, advance) for output in todo]
+            futures = [pool.submit(self._write, output, advance, workers > len(todo)) for output in todo]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
@@ -128,20 +132,20 @@ class Folder:
                     future.cancel()
                 failed[0].result()
 
-    def _write(self, output: Output, advance: Callable[[int], None]) -> None:
+    def _write(self, output: Output, advance: Callable[[int], None], ahead: bool) -> None:
         at = self.partial / output.path
-        sha, size = hashlib.sha256(), 0
+        summed, size = _hash(self.algorithm), 0
         try:
             at.parent.mkdir(parents=True, exist_ok=True)
             with at.open("wb", buffering=0) as file:
-                for piece in output.stream():
+                for piece in _ahead(output.stream()) if ahead else output.stream():
                     view = memoryview(piece)
                     for begin in range(0, len(view), _BLOCK):
                         if self._stop.is_set():
                             return
                         block = view[begin : begin + _BLOCK]
                         _write_all(file.fileno(), block)
-                        sha.update(block)
+                        summed.update(block)
                         size += len(block)
                         advance(len(block))
                 os.fsync(file.fileno())
@@ -150,14 +154,14 @@ class Folder:
             raise UserError(said, place=str(at), fix="make room and run it again: it goes on from here") from error
         assert size == output.size, f"{output.path}: {size} bytes, {output.size} were announced"
         with self._lock:
-            self.done[output.path] = Written(size, sha.hexdigest())
+            self.done[output.path] = Written(size, f"{self.algorithm}:{summed.hexdigest()}")
             with (self.partial / JOURNAL).open("a") as journal:
-                row = {"path": output.path, "size": size, "sha256": sha.hexdigest()}
+                row = {"path": output.path, "size": size, "digest": self.done[output.path].digest}
                 journal.write(json.dumps(row) + "\n")
 
     def commit(self, provenance: Mapping[str, Any], order: Iterable[str]) -> None:
         """Manifest, sync, rename. `order` gives the files as the manifest lists them."""
-        files = {name: {"size": self.done[name].size, "sha256": self.done[name].sha256} for name in order}
+        files = {name: {"size": self.done[name].size, "digest": self.done[name].digest} for name in order}
         manifest = {**provenance, "files": files}
         at = self.partial / MANIFEST
         at.write_text(json.dumps(manifest, indent=1) + "\n")
@@ -213,10 +217,33 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
+def _hash(algorithm: str) -> Any:
+    """XXH3 finds damage at the speed of memory. It is no seal, and needs none: who can change a file can change the
+    manifest beside it; SHA-256 is for those whose archive asks for it."""
+    return xxhash.xxh3_128() if algorithm == "xxh3_128" else hashlib.new(algorithm)
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """A file's digest, with the algorithm's name before it."""
+    summed = _hash(algorithm)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK):
+            summed.update(block)
+    return f"{algorithm}:{summed.hexdigest()}"
+
+
+def same(path: Path, said: str) -> bool:
+    """True if the file has this digest. Raises ValueError for an algorithm that is not known."""
+    return digest(path, said.partition(":")[0]) == said
+
+
+def _ahead(pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+    """The same, each made in another thread while the one before is written: two are there at a time, not more."""
+    with ThreadPoolExecutor(1, "read") as pool:
+        coming = pool.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(next, pieces, None)
+            yield piece
 
 
 def check_manifest(path: Path) -> list[str]:
@@ -235,6 +262,6 @@ def check_manifest(path: Path) -> list[str]:
             wrong.append(f"{name} is missing")
         elif file.stat().st_size != row["size"]:
             wrong.append(f"{name} has {file.stat().st_size} bytes instead of {row['size']}")
-        elif digest(file) != row["sha256"]:
-            wrong.append(f"{name} is damaged: its sha256 is not the manifest's")
+        elif not same(file, row["digest"]):
+            wrong.append(f"{name} is damaged: its digest is not the manifest's")
     return wrong

@@ -146,6 +146,7 @@ def convert(
     option: _Option = None,
     workers: Annotated[int, typer.Option(help="Files written at a time.")] = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the target.")] = False,
+    digest: Annotated[str, typer.Option(help="Of each file, in the manifest: xxh3_128 or sha256.")] = "xxh3_128",
     verify: Annotated[bool, typer.Option("--verify", help="Check digests, tensors and logits afterwards.")] = False,
     trust_source: Annotated[
         bool, typer.Option("--trust-source", help="--verify may run Megatron's loader on the source.")
@@ -176,6 +177,7 @@ def convert(
             version=__version__,
             workers=_positive("--workers", workers),
             overwrite=overwrite,
+            digest=_one_of("--digest", digest, "xxh3_128", "sha256"),
             progress=progress,
         )
     for note in report.notes:

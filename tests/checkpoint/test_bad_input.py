@@ -405,6 +405,6 @@ def test_a_manifest_tells_of_damage(unpacked: Callable[[str], Path], tmp_path: P
     file.write_bytes(data)
     (tmp_path / "out/release/common.pt").unlink()
     assert check_manifest(tmp_path / "out") == [
-        "release/__0_0.distcp is damaged: its sha256 is not the manifest's",
+        "release/__0_0.distcp is damaged: its digest is not the manifest's",
         "release/common.pt is missing",
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nxdt_nemo.checkpoint import families
+from nxdt_nemo.checkpoint import catalog, families
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
@@ -102,3 +102,15 @@ def test_a_cast(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
     wanted, found = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(found[key], wanted[key].bfloat16()) for key in wanted)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("model", ["gpt2", "mixtral"])
+def test_large_arrays_are_written_in_parts(
+    model: str, hf_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transposed and fused ones too: as if a block were a kilobyte."""
+    convert(hf_model(model), tmp_path / "there", "torch", wanted=Target(Layout(tp=4, pp=2)))
+    monkeypatch.setattr(catalog, "_BLOCK", 1000)
+    convert(tmp_path / "there", tmp_path / "back", "hf", workers=9)
+    wanted, found = load_file(hf_model(model) / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)

@@ -33,7 +33,7 @@ from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
 write = os.write
 def slowly(*arguments):
-    time.sleep(0.02)
+    time.sleep(0.005)
     return write(*arguments)
 os.write = slowly
 kinds = ("model", "fp32_param", "exp_avg", "exp_avg_sq")

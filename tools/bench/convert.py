@@ -61,9 +61,10 @@ print(time.monotonic() - started)
 
 @dataclass(frozen=True)
 class Run:
-    """seconds of the process; inside, of the conversion in it; rss, the peak of RssAnon in bytes."""
+    """seconds of the process; cpu, user and system; inside, of the conversion in it; rss, peak RssAnon in bytes."""
 
     seconds: float
+    cpu: float
     inside: float
     rss: int
 
@@ -97,14 +98,17 @@ def converted(source: Path, target: Path, to: str, workers: int) -> Run:
     program = [sys.executable, "-c", CONVERT, str(source), str(target), to, str(workers)]
     started, peak = time.monotonic(), 0
     process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None:
+    ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    while not ended:
         peak = max(peak, _rss(process.pid))
         time.sleep(0.005)
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
     seconds = time.monotonic() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"the conversion to {to} ended with {process.returncode}")
     assert process.stdout is not None
-    return Run(seconds, float(process.stdout.read()), peak)
+    return Run(seconds, used.ru_utime + used.ru_stime, float(process.stdout.read()), peak)
 
 
 def _rss(pid: int) -> int:
@@ -143,6 +147,7 @@ def warm(folder: Path) -> None:
 def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, object]:
     """The table's numbers."""
     source, dist, back, copy = (place / name for name in ("hf", "dist", "back", "copy"))
+    load = os.getloadavg()[0]
     largest = make(source, layers)
     rows = {}
     for name, origin, target, to in (("there", source, dist, "torch_dist"), ("back", dist, back, "hf")):
@@ -160,6 +165,7 @@ def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, obj
             "cp": statistics.median(seconds for seconds, _ in runs),
             "seconds": statistics.median(run.seconds for _, run in runs),
             "inside": statistics.median(run.inside for _, run in runs),
+            "cpu": statistics.median(run.cpu for _, run in runs),
             "ratio": statistics.median(run.seconds / seconds for seconds, run in runs),
             "ratio_inside": statistics.median(run.inside / seconds for seconds, run in runs),
             "rss": max(run.rss for _, run in runs),
@@ -167,7 +173,7 @@ def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, obj
     if not filecmp.cmp(source / "model.safetensors", back / "model.safetensors", shallow=False):
         raise SystemExit("what came back is not what went out")
     size = (source / "model.safetensors").stat().st_size
-    return {"bytes": size, "largest": largest, "pairs": pairs, "workers": workers, **rows}
+    return {"bytes": size, "largest": largest, "pairs": pairs, "workers": workers, "load": load, **rows}
 
 
 def page(found: dict[str, object]) -> str:
@@ -179,14 +185,15 @@ def page(found: dict[str, object]) -> str:
         "",
         f"`python tools/bench/convert.py --pairs {found['pairs']}`, {date.today()}, {platform.machine()}, "
         f"{os.cpu_count()} cores, {found['workers']} writers.",
-        f"Python {platform.python_version()}, torch {version('torch')}.",
+        f"Python {platform.python_version()}, torch {version('torch')}; load average before it {found['load']:.1f}.",
         "",
         f"{int(str(found['bytes'])) / 1e9:.2f} GB of bfloat16, the largest tensor {largest / 1e6:.0f} MB.",
         f"Medians of {found['pairs']} interleaved pairs. Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice",
         f"the largest tensor and 1 GB, {limit / 1e6:.0f} MB. What came back is what went out, byte for byte.",
         "",
-        "| Way | cp + fsync, s | Process, s | inside, s | Process / cp | inside / cp | limit | RssAnon, MB | limit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| Way | cp + fsync, s | Process, s | its CPU, s | inside, s | Process / cp | inside / cp | limit |"
+        " RssAnon, MB | limit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = {"there": "hf to torch_dist, TP 8, PP 2", "back": "torch_dist to hf"}
     for key, name in names.items():
@@ -194,10 +201,9 @@ def page(found: dict[str, object]) -> str:
         assert isinstance(row, dict)
         met = "met" if row["ratio"] <= TIME_LIMIT else "missed"
         fits = "met" if row["rss"] <= limit else "missed"
-        lines.append(
-            f"| {name} | {row['cp']:.2f} | {row['seconds']:.2f} | {row['inside']:.2f} | {row['ratio']:.2f} | "
-            f"{row['ratio_inside']:.2f} | {met} | {row['rss'] / 1e6:.0f} | {fits} |"
-        )
+        times = [row[name] for name in ("cp", "seconds", "cpu", "inside", "ratio", "ratio_inside")]
+        cells = [name, *(f"{value:.2f}" for value in times), met, f"{row['rss'] / 1e6:.0f}", fits]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

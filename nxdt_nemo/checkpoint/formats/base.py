@@ -181,4 +181,4 @@ class Writer(ABC):
 
     @abstractmethod
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
-        """The files that make it a checkpoint, the one that readers look for last. digests: sha256 by path."""
+        """The files that make it a checkpoint, the one that readers look for last. digests: of the others, by path."""

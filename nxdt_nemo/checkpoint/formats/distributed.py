@@ -66,7 +66,7 @@ def build(
     """A Source of a container's arrays and its common.pt. Raises UserError for what is missing or contradictory."""
     place = str(path)
     prefix = _prefix(items, place)
-    training = megatron.training_of(common, options)
+    training = megatron.training_of(common, path)
     model = _believe(megatron.model_of(training.args, options, place), items, prefix, options, place)
     family = megatron.family_of(model, place)
     model = model.with_(family=family.name).check(place)

@@ -213,7 +213,7 @@ def _safe(path: str, shard: list[tuple[str, Wanted]]) -> Output:
     def stream() -> Iterator[Bytes]:
         yield head
         for _, want in shard:
-            yield torch_zip.raw_bytes(want.tensor())
+            yield from map(torch_zip.raw_bytes, want.blocks())
 
     return Output(path, len(head) + sum(want.nbytes for _, want in shard), stream)
 

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 FILE, ASSETS = "model_optim_rng.pt", "hf"
+RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
 FAMILY = "nxdt_family"
 _FOLDER = re.compile(r"iter_(\d{7,})|release")
@@ -77,7 +78,7 @@ def folder_of(path: Path, step: int | None) -> Path:
 
 def iteration_name(step: int | None) -> str:
     """iter_0000042; `release` for weights that are no iteration's."""
-    return "release" if step is None else f"iter_{step:07d}"
+    return RELEASE if step is None else f"iter_{step:07d}"
 
 
 def _there(path: Path) -> str:
@@ -101,12 +102,12 @@ def family_of(model: Model, place: str) -> Family:
     return families.by_name(model.family) if model.family else families.of_model(model, place)
 
 
-def training_of(common: Mapping[str, Any], options: Options) -> Training:
-    """How far training is, from common.pt or model_optim_rng.pt."""
+def training_of(common: Mapping[str, Any], folder: Path) -> Training:
+    """How far training is, from common.pt or model_optim_rng.pt; a folder `release` is of no iteration."""
     args = common.get("args")
     known = vars(args) if isinstance(args, argparse.Namespace) else {}
     groups, step = groups_of(common.get("optimizer"))
-    iteration = common.get("iteration")
+    iteration = common.get("iteration") if folder.name != RELEASE else None
     consumed = known.get("consumed_train_samples")
     scheduler = common.get("opt_param_scheduler")
     return Training(

@@ -70,7 +70,7 @@ class MegatronTorchReader(Reader):
         if not names:
             raise UserError("has no mp_rank_XX", place=str(folder), fix="name the folder that has them")
         first = _open(folder / names[0], files)
-        training = megatron.training_of(first.state, options)
+        training = megatron.training_of(first.state, folder)
         layout = megatron_args.layout_of(training.args) if training.args else _guess(names)
         wanted = {folder_name(layout, tp, pp, ep) for pp in range(layout.pp) for tp, ep, _ in layout.grid()}
         per_rank.check_grid(folder, wanted, names, layout, by="its arguments")

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -146,7 +147,10 @@ class Zip:
     _heads: list[tuple[str, bytes]] = field(init=False)
 
     def __post_init__(self) -> None:
-        pickled, self.pending = dumps(self.value)
+        if isinstance(self.value, Pending):
+            pickled, self.pending = _of_one(self.value.dtype, self.value.shape, self.value.nbytes), [self.value]
+        else:
+            pickled, self.pending = dumps(self.value)
         self._heads = [("data.pkl", pickled), ("byteorder", b"little")]
 
     def _entries(self) -> list[tuple[str, bytes | Pending]]:
@@ -181,6 +185,19 @@ class Zip:
         whole = b"".join(table)
         yield whole
         yield _ending(count, len(whole), at)
+
+
+class _Later:
+    """Of a pickle that is wanted without its tensor."""
+
+    def tensor(self) -> torch.Tensor:
+        raise AssertionError("this tensor is not written")
+
+
+@lru_cache(1024)
+def _of_one(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> bytes:
+    """The pickle of a single tensor: chunks of one size have the same, and there are thousands of them."""
+    return dumps(Pending(_Later(), dtype, shape, nbytes))[0]
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
