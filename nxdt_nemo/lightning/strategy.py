@@ -55,6 +55,7 @@ class NeuronStrategyMixin:
         if isinstance(launcher, EarlyScriptLauncher):
             launcher.start()
         self.setup_distributed()  # type: ignore[attr-defined]
+        current().ranks_are_up()
 
     def _get_process_group_backend(self) -> str:
         lane = current()

@@ -59,6 +59,8 @@ class _DeviceMesh(metaclass=_DeviceMeshType):
 def _init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
     kwargs.pop("device_id", None)  # NCCL's, to connect at once
     dist.init_process_group(to_backend(backend), *args, **kwargs)
+    if dist.is_initialized() and dist.get_backend() == current().backend:
+        current().ranks_are_up()
 
 
 @functools.wraps(dist.new_group)

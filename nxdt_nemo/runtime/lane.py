@@ -90,7 +90,9 @@ class Lane(ABC):
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
         """`module` with its parameters and buffers on this rank's device, what upstream noted on them included."""
-        return module.to(self.device())
+        from nxdt_nemo.runtime.placing import place
+
+        return place(module, self.device())
 
     @abstractmethod
     def device_count(self) -> int:
@@ -100,9 +102,12 @@ class Lane(ABC):
     def name_of_device(self) -> str:
         """What the device calls itself."""
 
-    @abstractmethod
     def supports(self, dtype: torch.dtype) -> bool:
-        """Can a model train in this dtype here?"""
+        """Can a model train in this dtype here? float16 is out on every lane: it trains with loss scaling only, which
+        this backend does not do."""
+        import torch
+
+        return dtype in (torch.float32, torch.bfloat16)
 
     @abstractmethod
     def total_memory(self) -> int:
@@ -150,6 +155,9 @@ class Lane(ABC):
         Raises LaneError when it is up with another backend, rank or world, or when the launcher's RANK and
         WORLD_SIZE say otherwise.
         """
+
+    def ranks_are_up(self) -> None:  # noqa: B027 - most lanes have nothing to look at
+        """Called on each rank once torch.distributed is up, whoever brought it up: what a lane then has to check."""
 
     @abstractmethod
     def close_ranks(self) -> None:
@@ -219,16 +227,15 @@ class Lane(ABC):
         """What upstream marks for a fusing compiler (megatron-core's jit_fuser), as this lane has it: as it stands."""
         return function
 
-    @abstractmethod
-    def step_boundary(self) -> None:
+    def step_boundary(self) -> None:  # noqa: B027 - an eager lane has traced nothing
         """The end of a training step: a traced lane cuts its graph here."""
 
     def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
         """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""
 
-    @abstractmethod
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Call function(*values) with the tensors' values on the host, when they are there.
 
-        cpu: at once. A traced lane calls it at a later step_boundary, so that reading a loss costs no wait.
+        An eager lane: at once. A traced one calls it at a later step_boundary, so that reading a loss costs no wait.
         """
+        function(*(tensor.detach().cpu() for tensor in tensors))

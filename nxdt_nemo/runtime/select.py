@@ -38,7 +38,7 @@ def select(name: str | None = None) -> tuple[Lane, str]:
         verdicts = {key: lane.probe() for key, lane in lanes.items()}
         best = next(key for key, verdict in verdicts.items() if verdict.usable)
         reasons = [f"{key}: {verdict.reason}" for key, verdict in verdicts.items() if not verdict.usable]
-        if best != "cpu" or not reasons:
+        if best != "cpu":
             reasons.insert(0, verdicts[best].reason)
         return lanes[best](), "; ".join(reasons)
     if asked not in lanes:

@@ -275,3 +275,13 @@ def test_newest_strategy_is_not_kept_alive():
     assert module.newest_strategy() is strategy
     del strategy
     assert module.newest_strategy() is None
+
+
+def test_the_lane_looks_at_ranks_once_they_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nxdt_nemo.runtime import current
+
+    done: list[str] = []
+    monkeypatch.setattr(Strategy, "setup_distributed", lambda _: done.append("distributed"), raising=False)
+    monkeypatch.setattr(type(current()), "ranks_are_up", lambda _: done.append("looked"))
+    Strategy().bring_up_ranks()
+    assert done == ["distributed", "looked"]

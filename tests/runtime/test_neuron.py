@@ -54,11 +54,11 @@ def test_a_rank_on_another_core_than_its_first_is_refused(
     torchneuron: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All ranks would put their tensors on one core."""
-    monkeypatch.setattr(module.RanksLane, "init_ranks", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
     monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "0-3")
     torchneuron.is_available, torchneuron.current_device = lambda: True, lambda: 2
     with pytest.raises(LaneError) as error:
-        NeuronLane().init_ranks(2, 4)
+        NeuronLane().ranks_are_up()
     assert error.value.place == "NEURON_RT_VISIBLE_CORES=0-3"
     assert "rank 2 on neuron:2" in error.value.reason
 

@@ -17,6 +17,7 @@ from nxdt_nemo import console
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
+from nxdt_nemo.runtime.machine import ranks_placed_here
 from nxdt_nemo.runtime.neuron.package import obstacles, version
 from nxdt_nemo.runtime.ranks import RanksLane
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from nxdt_nemo.runtime.ops import Ops
 
-__all__ = ["COMPILE", "NeuronLane"]
+__all__ = ["NeuronLane"]
 
 COMPILE = "NXDT_NEMO_COMPILE"
 CORES = "NEURON_RT_VISIBLE_CORES"
@@ -36,7 +37,7 @@ class NeuronLane(RanksLane):
     """Operations run one by one on a NeuronCore, as they are called; one process a core.
 
     TorchNeuron gives a rank its core when the process group comes up, and refuses one that used the device before:
-    init_ranks comes first where there are several ranks.
+    ranks come first where there are several.
     """
 
     name = "neuron"
@@ -70,40 +71,28 @@ class NeuronLane(RanksLane):
             )
         return torch.device("neuron", 0)  # not current_device(), which may start the runtime before the ranks
 
-    def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        from nxdt_nemo.runtime.placing import place
-
-        return place(module, self.device())
-
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of torch.neuron, or of torch_neuronx, where TorchNeuron has some of those."""
-        places = (self._neuron, import_module("torch_neuronx"))
-        for place in places:
+        for place in self._modules:
             function = getattr(place, name, None)
             if function is not None:
                 return function(*arguments)
         raise LaneError(f"this TorchNeuron has no torch.neuron.{name}", fix="see docs/neuron.md for the versions")
 
     @cached_property
-    def _neuron(self) -> Any:
-        """torch.neuron. torch loads TorchNeuron when it is imported, unless its autoload is off."""
+    def _modules(self) -> tuple[Any, Any]:
+        """torch.neuron and torch_neuronx. torch loads TorchNeuron when it is imported, unless its autoload is off."""
         import torch
 
-        import_module("torch_neuronx")
-        return torch.get_device_module("neuron")
+        package = import_module("torch_neuronx")
+        return torch.get_device_module("neuron"), package
 
     def device_count(self) -> int:
         """Ranks that a launcher placed here, or the cores that are left to this process, or TorchNeuron's own count."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _visible_cores() or int(self._call("device_count"))
+        return ranks_placed_here() or _visible_cores() or int(self._call("device_count"))
 
     def name_of_device(self) -> str:
         return str(self._call("get_device_properties", self.device().index).name)
-
-    def supports(self, dtype: torch.dtype) -> bool:
-        """float16 is out on every lane, and float64 is none of the cores' own."""
-        import torch
-
-        return dtype in (torch.float32, torch.bfloat16)
 
     def total_memory(self) -> int:
         return int(self._call("get_device_properties", self.device().index).total_memory)
@@ -131,21 +120,22 @@ class NeuronLane(RanksLane):
         self._call("set_rng_state", state)
 
     def register_backend(self) -> None:
-        """TorchNeuron registers its process group when it is imported."""
-        import_module("torch_neuronx")
+        """TorchNeuron registers its process group when it is imported.
 
-    def init_ranks(self, rank: int, world: int, **named: Any) -> None:
-        """Also gives this process its core, as TorchNeuron does where nobody has: NEURON_RT_VISIBLE_CORES=LOCAL_RANK.
-
-        Raises LaneError when TorchNeuron goes by another number than 0 for the core then.
+        Also gives this process its core, as TorchNeuron does where nobody has: NEURON_RT_VISIBLE_CORES=LOCAL_RANK.
         """
         if "LOCAL_RANK" in os.environ:
             os.environ.setdefault(CORES, os.environ["LOCAL_RANK"])
-        super().init_ranks(rank, world, **named)
+        import_module("torch_neuronx")
+
+    def ranks_are_up(self) -> None:
+        """Raises LaneError when TorchNeuron goes by another number than 0 for this process's core."""
+        import torch.distributed as dist
+
         number = int(self._call("current_device"))
         if number != 0:
             raise LaneError(
-                f"TorchNeuron placed rank {rank} on neuron:{number} of several that it sees",
+                f"TorchNeuron placed rank {dist.get_rank()} on neuron:{number} of several that it sees",
                 place=f"{CORES}={os.environ.get(CORES, '')}",
                 fix="give each process one core",
             )
@@ -193,12 +183,6 @@ class NeuronLane(RanksLane):
         import torch
 
         return torch.compile(function, backend=self.backend, dynamic=False)
-
-    def step_boundary(self) -> None:
-        """Nothing was traced."""
-
-    def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
-        function(*(tensor.detach().cpu() for tensor in tensors))
 
 
 def _visible_cores() -> int:

@@ -7,11 +7,9 @@ packaging. Proof: tests/runtime/test_select.py.
 
 from __future__ import annotations
 
-from importlib.metadata import DistributionFinder, MetadataPathFinder
-
 from packaging.version import Version
 
-from nxdt_nemo.runtime.machine import installed, neuron_devices
+from nxdt_nemo.runtime.machine import distribution, installed, neuron_devices
 
 __all__ = ["AUTOLOAD", "obstacles", "registers_itself", "version"]
 
@@ -29,7 +27,7 @@ def version() -> str | None:
 
 def registers_itself() -> bool:
     """Does the installed torch_neuronx come with an entry point for torch: is it TorchNeuron?"""
-    found = next(iter(MetadataPathFinder.find_distributions(DistributionFinder.Context(name="torch_neuronx"))), None)
+    found = distribution("torch_neuronx")
     return found is not None and any(point.group == _GROUP for point in found.entry_points)
 
 

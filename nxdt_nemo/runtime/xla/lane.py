@@ -6,14 +6,20 @@ the same programs run on XLA:CPU. Proof: tests/runtime/test_xla.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
-from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
+from nxdt_nemo.runtime.machine import (
+    host_memory,
+    installed,
+    neuron_devices,
+    process_memory,
+    ranks_placed_here,
+    reset_process_peak,
+)
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
@@ -62,23 +68,13 @@ class XlaLane(RanksLane):
 
         return torch_xla.device()  # type: ignore[no-any-return]
 
-    def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        from nxdt_nemo.runtime.placing import place
-
-        return place(module, self.device())
-
     def device_count(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or 1
+        return ranks_placed_here() or 1
 
     def name_of_device(self) -> str:
         import torch_xla.runtime as xr
 
         return f"XLA:{xr.device_type()}"
-
-    def supports(self, dtype: torch.dtype) -> bool:
-        import torch
-
-        return dtype in (torch.float32, torch.bfloat16)
 
     def total_memory(self) -> int:
         return host_memory() if self._on_host else int(self._memory_info()["bytes_limit"])
