@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import nxdt_nemo
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.machine import installed
 from nxdt_nemo.testing.neuron_standin import installed as installed_standin
+from nxdt_nemo.testing.neuron_standin import missing_tools
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 
 if TYPE_CHECKING:
@@ -69,9 +69,8 @@ def with_torch_xla() -> None:
 @pytest.fixture(scope="session")
 def neuron_standin() -> Path:
     """The folder of the neuron lane's stand-in, compiled once for each torch and kept."""
-    missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"needs {' and '.join(missing)} to compile a device")
+    if missing := missing_tools():
+        pytest.skip(f"needs {missing} to compile a device")
     return installed_standin()
 
 

@@ -8,7 +8,6 @@ has changed them. Proof: tests/megatron/test_parity.py.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.families import Stage, build, config_of, losses_of, mean_of, stock_specs
 from nxdt_nemo.testing.mistakes import Fault, Training, mistake
+from nxdt_nemo.testing.pool import lane_here
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
 from nxdt_nemo.testing.reference import Trained, parameters_of
 from nxdt_nemo.testing.weights import Piece, Ranks, global_names, load, merge, piece
@@ -76,7 +76,7 @@ def train(
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
-    current().init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))  # unless the pool has
+    lane_here()  # unless the pool has
     try:
         return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {})
     finally:

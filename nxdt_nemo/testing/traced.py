@@ -6,12 +6,11 @@ Losses and norms are read once, at the end. Proof: tests/megatron/test_xla.py.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.ours import forget_groups, gradients_of, set_up, update
+from nxdt_nemo.testing.pool import lane_here
 from nxdt_nemo.testing.recipe import Layout, Recipe
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, step
     """One rank's part of some steps; losses on a last stage only."""
     from nxdt_nemo.runtime.xla.metrics import counters, wait
 
-    lane = current()
-    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    lane = lane_here()
     training = set_up(recipe, weights, layout)
     lane.synchronize()
     report, kept = Traced(), []

@@ -17,8 +17,9 @@ from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.neuron import lane as module
 from nxdt_nemo.runtime.neuron.lane import NeuronLane
 from nxdt_nemo.testing.neuron_standin import environment
+from nxdt_nemo.testing.on_a_lane import PLACED, by_the_table, expected, placed
 from nxdt_nemo.testing.ours import ACTIVE
-from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.pool import RankPools, lane_here
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,26 +125,11 @@ def test_the_cpu_lane_lets_no_torchneuron_in(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def pools(neuron_standin: Path) -> Iterator[Callable[..., list[Any]]]:
     """pools(world, function, *args, **environment) on ranks whose lane is neuron."""
-    made: dict[Any, RankPool] = {}
-
-    def run(world: int, function: Callable[..., Any], *args: Any, **named: str) -> list[Any]:
-        key = (world, *sorted(named.items()))
-        if key not in made:
-            env = environment(neuron_standin) | {"NXDT_NEMO": "0"} | named
-            made[key] = RankPool(world, env=env, init=ACTIVE, group=False)
-        return made[key].run(function, *args)
-
-    yield run
-    for pool in made.values():
-        pool.close()
-
-
-def lane_here() -> Any:
-    from nxdt_nemo.runtime import current
-
-    lane = current()
-    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    return lane
+    env = environment(neuron_standin) | {"NXDT_NEMO": "0"}
+    with RankPools() as pools:
+        yield lambda world, function, *args, **named: pools(
+            world, function, *args, init=ACTIVE, env=env | named, group=False
+        )
 
 
 def device() -> dict[str, Any]:
@@ -232,54 +218,29 @@ def test_a_generator_that_is_not_drawn_from_is_told(pools: Callable[..., list[An
     assert "do not come from torch.neuron's generator" in said
 
 
-def placed() -> dict[str, Any]:
-    lane = lane_here()
-    layer = torch.nn.Linear(2, 2)
-    layer.weight.tensor_model_parallel = True  # type: ignore[assignment]
-    layer.register_buffer("counts", torch.zeros(2))
-    tied = torch.nn.Linear(2, 2)
-    tied.weight = layer.weight
-    both = torch.nn.ModuleList([layer, tied])
+def moved_by_torch() -> bool:
+    """Is the mark left where torch's own Module.to moved a layer?"""
+    lane_here()
     plain = torch.nn.Linear(2, 2)
     plain.weight.tensor_model_parallel = True  # type: ignore[assignment]
     torch.nn.Module.to(plain, "neuron")
-    assert lane.place(both) is both
-    return {
-        "devices": {str(x.device) for x in (*both.parameters(), *both.buffers())},
-        "marked": getattr(layer.weight, "tensor_model_parallel", False),
-        "tied": layer.weight is tied.weight,
-        "torch's own": getattr(plain.weight, "tensor_model_parallel", False),
-    }
+    return getattr(plain.weight, "tensor_model_parallel", False)
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_a_placed_module_keeps_marks_and_ties(pools: Callable[..., list[Any]]) -> None:
-    assert pools(1, placed) == [{"devices": {"neuron:0"}, "marked": True, "tied": True, "torch's own": False}]
+    assert pools(1, placed) == [{"devices": {"neuron:0"}, **PLACED}]
+    assert pools(1, moved_by_torch) == [False]
 
 
 def collectives() -> dict[str, Any]:
     """By the lane's table, and by torch.distributed's own calls; and two halves of the world by themselves."""
     import torch.distributed as dist
 
-    lane = lane_here()
-    group, rank = lane.world(), dist.get_rank()
-    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=lane.device()) + 10 * rank
-    ops = lane.ops
-    [arrived] = ops.exchange([(x, 1 - rank)], [(x.shape, x.dtype, 1 - rank)], group).wait()
-    found = {
-        "sum": ops.all_reduce_(x.clone(), group, "sum"),
-        "avg": ops.all_reduce_(x.clone(), group, "avg"),
-        "halves": ops.all_reduce_(x.clone(), group, lane.premul_sum(0.5)),
-        "max": ops.all_reduce_(x.clone(), group, "max"),
-        "broadcast": ops.broadcast_(x.clone(), 1, group),
-        "all_gather": ops.all_gather(x, 1, group),
-        "reduce_scatter": ops.reduce_scatter(x, 1, group),
-        "all_to_all": ops.all_to_all(x, group, None, None),
-        "permute": ops.permute(x, [(0, 1)], group),
-        "exchange": arrived,
-        "shard": ops.shard(x, 1, group),
-    }
+    x, found = by_the_table()
+    lane, rank = lane_here(), dist.get_rank()
+    [found["exchange"]] = lane.ops.exchange([(x, 1 - rank)], [(x.shape, x.dtype, 1 - rank)], lane.world()).wait()
     alone = lane.groups([[0], [1]], "alone")
     lane.barrier(alone.pg)  # TorchNeuron has the world's only
     lane.barrier()
@@ -297,28 +258,8 @@ def collectives() -> dict[str, Any]:
 @pytest.mark.ranks
 def test_two_processes(pools: Callable[..., list[Any]]) -> None:
     zero, one = [[0.0, 1.0], [2.0, 3.0]], [[10.0, 11.0], [12.0, 13.0]]
-    total = [[10.0, 12.0], [14.0, 16.0]]
-    alike = {
-        "sum": total,
-        "avg": [[5.0, 6.0], [7.0, 8.0]],
-        "halves": [[5.0, 6.0], [7.0, 8.0]],
-        "max": one,
-        "broadcast": one,
-        "all_gather": [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]],
-        "objects": [{"rank": 0}, {"rank": 1}],
-        "devices": {"neuron:0"},
-    }
-    own = [
-        {
-            "core": str(rank),
-            "reduce_scatter": [[row[rank]] for row in total],
-            "all_to_all": [zero[rank], one[rank]],
-            "permute": zero if rank else [[0.0, 0.0], [0.0, 0.0]],
-            "exchange": zero if rank else one,
-            "shard": [[row[rank]] for row in (one if rank else zero)],
-        }
-        for rank in range(2)
-    ]
+    alike = {"objects": [{"rank": 0}, {"rank": 1}], "devices": {"neuron:0"}}
+    own = [expected(rank) | {"core": str(rank), "exchange": zero if rank else one} for rank in range(2)]
     assert pools(2, collectives) == [alike | part for part in own]
 
 

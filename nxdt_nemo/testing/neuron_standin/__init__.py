@@ -20,8 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nxdt_nemo.errors import UserError
+from nxdt_nemo.runtime.neuron.package import AUTOLOAD
 
-__all__ = ["build", "environment", "installed"]
+__all__ = ["build", "environment", "installed", "missing_tools"]
 
 _PACKAGE = Path(__file__).with_name("torch_neuronx")
 
@@ -38,27 +39,28 @@ def installed(root: Path | None = None) -> Path:
     folder = root / f"neuron_standin-{key}"
     if folder.exists():
         return folder
-    tools = [name for name in ("g++", "ninja") if shutil.which(name) is None]
-    if tools:
-        raise UserError(
-            f"{' and '.join(tools)} not found", place="neuron_standin", fix="install a C++ compiler and ninja"
-        )
+    if lacking := missing_tools():
+        raise UserError(f"{lacking} not found", place="neuron_standin", fix="install a C++ compiler and ninja")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as made:
         # In a process of its own: what is built is loaded too, and a process has one device of this kind.
-        command = [sys.executable, "-m", "nxdt_nemo.testing.neuron_standin", made]
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        package = Path(made) / "package"
+        command = [sys.executable, "-m", "nxdt_nemo.testing.neuron_standin", str(package)]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), AUTOLOAD: "0"}
         done = subprocess.run(command, env=env | {"NXDT_NEMO": "0"}, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the stand-in does not compile:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         try:
-            Path(made).rename(folder)
+            package.rename(folder)
         except OSError:  # somebody was faster
             if not folder.exists():
                 raise
-            return folder
-        Path(made).mkdir()  # for the context to remove
     return folder
+
+
+def missing_tools() -> str:
+    """What it takes to compile and is not on this machine, in words; "" if all is."""
+    return " and ".join(name for name in ("g++", "ninja") if shutil.which(name) is None)
 
 
 def build(folder: Path) -> None:
