@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from nxdt_nemo import folders
 from nxdt_nemo.checkpoint.formats.base import Bytes, Output
 from nxdt_nemo.errors import UserError
 
@@ -67,6 +68,10 @@ class Folder:
         need  bytes that will be written
         """
         place = str(self.target)
+        replaced = self.target.with_name(self.target.name + folders.REPLACED)
+        if replaced.exists() and not self.target.exists():
+            reason = f"an earlier run was ended while it replaced it: what was there is {replaced.name}"
+            raise UserError(reason, place=place, fix="rename that back, or move it away")
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())) and not self._overwrite:
             raise UserError("is there already", place=place, fix="choose another place, or say --overwrite")
         try:
@@ -166,34 +171,23 @@ class Folder:
         at = self.partial / MANIFEST
         at.write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (at, *(folder for folder in sorted(self.partial.rglob("*")) if folder.is_dir()), self.partial):
-            _sync(path)
+            folders.sync(path)
         (self.partial / JOURNAL).unlink()
         (self.partial / ".lock").unlink()
         self.close()
-        if self.target.exists():
-            if self._overwrite or self._single:
-                _replace(self.target)
-            else:
-                self.target.rmdir()
+        if self.target.is_dir() and not self._overwrite:
+            self.target.rmdir()  # empty, unless somebody has come to use it since
         if self._single:
-            os.rename(at, manifest_of(self.target))
-            os.rename(self.partial / self._single, self.target)
+            folders.commit(self.partial / self._single, self.target)
+            folders.commit(at, manifest_of(self.target))
             shutil.rmtree(self.partial)
         else:
-            os.rename(self.partial, self.target)
-        _sync(self.target.parent)
+            folders.commit(self.partial, self.target)
 
 
 def manifest_of(target: Path) -> Path:
     """Where the manifest of a checkpoint is: in its folder, or beside its file."""
     return target / MANIFEST if target.is_dir() else target.with_name(target.name + ".manifest.json")
-
-
-def _replace(target: Path) -> None:
-    """Move an old folder out of the way before it is deleted, so that no reader sees half of it."""
-    old = target.with_name(target.name + ".replaced")
-    os.rename(target, old)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _parsed(line: str) -> dict[str, Any]:
@@ -207,14 +201,6 @@ def _parsed(line: str) -> dict[str, Any]:
 def _write_all(descriptor: int, block: memoryview) -> None:
     while len(block):
         block = block[os.write(descriptor, block) :]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash(algorithm: str) -> Any:
