@@ -1,7 +1,7 @@
 """Is what a conversion wrote what it read? Digests, every tensor bit by bit, and logits by upstream's own code.
 
 Room audit/. torch is loaded when it runs; upstream only in processes of its own (audit/logits/).
-Proof: tests/checkpoint/test_verify.py.
+Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from nxdt_nemo.checkpoint.convert import Report
 
 __all__ = ["TOLERANCE", "Check", "verify"]
 
@@ -34,10 +37,8 @@ class Check:
     found: str
 
 
-def verify(
-    source: Path, target: Path, options: Any, kinds: tuple[str, ...], *, trusted: bool = False
-) -> Iterator[Check]:
-    """Checks, as they are done. Raises UserError if either side cannot be read.
+def verify(report: Report, *, trusted: bool = False) -> Iterator[Check]:
+    """Checks of a conversion, as they are done. Raises UserError if what it wrote cannot be read.
 
     trusted  run upstream's loaders on the source too: they execute what its pickles say
     """
@@ -45,12 +46,12 @@ def verify(
     from nxdt_nemo.checkpoint.formats.base import Options
     from nxdt_nemo.checkpoint.output import check_manifest
 
-    wrong = check_manifest(target)
+    source, kinds = report.source, report.kinds
+    wrong = check_manifest(report.target)
     yield Check("digests", not wrong, "; ".join(wrong[:3]) or "all files are as the manifest says")
-    first = formats.read(source, options)
-    second = formats.read(target, Options(family=first.family.name, optimizer=len(kinds) > 1))
-    yield _tensors(first, second, kinds)
-    yield _logits(first, second, trusted)
+    written = formats.read(report.target, Options(family=source.family.name, optimizer=len(kinds) > 1))
+    yield _tensors(source, written, kinds)
+    yield _logits(source, written, report.weights != written.dtype, trusted)
 
 
 def _tensors(first: Any, second: Any, kinds: tuple[str, ...]) -> Check:
@@ -78,7 +79,7 @@ def _tensors(first: Any, second: Any, kinds: tuple[str, ...]) -> Check:
     return Check("tensors", True, f"{count} equal" + (" after the cast to another dtype" if cast else " to the bit"))
 
 
-def _logits(first: Any, second: Any, trusted: bool) -> Check:
+def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:
     import torch
 
     what = "logits"
@@ -86,7 +87,7 @@ def _logits(first: Any, second: Any, trusted: bool) -> Check:
         return Check(what, None, "Megatron's loader would run what the source's pickles say: --trust-source")
     if first.model.token_types or first.model.decoder_layers:
         return Check(what, None, f"not for {first.family.name}")
-    if first.dtype != second.dtype:
+    if cast:
         return Check(what, None, "the weights were cast")
     with tempfile.TemporaryDirectory() as place:
         found = [

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Memory: `workers` times the largest array that is written, beside the process itself; what is
 a contiguous part of a source file is written from the mapped file and costs none.
-May import torch and this room. Proof: tests/checkpoint/test_convert.py.
+May import torch and this room. Proof: tests/checkpoint/test_fixtures.py, test_cli.py.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ Progress = Callable[[int, int], None]  # bytes done, bytes of all
 
 @dataclass
 class Report:
-    """What was done."""
+    """What was done.
+
+    source   what was read, and in its catalog what of it was written: main parameters may stand for the weights
+    weights  the dtype of the weights that were read
+    """
 
     source: Source
+    weights: torch.dtype
     target: Path
     bytes: int
     seconds: float
@@ -67,6 +72,7 @@ def convert(
         raise UserError("is the source, or inside of it", place=str(target), fix="choose another place")
     source = formats.read(path, options)
     writer = formats.writer(to)
+    weights = source.dtype
     wanted = _with_masters(source, wanted)
     single = target.name if writer.single and target.name.endswith(writer.single) else ""
     if single:
@@ -95,7 +101,9 @@ def convert(
         folder.commit(_provenance(source, to, wanted, before, version), [output.path for output in outputs])
     finally:
         folder.close()
-    return Report(source, target, total, time.monotonic() - started, folder.resumed, wanted.kinds, source.notes)
+    return Report(
+        source, weights, target, total, time.monotonic() - started, folder.resumed, wanted.kinds, source.notes
+    )
 
 
 def _with_masters(source: Source, wanted: Target) -> Target:

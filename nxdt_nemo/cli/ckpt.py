@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nxdt_nemo import __version__
 from nxdt_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from nxdt_nemo.checkpoint.convert import Report
 
 __all__ = ["app"]
 
@@ -186,14 +189,14 @@ def convert(
     what = f"{report.source.format} ({report.source.family.name}) as {to}"
     typer.echo(f"{what}: {_size(report.bytes)} in {report.seconds:.1f} s{resumed}; {report.target}")
     if verify:
-        _verify(source, target, options, report.kinds, trust_source)
+        _verify(report, trust_source)
 
 
-def _verify(source: Path, target: Path, options: Any, kinds: tuple[str, ...], trusted: bool) -> None:
+def _verify(report: Report, trusted: bool) -> None:
     from nxdt_nemo.audit.verify import verify
 
     failed = False
-    for check in verify(source, target, options, kinds, trusted=trusted):
+    for check in verify(report, trusted=trusted):
         state = {True: "ok", False: "WRONG", None: "skipped"}[check.ok]
         typer.echo(f"{check.what:8} {state}: {check.found}")
         failed |= check.ok is False

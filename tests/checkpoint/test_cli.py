@@ -105,3 +105,13 @@ def test_verify(name: str, to: str, unpacked: Unpacked, tmp_path: Path, capsys: 
     assert run("convert", unpacked(name), tmp_path / "out", "--to", to, *layout, "--verify") == 0
     out = capsys.readouterr().out
     assert "digests  ok" in out and "equal to the bit" in out and "logits   ok: transformers against" in out
+
+
+def test_verify_compares_what_was_written(
+    unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To float32 with its optimizer, a bfloat16 checkpoint's main parameters become the weights."""
+    options = ("--dtype", "fp32", "--with-optimizer", "--verify")
+    assert run("convert", unpacked("ll_torch_tp2pp2_do"), tmp_path / "out", "--to", "torch_dist", *options) == 0
+    out = capsys.readouterr().out
+    assert "tensors  ok" in out and "equal to the bit" in out and "WRONG" not in out
