@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,3 +95,12 @@ def test_the_checks_above_can_fail(room: str, line: str, loads: str, tmp_path: P
         file.write(f"\n{line}\n")
     ours, packages = loaded_by(room, whole=False, root=tmp_path)
     assert loads in (ours & not_allowed(room)) | (packages & UPSTREAM)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_docstring_names_tests_that_are_there(file: Path) -> None:
+    root = PACKAGE.parent
+    if not (root / "tests").is_dir():
+        pytest.skip("no tests beside the package")
+    named = re.findall(r"\btests/[\w/]+\.py", ast.get_docstring(ast.parse(file.read_text())) or "")
+    assert [name for name in named if not (root / name).is_file()] == []

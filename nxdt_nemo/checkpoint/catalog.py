@@ -1,7 +1,7 @@
 """What a source holds: for each logical tensor the boxes of it that lie in files, and how they are read.
 
 Room checkpoint/ (leaf). Reading is lazy: a block of a mapped file is a view of the page cache until it is copied
-into the array that is being written. May import torch and this room. Proof: tests/checkpoint/test_catalog.py.
+into the array that is being written. May import torch and this room. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What there is to know of a checkpoint without reading its tensors.
 
-Room checkpoint/ (leaf). May import torch and this room. Proof: tests/checkpoint/test_inspect.py.
+Room checkpoint/ (leaf). May import torch and this room. Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which layers, experts and slices a file of a checkpoint has: tensor, pipeline and expert parallel sizes.
 
 Room checkpoint/ (leaf). Stages as megatron.core's get_transformer_layer_offset (core_v0.13.1) makes them.
-May import the standard library and nxdt_nemo.errors. Proof: tests/checkpoint/test_layout.py.
+May import the standard library and nxdt_nemo.errors. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations

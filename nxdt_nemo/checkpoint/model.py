@@ -1,7 +1,7 @@
 """What a model is, in numbers: the part of a checkpoint that is neither tensors nor training state.
 
 Room checkpoint/ (leaf). Every format's arguments become a Model, and every Model any format's arguments.
-May import the standard library and nxdt_nemo.errors. Proof: tests/checkpoint/test_model.py.
+May import the standard library and nxdt_nemo.errors. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). DST.partial/ holds what is written and a journal with a line for each finished file; a second
 run with the same plan takes it up there. May import xxhash and this room.
-Proof: tests/checkpoint/test_output.py, test_killed.py.
+Proof: tests/checkpoint/test_killed.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Room checkpoint/ (leaf). A dialect is a table of rows; a row names a key and how
     Groups(q, k, v)    for each query group: its queries, its key, its value
 with turned=True if the array is stored transposed. `Part` is what comes out: a box of a logical tensor and the
 box of the stored array where it lies. May import the standard library and this room.
-Proof: tests/checkpoint/test_placement.py.
+Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Room audit/. Run as modules, in processes of their own, so that a converter loads neither transformers nor Megatron:
     python -m nxdt_nemo.audit.logits.hf FOLDER OUT            transformers, any model that AutoModel knows
     python -m nxdt_nemo.audit.logits.megatron FOLDER OUT ...  stock megatron-core on gloo ranks, without our backend
-They read tensors through upstream's loaders, not through ours. Proof: tests/checkpoint/test_verify.py.
+They read tensors through upstream's loaders, not through ours. Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations

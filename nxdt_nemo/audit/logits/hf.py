@@ -1,6 +1,6 @@
 """Logits by transformers: `python -m nxdt_nemo.audit.logits.hf FOLDER OUT.pt`.
 
-Room audit/. Imports torch and transformers; nothing of ours but the batch. Proof: tests/checkpoint/test_verify.py.
+Room audit/. Imports torch and transformers; nothing of ours but the batch. Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Room audit/. MODEL is a JSON file of checkpoint/model.py's numbers. `torch_dist` is loaded by
 megatron.core.dist_checkpointing; of the `torch` format each rank's state is loaded strictly into a model of that rank's
 size, and shards are joined by the marks that megatron-core puts on its parameters. Our backend is not active.
-Imports torch and megatron-core; nothing of ours but the batch. Proof: tests/checkpoint/test_verify.py.
+Imports torch and megatron-core; nothing of ours but the batch. Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Names are those of megatron/training/arguments.py (core_v0.13.1), whose Namespace is in every
 checkpoint. Where a tensor tells the same, the tensor is believed and a conflict is an error (formats/megatron.py).
-May import torch and this room. Proof: tests/checkpoint/test_megatron_args.py.
+May import torch and this room. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Layer specs differ in the names of norms: TransformerEngine fuses them into the linear layer
 that follows, `local` has modules of their own; distributed checkpoints have TransformerEngine's names with either.
-May import this room. Proof: tests/checkpoint/test_upstream.py.
+May import this room. Proof: tests/checkpoint/test_families.py, test_resume.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Room checkpoint/ (leaf). The state is nested (`language_model`, `encoder`, ...); keys here are the path joined by dots.
 Spellings changed over the years: `transformer` and `attention` before 2021, `layernorm` for `norm` before 2023. The
 order of the rows of query_key_value depends on checkpoint_version. May import this room.
-Proof: tests/checkpoint/test_megatron_torch.py.
+Proof: none yet, for lack of a file that old.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Containers: a Reader and a Writer each, found by name or by what a path looks like.
 
 Room checkpoint/ (leaf). May import this room. docs/checkpoint_formats.md shows how one is added.
-Proof: tests/checkpoint/test_formats.py.
+Proof: tests/checkpoint/test_bad_input.py.
 """
 
 from __future__ import annotations

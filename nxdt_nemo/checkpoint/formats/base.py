@@ -1,6 +1,6 @@
 """What a format's reader gives and a writer is given.
 
-Room checkpoint/ (leaf). May import torch and this room. Proof: tests/checkpoint/test_formats.py.
+Room checkpoint/ (leaf). May import torch and this room. Proof: tests/checkpoint/test_families.py.
 
 Order of a conversion (convert.py):
  1 Reader.read      once: metadata only. It maps files and says which boxes of which tensor lie where

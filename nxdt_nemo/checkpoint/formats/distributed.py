@@ -3,7 +3,7 @@
 Room checkpoint/ (leaf). Keys are dialects/megatron_core.py's. Optimizer state by name is of one of two shapes: the
 parameter's (`model space`), or, with Megatron's distributed optimizer, tile by tile flattened
 (`fully_sharded_model_space`): [layers, tiles along each axis, elements of a tile].
-May import torch and this room. Proof: tests/checkpoint/test_torch_dist.py.
+May import torch and this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations

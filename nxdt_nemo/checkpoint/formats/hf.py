@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json, safetensors or torch files, one or sharded with an index, a tokenizer's files.
 
 Room checkpoint/ (leaf). As transformers 4.51 writes and reads them. May import torch and this room.
-Proof: tests/checkpoint/test_hf.py.
+Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations

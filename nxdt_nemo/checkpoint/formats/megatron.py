@@ -1,7 +1,7 @@
 """What Megatron's formats share: the folder of an iteration, arguments, how far training is.
 
 Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) has it. May import torch and this room.
-Proof: tests/checkpoint/test_megatron.py.
+Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations

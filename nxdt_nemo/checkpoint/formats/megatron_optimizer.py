@@ -6,7 +6,7 @@ Room checkpoint/ (leaf). Parameters are in the order of the rank's model state.
   sharded     distrib_optim.pt: buffers of each kind, parameters in reverse, each at a multiple of 64 elements; the
               padding at the end of buckets is left out (megatron.core's _ParamAndGradBuffer)
 Experts have an optimizer of their own, the second of a list. May import torch and this room.
-Proof: tests/checkpoint/test_optimizer.py.
+Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations

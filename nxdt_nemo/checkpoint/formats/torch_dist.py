@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Read without DCP, whose reader unpickles `.metadata` as it comes; written with DCP's own
 metadata classes. Each item of a `.distcp` file is a torch.save of its own. May import torch and this room.
-Proof: tests/checkpoint/test_torch_dist.py, and megatron-core reading it: test_upstream.py.
+Proof: tests/checkpoint/test_fixtures.py, test_resume.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Chunks are uncompressed and little-endian, `bfloat16` being a dtype of tensorstore's that zarr
 itself does not know. A chunk that is not there is an error here; zarr and tensorstore give zeros for it.
-May import torch and this room. Proof: tests/checkpoint/test_zarr.py.
+May import torch and this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). A mapped page counts as the page cache's, not as the process's own memory, so reading costs no
 memory that grows with the checkpoint. May import torch, fsspec when a path is a URL, and this room.
-Proof: tests/checkpoint/test_files.py.
+Proof: tests/checkpoint/test_torch_zip.py.
 """
 
 from __future__ import annotations
