@@ -7,9 +7,11 @@ into the array that is being written. May import torch and this room. Proof: tes
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -104,14 +106,38 @@ class Move(NamedTuple):
         return Move(self.block, taken, both.moved(box.start, zero), self.turned)
 
 
+class _Blocks:
+    """The blocks of one tensor in the order they were found, and a way to those of some rows: there may be thousands,
+    and a part of an array wants few of them."""
+
+    def __init__(self) -> None:
+        self._by_box: dict[Box, Block] = {}
+        self._rows: list[tuple[int, int, Block]] = []  # first row, place in the order, block; sorted
+        self._tallest = 0
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._by_box.values())
+
+    def put(self, block: Block) -> None:
+        if block.box not in self._by_box:
+            self._by_box[block.box] = block
+            self._rows = []
+
+    def near(self, box: Box) -> list[Block]:
+        """Those that have rows of the box, and so all that meet it."""
+        if not self._rows:
+            self._rows = sorted((block.box.start[0], place, block) for place, block in enumerate(self))
+            self._tallest = max(block.box.size[0] for block in self)
+        low = bisect_left(self._rows, (box.start[0] - self._tallest + 1,))
+        high = bisect_left(self._rows, (box.stop[0],))
+        return [block for _, _, block in sorted(self._rows[low:high], key=itemgetter(1))]
+
+
 class Catalog:
     """Blocks by kind and name."""
 
     def __init__(self) -> None:
-        self._blocks: dict[tuple[Kind, str], list[Block]] = defaultdict(list)
-
-    def __contains__(self, key: tuple[Kind, str]) -> bool:
-        return key in self._blocks
+        self._blocks: dict[tuple[Kind, str], _Blocks] = defaultdict(_Blocks)
 
     def kinds(self) -> set[Kind]:
         """The kinds of state that are there."""
@@ -121,9 +147,12 @@ class Catalog:
         """Logical tensors that are there, in the order in which they were found."""
         return [name for found, name in self._blocks if found == kind]
 
-    def blocks(self, kind: Kind, name: str) -> list[Block]:
-        """All blocks of one; copies included."""
-        return self._blocks.get((kind, name), [])
+    def blocks(self, kind: Kind, name: str, box: Box | None = None) -> list[Block]:
+        """All blocks of one, or those that have rows of a box."""
+        found = self._blocks.get((kind, name))
+        if found is None:
+            return []
+        return list(found) if box is None else found.near(box)
 
     def copy(self, kind: Kind, to: Kind) -> None:
         """Let another kind of state be the same arrays."""
@@ -135,18 +164,9 @@ class Catalog:
         for name in self.names(kind):
             self._blocks[to, name] = self._blocks.pop((kind, name))
 
-    def arrays(self) -> Iterator[Array]:
-        """Each array once."""
-        seen: set[int] = set()
-        for blocks in self._blocks.values():
-            for block in blocks:
-                if id(block.array) not in seen:
-                    seen.add(id(block.array))
-                    yield block.array
-
     def dtype(self, kind: Kind, name: str) -> torch.dtype:
         """The dtype of its first block."""
-        return self._blocks[kind, name][0].array.dtype
+        return next(iter(self._blocks[kind, name])).array.dtype
 
     def add(self, kind: Kind, parts: Iterable[Part], array: Array, origin: Box, lead: tuple[int, ...] = ()) -> None:
         """An array whose elements are `origin` of a stored one that has these parts.
@@ -161,9 +181,7 @@ class Catalog:
 
     def put(self, kind: Kind, name: str, block: Block) -> None:
         """One block. A box that is there already is a copy of it and is left out."""
-        blocks = self._blocks[kind, name]
-        if all(block.box != other.box for other in blocks):
-            blocks.append(block)
+        self._blocks[kind, name].put(block)
 
     def want(self, kind: Kind, stored: Stored, dtype: torch.dtype | None = None) -> Wanted:
         """An array as it is to be written. dtype None keeps the source's. Raises UserError as `moves` does."""
@@ -175,7 +193,7 @@ class Catalog:
     def part(self, kind: Kind, name: str, box: Box) -> Wanted:
         """A box of a logical tensor."""
         moves = []
-        for block in self.blocks(kind, name):
+        for block in self.blocks(kind, name, box):
             if both := block.box.meet(box):
                 moves.append(Move(block, both, both.moved(box.start, (0,) * len(box.start)), False))
         return Wanted(tuple(moves), box.size, self.dtype(kind, name))
@@ -185,7 +203,7 @@ class Catalog:
         found: list[Move] = []
         for part in stored.parts:
             covered = 0
-            for block in self.blocks(kind, part.name):
+            for block in self.blocks(kind, part.name, part.box):
                 box = block.box.meet(part.box)
                 if box is None:
                     continue

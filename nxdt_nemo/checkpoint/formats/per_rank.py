@@ -211,7 +211,7 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
     """
     worst = 0.0
     for part in stored.parts:
-        for block in catalog.blocks("model", part.name):
+        for block in catalog.blocks("model", part.name, part.box):
             if block.box != part.box or found.nbytes > _COMPARED:
                 continue
             theirs, mine = block.read(part.box), found.read(part.at)
