@@ -21,10 +21,11 @@ import torch
 
 from nxdt_nemo.checkpoint.catalog import Catalog
 from nxdt_nemo.checkpoint.families import Family
+from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 
-__all__ = ["Asset", "Bytes", "Options", "Output", "Reader", "Source", "Target", "Training", "Writer"]
+__all__ = ["Asset", "Bytes", "Options", "Output", "Reader", "Source", "Target", "Training", "Writer", "zipped"]
 
 Bytes = bytes | memoryview
 
@@ -149,6 +150,12 @@ def dtype_of(name: str) -> torch.dtype:
 def constant(path: str, content: bytes) -> Output:
     """A file whose bytes are known."""
     return Output(path, len(content), lambda: iter((content,)))
+
+
+def zipped(path: str, value: Any) -> Output:
+    """A file that torch.load reads: the value, with Pending tensors in it."""
+    saved = torch_zip.Zip(value)
+    return Output(path, saved.length, saved.stream)
 
 
 class Reader(ABC):

@@ -19,7 +19,7 @@ from nxdt_nemo.checkpoint import families
 from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.catalog import Catalog, Wanted
 from nxdt_nemo.checkpoint.families import Family
-from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
+from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.io import safetensors, torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
 from nxdt_nemo.checkpoint.io.pickling import Pending
@@ -219,8 +219,7 @@ def _safe(path: str, shard: list[tuple[str, Wanted]]) -> Output:
 
 
 def _bin(path: str, shard: list[tuple[str, Wanted]]) -> Output:
-    saved = torch_zip.Zip({key: Pending(want, want.dtype, want.shape, want.nbytes) for key, want in shard})
-    return Output(path, saved.length, saved.stream)
+    return zipped(path, {key: Pending.of(want) for key, want in shard})
 
 
 READERS = {"hf": HFReader}

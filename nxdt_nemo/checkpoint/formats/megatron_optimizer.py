@@ -21,9 +21,9 @@ from nxdt_nemo.checkpoint.boxes import Box, whole
 from nxdt_nemo.checkpoint.catalog import Reshaped
 from nxdt_nemo.checkpoint.formats.base import Source, Target
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
+from nxdt_nemo.checkpoint.formats.per_rank import in_order, pending
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
-from nxdt_nemo.checkpoint.io.pickling import Pending
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
 from nxdt_nemo.errors import UserError
 
@@ -50,7 +50,7 @@ def collect(source: Source, ranks: Mapping[str, Mapping[str, Any]], dialect: Dia
         for shard in layout.shards(model.layers, model.experts):
             if folder_name(layout, shard.tp, shard.pp, shard.ep) == name:
                 key = f"model{shard.chunk}" if layout.vpp > 1 else "model"
-                chunks.append(_in_order(list(rows_of(dialect, model, source.names, shard, layout)), state[key]))
+                chunks.append(in_order(rows_of(dialect, model, source.names, shard, layout), dict(flat(state[key]))))
         if state.get("optimizer") is None:
             raise UserError("has no optimizer state", place=str(folder / FILE), fix="leave out --with-optimizer")
         parts = state["optimizer"] if isinstance(state["optimizer"], list) else [state["optimizer"]]
@@ -67,12 +67,6 @@ def collect(source: Source, ranks: Mapping[str, Mapping[str, Any]], dialect: Dia
 
 def _has(stored: Stored, number: int, parts: int) -> bool:
     return parts == 1 or stored.row.expert == (number == 1)
-
-
-def _in_order(found: Sequence[Stored], state: Mapping[str, Any]) -> list[Stored]:
-    """Stored arrays in the order of the file."""
-    by_key = {key: stored for stored in found for key in (stored.key, *stored.also)}
-    return [by_key[key] for key, value in flat(state) if key in by_key and isinstance(value, Extent)]
 
 
 def unsharded(source: Source, params: Sequence[Stored], part: Mapping[str, Any], place: str) -> None:
@@ -178,10 +172,10 @@ def part_of(source: Source, target: Target, params: Sequence[Stored]) -> dict[st
     for light, mine in groups.items():
         ids = range(len(state), len(state) + len(mine))
         for number, stored in zip(ids, mine, strict=True):
-            moments = {kind: _pending(source, kind, stored) for kind in ("exp_avg", "exp_avg_sq")}
+            moments = {kind: pending(source, kind, stored) for kind in ("exp_avg", "exp_avg_sq")}
             state[number] = {"step": step, **moments}
         if "fp32_param" in target.kinds:
-            main.append([_pending(source, "fp32_param", stored) for stored in mine])
+            main.append([pending(source, "fp32_param", stored) for stored in mine])
         made.append({**_hyper(source, light, bool(params[0].row.expert)), "params": list(ids)})
     inner = {"state": state, "param_groups": made}
     return {"optimizer": inner, "fp32_from_fp16_params": main} if main else inner
@@ -203,8 +197,3 @@ def _matching(groups: Sequence[dict[str, Any]], light: bool, expert: bool) -> It
             if not exact or bool(group.get("is_expert_parallel")) == expert:
                 yield group
     yield from groups
-
-
-def _pending(source: Source, kind: str, stored: Stored) -> Pending:
-    want = source.catalog.want(kind, stored)
-    return Pending(want, want.dtype, want.shape, want.nbytes)

@@ -19,7 +19,7 @@ from nxdt_nemo.checkpoint.dialects import megatron_args
 from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK, PER_RANK_TE
 from nxdt_nemo.checkpoint.dialects.megatron_legacy import legacy
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank
-from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant
+from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
 from nxdt_nemo.checkpoint.formats.per_rank import Held
 from nxdt_nemo.checkpoint.io import torch_zip
@@ -180,8 +180,7 @@ class MegatronTorchWriter(Writer):
                 experts = range(ep * each, (ep + 1) * each)
                 shards = [layout.shard(model.layers, tp, pp, chunk, ep, experts, etp) for chunk in range(layout.vpp)]
                 value = _rank_state(source, target, model, dialect, shards, args)
-                saved = torch_zip.Zip(value)
-                yield Output(f"{folder}/{folder_name(layout, tp, pp, ep)}/{FILE}", saved.length, saved.stream)
+                yield zipped(f"{folder}/{folder_name(layout, tp, pp, ep)}/{FILE}", value)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
         iteration = self._source.training.iteration
@@ -204,7 +203,7 @@ def _rank_state(
         found = list(rows_of(dialect, model, source.names, shard, layout))
         wants = {stored.key: source.catalog.want("model", stored, target.dtype) for stored in found}
         key = f"model{number}" if layout.vpp > 1 else "model"
-        state[key] = {name: Pending(want, want.dtype, want.shape, want.nbytes) for name, want in wants.items()}
+        state[key] = {name: Pending.of(want) for name, want in wants.items()}
         everything += found
     if len(target.kinds) > 1:
         state["optimizer"] = megatron_optimizer.state_of(source, target, everything)

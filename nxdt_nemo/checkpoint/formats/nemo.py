@@ -173,7 +173,7 @@ def _files(name: str, path: Path, tree: Tree, args: dict[str, Any], options: Opt
         if not isinstance(state, dict):
             raise UserError("is no dict of tensors", place=member.place)
         states[at] = (path / member.name, {"state_dict": state.get("state_dict", state)})
-    return ptl.build(name, path, states, args, layout, options)
+    return ptl.build(name, path, states, args, layout, options)[0]
 
 
 def _assets(tree: Tree, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -23,7 +23,17 @@ from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
 from nxdt_nemo.checkpoint.dialects.nemo_legacy import Spelling, nemo_legacy, spelling_of
 from nxdt_nemo.checkpoint.dialects.nxd_hf import Copies, Form, form_of, nxd_hf
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, ptl, zero1
-from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Training, Writer, constant
+from nxdt_nemo.checkpoint.formats.base import (
+    Options,
+    Output,
+    Reader,
+    Source,
+    Target,
+    Training,
+    Writer,
+    constant,
+    zipped,
+)
 from nxdt_nemo.checkpoint.formats.per_rank import Held, Reference
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
@@ -39,6 +49,9 @@ _STEP = re.compile(r"step[=_](\d+)")
 _XLA = Reference("torch_xla.utils.serialization")
 CONTENT, CONFIG, DONE = "user_content.pt", "config.json", "done"
 _HARDWARE = ("trn1", "trn2")
+
+
+Shards = list[tuple[Shard, Held]]
 
 
 class _Rank(NamedTuple):
@@ -75,9 +88,9 @@ class NxDTReader(Reader):
         content = per_rank.read(tag / CONTENT, files) if (tag / CONTENT).is_file() else {}
         if not isinstance(content, dict):
             raise UserError("is no dict", place=str(tag / CONTENT))
-        source = _source(tag, held, content, layout, options)
+        source, shards, dialect = _source(tag, held, content, layout, options)
         if options.optimizer:
-            _optimizer(source, tag, layout, files)
+            _optimizer(source, tag, shards, dialect, files)
         source.files = sorted(file.path for file in files)
         return source
 
@@ -135,7 +148,7 @@ def _arrays(path: Path, rank: _Rank, files: Files) -> dict[str, Any]:
 
 def _source(
     tag: Path, held: Mapping[_Rank, Held], content: Mapping[str, Any], layout: Layout, options: Options
-) -> Source:
+) -> tuple[Source, Shards, Dialect]:
     first = held[_Rank(0, 0, 0)]
     megatron_style = any(key.startswith("language_model.") for key in first.arrays)
     memo = content.get(ptl.MEMO)
@@ -167,13 +180,11 @@ def _source(
     per_rank.collect(source, dialect, shards, local=False, expert_ranks=True, hint=hint)
     source.detail = {
         "style": "megatron" if megatron_style else "hf",
-        "dialect": dialect,
-        "shards": shards,
         "kv_multiplier": copies.multiplier,
         "hw_backend": copies.hardware if copies.multiplier > 1 else None,
         "nemo_config": {},
     }
-    return source
+    return source, shards, dialect
 
 
 def _with_config(tag: Path, options: Options) -> Options:
@@ -304,21 +315,18 @@ def _order(held: Mapping[_Rank, Held], form: Form, model: Model, tp: int, multip
     return good[0] if len(good) == 1 else None
 
 
-def _optimizer(source: Source, tag: Path, layout: Layout, files: Files) -> None:
+def _optimizer(source: Source, tag: Path, shards: Shards, dialect: Dialect, files: Files) -> None:
     """ZeRO-1's slices, or one state a rank."""
     folder = tag / "optim"
     if not folder.is_dir():
         raise UserError("has no optim/", place=str(tag), fix="leave out --with-optimizer")
     numbers = {int(match[1]) for at in folder.iterdir() if (match := _FILE.fullmatch(at.name))}
+    layout = source.layout
     if layout.ep > 1 or source.model.experts:
         raise UserError("has optimizer state of experts", place=str(folder), fix="leave out --with-optimizer")
-    for shard, held in source.detail["shards"]:
-        by_key = {
-            key: stored
-            for stored in rows_of(source.detail["dialect"], source.model, source.names, shard, layout, local=False)
-            for key in (stored.key, *stored.also)
-        }
-        params = [by_key[key] for key in held.arrays if key in by_key]
+    for shard, held in shards:
+        found = rows_of(dialect, source.model, source.names, shard, layout, local=False)
+        params = per_rank.in_order(found, held.arrays)
         rank = _Rank(0, shard.tp, shard.pp)
         paths = [folder / _name(rank, layout, dp) for dp in range(1 + max(numbers, default=0))]
         if missing := [path for path in paths if not path.is_file()]:
@@ -399,28 +407,11 @@ class NxDTWriter(Writer):
         arrays = per_rank.arrays_of(source, "model", found, target.dtype)
         experts = {stored.key for stored in found if stored.row.expert}
         path = f"model/{_name(rank, layout)}"
-        if target.extra.get("xser"):
-            outputs, tensors = per_rank.xser(path, arrays, _XLA)
-            keys = list(arrays)
+        own = {at for at, key in enumerate(arrays) if key in experts}
+        for output in self._saved(path, arrays, own if layout.ep > 1 else set()):
             # Tensors that are not an expert's lie in the first expert rank's folder alone.
-            yield from (
-                output
-                for output in outputs
-                if not rank.ep or output.path == path or keys[_number(output.path)] in experts
-            )
-            info = {
-                number: {
-                    "dtype": tensor.dtype,
-                    "shape": torch.Size(tensor.shape),
-                    "expert_model_parallel": keys[number] in experts and layout.ep > 1,
-                }
-                for number, tensor in tensors.items()
-            }
-            saved = torch_zip.Zip(info)
-            yield Output(f"{path}.info.pt", saved.length, saved.stream)
-        else:
-            saved = torch_zip.Zip(arrays)
-            yield Output(path, saved.length, saved.stream)
+            if not rank.ep or ".tensors/" not in output.path or _number(output.path) in own:
+                yield output
         if len(target.kinds) > 1:
             yield from self._optimizer(rank, found)
 
@@ -429,18 +420,20 @@ class NxDTWriter(Writer):
         for dp in range(ranks):
             state = zero1.state_of(self._source, self._target, params, dp, ranks)
             path = f"optim/{_name(rank, self._target.layout, dp)}"
-            if self._target.extra.get("xser"):
-                outputs, tensors = per_rank.xser(path, state, _XLA)
-                yield from outputs
-                info = {
-                    number: {"dtype": t.dtype, "shape": torch.Size(t.shape), "expert_model_parallel": False}
-                    for number, t in tensors.items()
-                }
-                saved = torch_zip.Zip(info)
-                yield Output(f"{path}.info.pt", saved.length, saved.stream)
-            else:
-                saved = torch_zip.Zip(state)
-                yield Output(path, saved.length, saved.stream)
+            yield from self._saved(path, state)
+
+    def _saved(self, path: str, value: Any, experts: Container[int] = ()) -> Iterator[Output]:
+        """One file; with xser one for each tensor, too. experts: tensors, by number, that expert ranks divide."""
+        if not self._target.extra.get("xser"):
+            yield zipped(path, value)
+            return
+        outputs, tensors = per_rank.xser(path, value, _XLA)
+        yield from outputs
+        info = {
+            number: {"dtype": one.dtype, "shape": torch.Size(one.shape), "expert_model_parallel": number in experts}
+            for number, one in tensors.items()
+        }
+        yield zipped(f"{path}.info.pt", info)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
         source, model = self._source, self._model
@@ -468,8 +461,7 @@ class NxDTWriter(Writer):
         for name, asset in source.assets.items():
             yield constant(name, asset.read_bytes())
         yield constant(CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str).encode() + b"\n")
-        saved = torch_zip.Zip(content)
-        yield Output(CONTENT, saved.length, saved.stream)
+        yield zipped(CONTENT, content)
         yield constant("checkpoint", b"1")
         yield constant(DONE, b"1")
 

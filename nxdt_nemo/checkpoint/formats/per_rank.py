@@ -33,6 +33,7 @@ __all__ = [
     "believe",
     "check_grid",
     "collect",
+    "in_order",
     "is_reference",
     "of_layers",
     "pending",
@@ -227,10 +228,15 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
     return worst
 
 
+def in_order(found: Iterable[Stored], arrays: Mapping[str, Any]) -> list[Stored]:
+    """A rank's arrays in the order of its file, by which optimizers number them."""
+    by_key = {key: stored for stored in found for key in (stored.key, *stored.also)}
+    return [by_key[key] for key, value in arrays.items() if key in by_key and isinstance(value, Extent)]
+
+
 def pending(source: Source, kind: str, stored: Stored, dtype: torch.dtype | None = None) -> Pending:
     """An array to write."""
-    want = source.catalog.want(kind, stored, dtype)
-    return Pending(want, want.dtype, want.shape, want.nbytes)
+    return Pending.of(source.catalog.want(kind, stored, dtype))
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ def xser(path: str, value: Any, reference: Reference) -> tuple[list[Output], dic
             tensors.append(inner)
             return reference.of(len(tensors) - 1, inner)
         if isinstance(inner, torch.Tensor):
-            return replaced(Pending(_Given(inner), inner.dtype, tuple(inner.shape), inner.nbytes))
+            return replaced(Pending.of(inner))
         if isinstance(inner, dict):
             return {key: replaced(item) for key, item in inner.items()}
         return [replaced(item) for item in inner] if isinstance(inner, list) else inner
@@ -300,11 +306,3 @@ def xser(path: str, value: Any, reference: Reference) -> tuple[list[Output], dic
         for saved in (torch_zip.one_tensor(tensor.what, tensor.dtype, tensor.shape),)
     ]
     return [*outputs, Output(path, main.length, main.stream)], dict(enumerate(tensors))
-
-
-@dataclass(frozen=True)
-class _Given:
-    value: torch.Tensor
-
-    def tensor(self) -> torch.Tensor:
-        return self.value

@@ -22,9 +22,8 @@ from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
 from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK, PER_RANK_TE
 from nxdt_nemo.checkpoint.dialects.nemo_legacy import Spelling, nemo_legacy, spelling_of
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, zero1
-from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Training, Writer
+from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Training, Writer, zipped
 from nxdt_nemo.checkpoint.formats.per_rank import Held, Reference
-from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
 from nxdt_nemo.checkpoint.io.pickling import Pending
 from nxdt_nemo.checkpoint.layout import Layout, padded
@@ -55,6 +54,7 @@ _CONSUMED = re.compile(r"consumed_samples=(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _NNM = Reference("nemo.collections.nlp.parts.serialization", full=True)
 Ranks = dict[tuple[int, int], Path]
+Chunks = dict[tuple[int, int], list[Held]]  # by (tp, pp): one, or one a virtual stage
 
 
 def folder_name(layout: Layout, tp: int, pp: int) -> str:
@@ -130,7 +130,7 @@ class PTLReader(Reader):
         states = {at: _opened(folder / name, files) for at, folder in where.items()}
         first = states[0, 0]
         config = nemo_config.of_hyper_parameters(first.get("hyper_parameters"))
-        source = build(
+        source, held, dialect = build(
             self.format,
             base,
             {at: (where[at] / name, state) for at, state in states.items()},
@@ -142,7 +142,8 @@ class PTLReader(Reader):
         _progress(source, first, name)
         _check_same(base, states)
         if options.optimizer:
-            _optimizer(source, {at: where[at] / name for at in states}, states, files)
+            paths = {at: where[at] / name for at in states}
+            _optimizer(source, paths, held, dialect, states, files)
         source.files = sorted(file.path for file in files)
         source.assets = dict(megatron.assets_of(base))
         return source
@@ -230,8 +231,11 @@ def build(
     args: dict[str, Any],
     layout: Layout,
     options: Options,
-) -> Source:
-    """A Source of ranks' files. args: what the checkpoint says of its model, by Megatron's names; {} if nothing."""
+) -> tuple[Source, Chunks, Dialect]:
+    """A Source of ranks' files, their models or virtual stages, and the names these have.
+
+    args   what the checkpoint says of its model, by Megatron's names; {} if nothing
+    """
     held = {at: [Held(path, chunk) for chunk in _chunks(state)] for at, (path, state) in states.items()}
     first = held[0, 0][0]
     counts = [
@@ -258,8 +262,7 @@ def build(
     dialect = dialect_of(first.arrays)
     shards = ((shard, held[shard.tp, shard.pp][shard.chunk]) for shard in layout.shards(model.layers, model.experts))
     per_rank.collect(source, dialect, shards, local=True)
-    source.detail = {"dialect": dialect, "held": held}
-    return source
+    return source, held, dialect
 
 
 def dialect_of(arrays: Mapping[str, Any]) -> Dialect:
@@ -269,19 +272,21 @@ def dialect_of(arrays: Mapping[str, Any]) -> Dialect:
     return nemo_legacy(spelling_of(list(arrays)))
 
 
-def _optimizer(source: Source, paths: Ranks, states: Mapping[tuple[int, int], Mapping[str, Any]], files: Files) -> None:
+def _optimizer(
+    source: Source,
+    paths: Ranks,
+    held: Chunks,
+    dialect: Dialect,
+    states: Mapping[tuple[int, int], Mapping[str, Any]],
+    files: Files,
+) -> None:
     """Put the state of every rank into the catalog: ZeRO-1's files, or the one in the checkpoint itself."""
-    dialect, held, layout = source.detail["dialect"], source.detail["held"], source.layout
+    layout = source.layout
     for (tp, pp), path in paths.items():
         params: list[Stored] = []
         for chunk, one in enumerate(held[tp, pp]):
             shard = layout.shard(source.model.layers, tp, pp, chunk, 0, ())
-            by_key = {
-                key: stored
-                for stored in rows_of(dialect, source.model, source.names, shard, layout)
-                for key in (stored.key, *stored.also)
-            }
-            params += [by_key[key] for key in one.arrays if key in by_key]
+            params += per_rank.in_order(rows_of(dialect, source.model, source.names, shard, layout), one.arrays)
         slices = _slices(path)
         if slices:
             zero1.collect(source, params, [(at, per_rank.read(at, files)) for at in slices])
@@ -413,8 +418,7 @@ class PTLWriter(Writer):
         elif len(target.kinds) > 1:
             state["optimizer_states"] = [megatron_optimizer.part_of(source, target, params)]
             state["lr_schedulers"] = [_scheduler(source)]
-        saved = torch_zip.Zip(state)
-        yield Output(path, saved.length, saved.stream)
+        yield zipped(path, state)
 
 
 def _scheduler(source: Source) -> dict[str, Any]:
@@ -487,8 +491,7 @@ class NNMWriter(PTLWriter):
         if target.extra.get("xser"):
             yield from per_rank.xser(path, value, _NNM)[0]
             return
-        saved = torch_zip.Zip(value)
-        yield Output(path, saved.length, saved.stream)
+        yield zipped(path, value)
 
 
 def _nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from nxdt_nemo.checkpoint.boxes import Box
 from nxdt_nemo.checkpoint.catalog import Wanted
 from nxdt_nemo.checkpoint.dialects.megatron_core import DISTRIBUTED
 from nxdt_nemo.checkpoint.formats import distributed, megatron
-from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
+from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.io import torch_zip, unpickle
 from nxdt_nemo.checkpoint.io.files import Extent, Files, Mapped, checked_path
 from nxdt_nemo.checkpoint.io.unpickle import Inert
@@ -224,8 +224,7 @@ class TorchDistWriter(Writer):
     def indexes(self) -> Iterable[Output]:
         """common.pt, `.metadata` and metadata.json."""
         folder = self._folder
-        common = torch_zip.Zip(self.common())
-        yield Output(f"{folder}/{COMMON}", common.length, common.stream)
+        yield zipped(f"{folder}/{COMMON}", self.common())
         kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         kind |= {"common_backend": "torch", "common_backend_version": 1}
         yield constant(f"{folder}/{METADATA}", self._metadata())

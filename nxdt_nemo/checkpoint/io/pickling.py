@@ -17,7 +17,7 @@ import torch
 import torch._utils
 
 from nxdt_nemo.checkpoint.io.files import Extent
-from nxdt_nemo.checkpoint.io.unpickle import Device, Inert, NumpyArray, PathText
+from nxdt_nemo.checkpoint.io.unpickle import Device, Inert, NumpyArray, PathText, dense
 
 __all__ = ["Makes", "Pending", "dumps"]
 
@@ -58,6 +58,14 @@ class Pending:
     shape: tuple[int, ...]
     nbytes: int
 
+    @classmethod
+    def of(cls, made: Any) -> Pending:
+        """Of a tensor, of what makes one and knows its dtype, shape and bytes, or itself."""
+        if isinstance(made, Pending):
+            return made
+        what = _Given(made) if isinstance(made, torch.Tensor) else made
+        return cls(what, made.dtype, tuple(made.shape), made.nbytes)
+
 
 class _Storage:
     def __init__(self, number: int, pending: Pending) -> None:
@@ -83,10 +91,10 @@ class _Pickler(_Base):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (Pending, Extent, torch.Tensor)):
-            pending = _pending(obj)
+            pending = Pending.of(obj)
             self.tensors.append(pending)
             storage = _Storage(len(self.tensors) - 1, pending)
-            arguments: tuple[Any, ...] = (storage, 0, pending.shape, _strides(pending.shape), False, OrderedDict())
+            arguments: tuple[Any, ...] = (storage, 0, pending.shape, dense(pending.shape), False, OrderedDict())
             return torch._utils._rebuild_tensor_v2, arguments
         if isinstance(obj, NumpyArray) and obj.value is not None:
             return obj.value.__reduce__()
@@ -102,21 +110,6 @@ class _Pickler(_Base):
             self.memoize(obj)
         else:
             super().save_global(obj, name)
-
-
-def _pending(obj: Any) -> Pending:
-    if isinstance(obj, Pending):
-        return obj
-    what = _Given(obj) if isinstance(obj, torch.Tensor) else obj
-    return Pending(what, obj.dtype, tuple(obj.shape), obj.nbytes)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
 
 
 def dumps(value: Any) -> tuple[bytes, list[Pending]]:

@@ -26,7 +26,7 @@ import torch
 from nxdt_nemo.checkpoint.io.files import Extent
 from nxdt_nemo.errors import UserError
 
-__all__ = ["Device", "Inert", "NumpyArray", "PathText", "StorageRef", "load", "plain"]
+__all__ = ["Device", "Inert", "NumpyArray", "PathText", "StorageRef", "dense", "load", "plain"]
 
 # Packages whose classes are found in checkpoints. Their names become Inert, nothing of them is imported.
 _PACKAGES = frozenset(
@@ -178,15 +178,16 @@ def _tensor(storage: StorageRef, offset: int, size: Any, stride: Any, *_: Any, d
     count = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
     if (offset + count) * dtype.itemsize > base.nbytes:
         raise UserError(f"a tensor of size {size} leaves its storage of {base.nbytes} bytes", place=base.place)
-    dense = stride == _dense(size)
-    return Extent(base.file, base.key, dtype, size, base.offset + offset * dtype.itemsize, None if dense else stride)
+    plain = stride == dense(size)
+    return Extent(base.file, base.key, dtype, size, base.offset + offset * dtype.itemsize, None if plain else stride)
 
 
 def _tensor_v3(storage: StorageRef, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any) -> Extent:
     return _tensor(storage, offset, size, stride, dtype=dtype)
 
 
-def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
+def dense(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor in C order, in elements."""
     strides, step = [], 1
     for n in reversed(size):
         strides.append(step)
