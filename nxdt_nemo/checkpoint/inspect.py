@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nxdt_nemo.checkpoint.formats.base import Options, Source
 from nxdt_nemo.checkpoint.io.files import name_of
 from nxdt_nemo.checkpoint.io.unpickle import plain
 from nxdt_nemo.checkpoint.output import MANIFEST
-from nxdt_nemo.checkpoint.tensors import logical_of
+from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["Tensor", "inspect", "summary", "tensors"]
@@ -49,7 +50,7 @@ def inspect(path: Path, options: Options) -> Source:
 def tensors(source: Source) -> list[Tensor]:
     """All logical tensors, in the order in which they were found."""
     found = []
-    for kind in ("model", "fp32_param", "exp_avg", "exp_avg_sq"):
+    for kind in KINDS:
         for name in source.catalog.names(kind):
             blocks = source.catalog.blocks(kind, name)
             files = dict.fromkeys(block.array.place.rpartition(": ")[0] for block in blocks)
@@ -82,7 +83,7 @@ def summary(source: Source) -> dict[str, Any]:
             "groups": plain(training.groups),
         },
         "dtypes": sorted({tensor.dtype for tensor in weights}),
-        "parameters": sum(_count(tensor.shape) for tensor in weights),
+        "parameters": sum(math.prod(tensor.shape) for tensor in weights),
         "tensors": [dataclasses.asdict(tensor) for tensor in listed],
         "files": {_relative(file, source.path): file.stat().st_size for file in source.files},
         "bytes": sum(file.stat().st_size for file in source.files),
@@ -90,13 +91,6 @@ def summary(source: Source) -> dict[str, Any]:
         "manifest": _manifest(source.path),
         "notes": source.notes,
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:

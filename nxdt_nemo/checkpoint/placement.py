@@ -189,7 +189,6 @@ class Row:
     zero     the key of layer 0, where it is another; in a key, {before} is the layer before and {last} the last one
     on       the pipeline stages that have it
     when     which models and layouts have it
-    copy     a second copy of a tensor that another row has: written, and compared on reading
     """
 
     key: str
@@ -198,7 +197,6 @@ class Row:
     stacked: Literal["", "l", "le"] = ""
     on: Literal["layers", "first", "last"] = "layers"
     when: Callable[[Model, Layout], bool] = field(default=_always)
-    copy: bool = False
     zero: str = ""
 
     @property

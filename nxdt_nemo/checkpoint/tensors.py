@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nxdt_nemo.checkpoint.model import Model
 
-__all__ = ["KINDS", "VOCABULARY", "Kind", "Logical", "expand", "layers_of", "logical_of"]
+__all__ = ["KINDS", "VOCABULARY", "Kind", "Logical", "logical_of"]
 
 # The state that a parameter has; all kinds of one parameter have its shape.
 KINDS = ("model", "fp32_param", "exp_avg", "exp_avg_sq")
@@ -131,15 +131,3 @@ def logical_of(name: str) -> Logical:
     """The row of a tensor's name: layers.3.attention.q.weight has layers.{l}.attention.q.weight."""
     holes = iter(("{l}", "{e}"))
     return VOCABULARY[_NUMBERS.sub(lambda _: next(holes), name)]
-
-
-def layers_of(pattern: str, model: Model) -> int:
-    """How many layers a pattern with {l} counts."""
-    return model.decoder_layers if pattern.startswith("decoder.") else model.layers
-
-
-def expand(pattern: str, model: Model) -> Iterator[str]:
-    """Names of a pattern, layer by layer and expert by expert."""
-    for layer in range(layers_of(pattern, model)) if "{l}" in pattern else (0,):
-        for expert in range(model.experts) if "{e}" in pattern else (0,):
-            yield pattern.format(l=layer, e=expert)

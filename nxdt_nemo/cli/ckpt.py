@@ -159,8 +159,9 @@ def convert(
     from nxdt_nemo.checkpoint.convert import convert as run
     from nxdt_nemo.checkpoint.formats.base import Options, Target
     from nxdt_nemo.checkpoint.layout import Layout
+    from nxdt_nemo.checkpoint.tensors import KINDS
 
-    kinds = ("model", "fp32_param", "exp_avg", "exp_avg_sq") if with_optimizer else ("model",)
+    kinds = KINDS if with_optimizer else KINDS[:1]
     options = Options(from_, family, model_config, step, vocab_size, with_optimizer, _options(option))
     extra = {
         "optimizer_format": _one_of("--optimizer-format", optimizer_format, "fully_sharded_model_space", "model_space"),

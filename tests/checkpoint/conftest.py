@@ -20,10 +20,9 @@ import torch
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.formats.base import Options, Source
-from nxdt_nemo.checkpoint.tensors import logical_of
+from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
 
 DATA = Path(__file__).parent / "data"
-KINDS = ("model", "fp32_param", "exp_avg", "exp_avg_sq")
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,

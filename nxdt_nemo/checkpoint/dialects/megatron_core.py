@@ -48,7 +48,7 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
     yield Row("decoder.final_layernorm.bias", Same("final_norm.bias"), on="last")
     yield Row("output_layer.weight", Same("head.weight"), on="last", when=untied)
     if not stacked:  # the last stage's copy
-        yield Row("output_layer.weight", Same("embedding.word.weight"), on="last", when=tied_and_split, copy=True)
+        yield Row("output_layer.weight", Same("embedding.word.weight"), on="last", when=tied_and_split)
 
 
 def _attention(row: Callable[..., Row], mine: str, spec: Spec) -> Iterator[Row]:
@@ -89,7 +89,7 @@ def _heads(stacked: bool) -> Iterator[Row]:
         yield Row(f"lm_head.layer_norm.{what}", Same(f"head.norm.{what}"), on="last")
     if not stacked:
         copy = Same("embedding.word.weight")
-        yield Row("output_layer.weight", copy, on="last", when=tied_and_split, copy=True)
+        yield Row("output_layer.weight", copy, on="last", when=tied_and_split)
     yield Row("output_layer.bias", Same("head.bias"), on="last")
     for what in _BOTH:
         yield Row(f"binary_head.{what}", Same(f"binary_head.{what}"), on="last")

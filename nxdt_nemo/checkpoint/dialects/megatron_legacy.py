@@ -67,7 +67,7 @@ def _rows(version: float) -> Iterator[Row]:
     yield Row("lm_head.bias", Same("head.bias"), on="last")
     yield Row(_ROOT + "output_layer.weight", Same("head.weight"), on="last", when=untied)
     copy = Same("embedding.word.weight")
-    yield Row("word_embeddings_for_head.weight", copy, on="last", when=tied_and_split, copy=True)
+    yield Row("word_embeddings_for_head.weight", copy, on="last", when=tied_and_split)
 
 
 def _fuse(names: list[str], version: float) -> How:

@@ -106,7 +106,7 @@ def _rows(spelling: Spelling) -> Iterator[Row]:
     )
     copy = Same("embedding.word.weight")
     other = ("word_embeddings.weight", "word_embeddings_for_head.weight")
-    yield Row(spelling.head, copy, also=other, on="last", when=tied_and_split, copy=True)
+    yield Row(spelling.head, copy, also=other, on="last", when=tied_and_split)
 
 
 def _mlp(at: str, mine: str, spelling: Spelling) -> Iterator[Row]:

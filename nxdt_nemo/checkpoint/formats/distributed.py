@@ -28,11 +28,12 @@ from nxdt_nemo.checkpoint.formats.base import Options, Source
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Stored, rows_of
+from nxdt_nemo.checkpoint.tensors import KINDS
 from nxdt_nemo.errors import UserError
 
 __all__ = ["Item", "build"]
 
-_KINDS = ("fp32_param", "exp_avg", "exp_avg_sq")
+_KINDS = KINDS[1:]
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
 # Held beside the tensors, and nothing that a model needs.
 _ASIDE = re.compile(
