@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from torch import Tensor, nn
 
 from nxdt_nemo.errors import UserError
-from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
+from nxdt_nemo.megatron.optimizer.traced_zero import HostBucket
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Division, Part
 
 __all__ = [
     "PREFIX",
@@ -34,12 +35,12 @@ __all__ = [
 
 PREFIX = "optimizer.state"
 Tensors = dict[str, Tensor]  # fp32_param (of half precision parameters), exp_avg, exp_avg_sq
-StateOf = Callable[[Piece], Tensors]
+StateOf = Callable[[Part], Tensors]
 Sharded = dict[int, dict[str, Any]]
 
 
 def whole_states(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[Bucket | HostBucket],
     params: Sequence[nn.Parameter],
     state_of: StateOf,
     model: Mapping[str, Any],
@@ -49,7 +50,7 @@ def whole_states(
     """The sharded state to save: {place in `params`: {name: ShardedTensor or factory}} of what this rank owns.
 
     params        all parameters of the optimizer
-    state_of      a piece's tensors, [n] float32
+    state_of      a part's tensors, [n] float32
     model         the model's sharded state dict
     host_groups   a gloo group for each bucket's group: pieces go from host to host
     instance      of several groups that hold the same state: what the first has is written
@@ -65,7 +66,7 @@ def whole_states(
 
 
 def state_template(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[Bucket | HostBucket],
     params: Sequence[nn.Parameter],
     state_of: StateOf,
     model: Mapping[str, Any],
@@ -89,7 +90,9 @@ def state_template(
     return sharded
 
 
-def load_pieces(buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded) -> None:
+def load_pieces(
+    buckets: Sequence[Bucket | HostBucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded
+) -> None:
     """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them."""
     pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
     for place, param in enumerate(params):
@@ -160,12 +163,14 @@ def _places(params: Sequence[nn.Parameter], model: Mapping[str, Any]) -> dict[nn
     return {param: (place, entries[place]) for place, param in enumerate(params)}
 
 
-def _owner(bucket: Bucket, first: int, last: int) -> int:
+def _owner(bucket: Division, first: int, last: int) -> int:
     """The rank that has most of a parameter, the lowest of equals."""
     return max(bucket.holders(first, last), key=lambda holder: (holder[2] - holder[1], -holder[0]))[0]
 
 
-def _whole(bucket: Bucket, state_of: StateOf, host: dist.ProcessGroup) -> Iterator[tuple[nn.Parameter, Tensors]]:
+def _whole(
+    bucket: Bucket | HostBucket, state_of: StateOf, host: dist.ProcessGroup
+) -> Iterator[tuple[nn.Parameter, Tensors]]:
     """The parameters that this rank owns, with their tensors in the parameters' shapes."""
     rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
     under_way: list[Any] = []
