@@ -190,8 +190,13 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """What is the same on each data-parallel rank: hyper-parameters, steps, loss scale. No tensors of pieces."""
         return {} if self.is_stub_optimizer else self._wrapped({"param_groups": self._groups()})
 
+    def _hosts(self) -> dict[dist.ProcessGroup, dist.ProcessGroup]:
+        """A group for tensors of the host for each bucket's."""
+        return {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
+
     def _groups(self) -> list[dict[str, Any]]:
-        groups = self.optimizer.param_groups
+        """Without parameters; a group that has not been stepped yet says so."""
+        groups = ({"step": 0, **group} for group in self.optimizer.param_groups)
         return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
     def _wrapped(self, inner: dict[str, Any]) -> dict[str, Any]:
@@ -223,23 +228,20 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             state = state_template(*held, self.distributed_optimizer_instance_id)
             groups: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
         else:
-            hosts = {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
-            state = whole_states(*held, hosts, self.distributed_optimizer_instance_id)
+            state = whole_states(*held, self._hosts(), self.distributed_optimizer_instance_id)
             groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what sharded_state_dict(is_loading=True) gave, after it was loaded."""
+        """Take up what sharded_state_dict() gave, after it was loaded; each rank of the data-parallel group calls it."""
         if self.is_stub_optimizer:
             return
         loaded = Loaded.of(state_dict)
         self._take_groups(loaded)
         self._count(loaded.steps)
-        if loaded.state:
-            buckets = on_host(self.buckets, self.optimizer.state, read=False)
-            load_pieces(buckets, self.model_params, self._state_of, loaded)
-            to_device(buckets)
+        buckets = on_host(self.buckets, self.optimizer.state, read=False)
+        to_device(load_pieces(buckets, self.model_params, self._state_of, loaded, self._hosts()))
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 

@@ -91,16 +91,74 @@ def state_template(
 
 
 def load_pieces(
-    buckets: Sequence[Bucket | HostBucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded
-) -> None:
-    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them."""
-    pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
-    for place, param in enumerate(params):
-        if param in pieces:
-            piece = pieces[param]
+    buckets: Sequence[Bucket | HostBucket],
+    params: Sequence[nn.Parameter],
+    state_of: StateOf,
+    loaded: Loaded,
+    host_groups: Mapping[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+) -> list[Bucket | HostBucket]:
+    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them; returns the buckets that had any.
+
+    host_groups   see whole_states; with them `loaded` may be what was saved, of parameters that this rank owns only: a
+                  megatron-core loop loads into what sharded_state_dict() gives without is_loading
+    """
+    filled = []
+    places = {param: place for place, param in enumerate(params)}
+    for bucket in buckets:
+        sent: dict[nn.Parameter, Tensors] = {}
+        if host_groups is not None:
+            anything, complete = _held(bucket, places, loaded, host_groups[bucket.group])
+            if not anything:
+                continue
+            if not complete:
+                sent = _from_owners(bucket, places, state_of, loaded, host_groups[bucket.group])
+        for param, piece in bucket.pieces.items():
             for name, tensor in state_of(piece).items():
-                tensor.copy_(piece.cut(loaded.state[place][name]))
+                found = sent.get(param) or loaded.state[places[param]]
+                tensor.copy_(found[name] if param in sent else piece.cut(found[name]))
             piece.publish(loaded.steps)
+        filled.append(bucket)
+    return filled
+
+
+def _held(
+    bucket: Bucket | HostBucket, places: Mapping[nn.Parameter, int], loaded: Loaded, host: dist.ProcessGroup
+) -> tuple[bool, bool]:
+    """Has any rank of the bucket's group loaded state of it, and has each all that it has pieces of?"""
+    has = [places[param] in loaded.state for param, *_ in bucket.spans if param in bucket.pieces]
+    flags = torch.tensor([any(has), not all(has)], dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=host)
+    anything, lacking = flags.tolist()
+    return bool(anything), not lacking
+
+
+def _from_owners(
+    bucket: Bucket | HostBucket,
+    places: Mapping[nn.Parameter, int],
+    state_of: StateOf,
+    loaded: Loaded,
+    host: dist.ProcessGroup,
+) -> dict[nn.Parameter, Tensors]:
+    """This rank's pieces, [n], of parameters that another rank owns and has loaded."""
+    rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
+    found: dict[nn.Parameter, Tensors] = {}
+    under_way: list[Any] = []
+    for param, first, last in bucket.spans:
+        owner = _owner(bucket, first, last)
+        for holder, start, stop in bucket.holders(first, last):
+            if holder == owner:
+                continue
+            if rank == owner:
+                for name in state_of(bucket.pieces[param]):
+                    part = loaded.state[places[param]][name].reshape(-1)[start:stop].contiguous()
+                    under_way.append((dist.isend(part, ranks[holder], group=host), part))
+            elif rank == holder:
+                mine = state_of(bucket.pieces[param])
+                found[param] = {name: torch.empty(stop - start, dtype=tensor.dtype) for name, tensor in mine.items()}
+                under_way += [(dist.irecv(part, ranks[owner], group=host), part) for part in found[param].values()]
+    for work, _ in under_way:
+        work.wait()
+    return found
 
 
 @dataclass(frozen=True)
