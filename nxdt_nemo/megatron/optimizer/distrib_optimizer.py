@@ -234,7 +234,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what sharded_state_dict() gave, after it was loaded; each rank of the data-parallel group calls it."""
+        """Take up what sharded_state_dict() gave, after it was loaded. All data-parallel ranks call it."""
         if self.is_stub_optimizer:
             return
         loaded = Loaded.of(state_dict)

@@ -97,7 +97,7 @@ def load_pieces(
     loaded: Loaded,
     host_groups: Mapping[dist.ProcessGroup, dist.ProcessGroup] | None = None,
 ) -> list[Bucket | HostBucket]:
-    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them; returns the buckets that had any.
+    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them; returns the buckets with any.
 
     host_groups   see whole_states; with them `loaded` may be what was saved, of parameters that this rank owns only: a
                   megatron-core loop loads into what sharded_state_dict() gives without is_loading
