@@ -316,7 +316,8 @@ def load_checkpoint(model: list[Any], optimizer: Any, folder: Path, fault: Fault
         mine = {name: tensor for name, tensor in found["model"].items() if name.startswith(f"{i}.")}
         chunk.load_state_dict({name.partition(".")[2]: tensor for name, tensor in mine.items()}, strict=False)
     if fault == "moments not resumed":
-        for moments in found["optimizer"]["state"].values():
+        inner = found["optimizer"].get("optimizer", found["optimizer"])  # with main parameters one level below
+        for moments in inner["state"].values():
             moments["exp_avg"].zero_()
             moments["exp_avg_sq"].zero_()
     optimizer.load_state_dict(found["optimizer"])
