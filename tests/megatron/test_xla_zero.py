@@ -90,9 +90,9 @@ def graphs_of(cases: list[tuple[Recipe, Layout]], mistake: str) -> list[str]:
             for param in params:
                 param.main_grad.copy_(torch.full(param.shape, 0.1))
             lane.synchronize()
-            [optimizer] = training.optimizer.chained_optimizers
+            states = [state for one in training.optimizer.chained_optimizers for state in one.state.values()]
             outputs = [update(training.optimizer, recipe, 0, read=lambda found: found), *params]
-            outputs += [tensor for state in optimizer.state.values() for tensor in state.values()]
+            outputs += [tensor for state in states for tensor in state.values()]
             found.append(torch_xla._XLAC._get_xla_tensors_hlo(outputs))
             forget_groups()
     return found

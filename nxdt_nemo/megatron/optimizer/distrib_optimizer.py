@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
@@ -229,7 +228,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             groups: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
         else:
             state = whole_states(*held, self._hosts(), self.distributed_optimizer_instance_id)
-            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
+            groups = self._groups()
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from nemo.utils import str_to_dtype
 from torch import Tensor, nn
 
@@ -324,7 +323,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         else:
             host = _host_group(self._group)
             state = whole_states(buckets, params, self._state_of, model_sharded_state_dict, {self._group: host})
-            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self.param_groups]
+            groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
@@ -341,11 +340,10 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
         self._count(loaded.steps)
-        if loaded.state:
-            params = [param for param in self.parameters() if param in self._placed]
-            buckets = on_host(self.buckets, self._stepper().state, read=False)
-            load_pieces(buckets, params, self._state_of, loaded)
-            to_device(buckets)
+        params = [param for param in self.parameters() if param in self._placed]
+        buckets = on_host(self.buckets, self._stepper().state, read=False)
+        hosts = {self._group: _host_group(self._group)}
+        to_device(load_pieces(buckets, params, self._state_of, loaded, hosts))
 
 
 def _add_to_main_grad(param: Any) -> None:
