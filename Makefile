@@ -62,6 +62,10 @@ test-communication: $(STAMP) ## bytes of a step by process group and collective,
 test-memory: $(STAMP) ## bytes of a step on each rank against the formula of docs/memory.md, at most 4 ranks; writes docs/results/memory.md
 	@$(PY) tools/memory.py
 
+.PHONY: test-neuron
+test-neuron: $(STAMP) ## the neuron lane on a stand-in for its device against the cpu lane; writes docs/results/neuron_torch2.9.md
+	@$(PY) tools/neuron.py
+
 .PHONY: test-upstream
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes
 	@$(PY) tools/test_upstream.py

@@ -6,6 +6,7 @@ import builtins
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 import nxdt_nemo
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.machine import installed
+from nxdt_nemo.testing.neuron_standin import installed as installed_standin
+from nxdt_nemo.testing.neuron_standin import missing_tools
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 
 if TYPE_CHECKING:
@@ -61,6 +64,14 @@ def with_torch_xla() -> None:
     """For tests whose processes import torch_xla, which is kept out of this one."""
     if installed("torch_xla") is None:
         pytest.skip("needs the extra: pip install nxdt-nemo[xla]")
+
+
+@pytest.fixture(scope="session")
+def neuron_standin() -> Path:
+    """The folder of the neuron lane's stand-in, compiled once for each torch and kept."""
+    if missing := missing_tools():
+        pytest.skip(f"needs {missing} to compile a device")
+    return installed_standin()
 
 
 @pytest.fixture(scope="session")

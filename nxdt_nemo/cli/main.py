@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from nxdt_nemo import __version__
-from nxdt_nemo.cli import configs, patches
+from nxdt_nemo.cli import ckpt, configs, patches
 from nxdt_nemo.cli.audit import audit
 from nxdt_nemo.cli.doctor import doctor
 from nxdt_nemo.cli.run import Job, leave
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(patches.app, name="patches")
 app.add_typer(configs.app, name="configs")
+app.add_typer(ckpt.app, name="ckpt")
 app.command("doctor")(doctor)
 app.command("audit")(audit)
 app.command("validate")(validate)

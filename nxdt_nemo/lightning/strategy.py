@@ -7,15 +7,13 @@ that it enters as a Strategy instance, Lightning's own seam. Proof: tests/nemo/t
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import gc
-import os
 import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
+from nxdt_nemo import folders
 from nxdt_nemo.lightning.launcher import EarlyScriptLauncher
 from nxdt_nemo.lightning.logger_connector import log_when_there
 from nxdt_nemo.lightning.progress import slow_down
@@ -27,8 +25,6 @@ __all__ = ["NeuronStrategyMixin", "newest_strategy"]
 # Beside a folder: not a checkpoint. NeMo's callback uses the same sign; without it, it would rank a folder that was
 # cut short among the best ones, delete a complete one in exchange, and never clear it away.
 UNFINISHED = "-unfinished"
-REPLACED = ".replaced"
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 _newest: weakref.ref[NeuronStrategyMixin] | None = None
 
@@ -58,6 +54,7 @@ class NeuronStrategyMixin:
         if isinstance(launcher, EarlyScriptLauncher):
             launcher.start()
         self.setup_distributed()  # type: ignore[attr-defined]
+        current().ranks_are_up()
 
     def _get_process_group_backend(self) -> str:
         lane = current()
@@ -109,7 +106,7 @@ class NeuronStrategyMixin:
 
     def _begin_graphs(self) -> None:
         """What set-up left is no part of the first step; and what is there now is left out when garbage is sought."""
-        if not current().ragged:
+        if current().traced:
             gc.collect()
             gc.freeze()
         current().cut()
@@ -140,7 +137,7 @@ class NeuronStrategyMixin:
         """Lightning's optimizer step; then note where this rank's random streams stand."""
         result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
         self._rng, self._at_step_start = RngSnapshot.take(), True
-        if not current().ragged:
+        if current().traced:
             gc.collect()  # frames that a caught exception keeps hold the loss: omegaconf raises one in most steps
         current().step_boundary()
         return result
@@ -178,7 +175,7 @@ class NeuronStrategyMixin:
         current().settle()
         if self.is_global_zero:  # type: ignore[attr-defined]
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _recover(folder.parent)
+            folders.recover(folder.parent.glob(f"*{folders.REPLACED}"))
             mark.touch()
             if partial.exists():
                 shutil.rmtree(partial)
@@ -216,49 +213,7 @@ def _mark(folder: Path) -> Path:
 
 
 def _commit(partial: Path, folder: Path) -> None:
-    """Make `partial` stand as `folder`. At every moment the old or the new one is there, complete."""
+    """Make `partial` stand as `folder`, once all of it is on the disk."""
     for path in (*sorted(partial.rglob("*")), partial):
-        _sync(path)
-    if not folder.exists():
-        os.replace(partial, folder)
-    elif _exchange(partial, folder):
-        _sync(folder.parent)
-        shutil.rmtree(partial)
-    else:
-        replaced = folder.with_name(folder.name + REPLACED)
-        os.replace(folder, replaced)  # a kill from here to the next line: see _recover
-        os.replace(partial, folder)
-        _sync(folder.parent)
-        shutil.rmtree(replaced)
-    _sync(folder.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the file system cannot (NFS, some of Lustre)."""
-    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if swap is None:
-        return False
-    if swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        raise OSError(number, os.strerror(number), str(one), None, str(other))
-    return False
-
-
-def _recover(folder: Path) -> None:
-    """Give checkpoints their names back that a kill in a replacement left without."""
-    for replaced in folder.glob(f"*{REPLACED}"):
-        named = replaced.with_name(replaced.name.removesuffix(REPLACED))
-        if named.exists():
-            shutil.rmtree(replaced)
-        else:
-            os.replace(replaced, named)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        folders.sync(path)
+    folders.commit(partial, folder)

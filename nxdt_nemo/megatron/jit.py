@@ -17,6 +17,7 @@ from typing import Any
 from nxdt_nemo.errors import PatchError
 from nxdt_nemo.patching.fingerprint import source_of
 from nxdt_nemo.patching.view import Views, load_object
+from nxdt_nemo.runtime.select import current
 
 __all__ = ["KERNELS", "Kernel", "jit_fuser", "register"]
 
@@ -63,11 +64,11 @@ _replaced: dict[str, Function] = {}  # upstream's own, by the names in KERNELS
 
 
 def jit_fuser(function: Function) -> Function:
-    """Our kernel for this function of upstream's, or the function itself."""
+    """Our kernel for this function of upstream's, or the function itself; compiled where the lane has a compiler."""
     target = f"{function.__module__}.{function.__qualname__}"
     kernel = KERNELS.get(target)
     if kernel is None:
-        return function
+        return current().compiled(function)
     source = source_of(sys.modules[function.__module__])
     for name, expected in kernel.sources.items():
         if (found := source.fingerprint([name])) != expected:
@@ -76,8 +77,7 @@ def jit_fuser(function: Function) -> Function:
                 f"{found}, expected {expected}"
             )
     _replaced[target] = function
-    replacement: Function = load_object(kernel.replacement)
-    return replacement
+    return _ours(target)
 
 
 def register(module: ModuleType, _: Views) -> Callable[[], None]:
@@ -88,7 +88,7 @@ def register(module: ModuleType, _: Views) -> Callable[[], None]:
     before = module.jit_fuser
     module.jit_fuser = jit_fuser  # type: ignore[attr-defined]
     for name in _replaced:
-        _bind(name, load_object(KERNELS[name].replacement))
+        _bind(name, _ours(name))
 
     def undo() -> None:
         module.jit_fuser = before  # type: ignore[attr-defined]
@@ -96,6 +96,10 @@ def register(module: ModuleType, _: Views) -> Callable[[], None]:
             _bind(name, function)
 
     return undo
+
+
+def _ours(target: str) -> Function:
+    return current().compiled(load_object(KERNELS[target].replacement))
 
 
 def _bind(name: str, function: Function) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.keep_out import keep_out
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
-from nxdt_nemo.runtime.machine import host_memory, process_memory, reset_process_peak, text
+from nxdt_nemo.runtime.machine import host_memory, process_memory, ranks_placed_here, reset_process_peak, text
+from nxdt_nemo.runtime.neuron.package import AUTOLOAD, registers_itself
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
@@ -38,7 +39,17 @@ class CpuLane(RanksLane):
         return Verdict(True, "always there")
 
     def enter_process(self) -> Undo:
-        return keep_out("torch_xla", "torch_neuronx")
+        """Libraries of devices stay out; `import torch` would fail where it is to load one of them by itself."""
+        back = keep_out("torch_xla", "torch_neuronx")
+        if not registers_itself():
+            return back
+        autoload = set_variable(AUTOLOAD, "0")
+
+        def undo() -> None:
+            autoload()
+            back()
+
+        return undo
 
     def start_method(self, asked: str) -> str:
         """fork in place of spawn, which upstream's scripts force for CUDA's sake and which imports all again.
@@ -54,17 +65,17 @@ class CpuLane(RanksLane):
         return torch.device("cpu")
 
     def device_count(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or os.cpu_count() or 1
+        return ranks_placed_here() or os.cpu_count() or 1
 
     def name_of_device(self) -> str:
         found = re.search(r"model name\s*:\s*(.+)", text("/proc/cpuinfo"))
         return found[1].strip() if found else platform.machine()
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """float16 is out on every lane: it trains with loss scaling only, which this backend does not do."""
+        """Also float64, which is none of NeuronCores' own."""
         import torch
 
-        return dtype in (torch.float32, torch.bfloat16, torch.float64)
+        return super().supports(dtype) or dtype == torch.float64
 
     def total_memory(self) -> int:
         return host_memory()
@@ -104,9 +115,3 @@ class CpuLane(RanksLane):
         from nxdt_nemo.runtime.gloo import table
 
         return table()
-
-    def step_boundary(self) -> None:
-        """Nothing was traced."""
-
-    def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
-        function(*(tensor.detach() for tensor in tensors))

@@ -59,6 +59,8 @@ class _DeviceMesh(metaclass=_DeviceMeshType):
 def _init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
     kwargs.pop("device_id", None)  # NCCL's, to connect at once
     dist.init_process_group(to_backend(backend), *args, **kwargs)
+    if dist.is_initialized() and dist.get_backend() == current().backend:
+        current().ranks_are_up()
 
 
 @functools.wraps(dist.new_group)
@@ -82,6 +84,16 @@ def _all_gather_into_tensor(
     return work
 
 
+@functools.wraps(dist.barrier)
+def _barrier(group: Any = None, async_op: bool = False, device_ids: Any = None, **named: Any) -> dist.Work | None:
+    """The lane's; device_ids are CUDA's, a timeout is torch's (2.14)."""
+    if async_op or named:
+        started: dist.Work | None = dist.barrier(group, async_op, **named)
+        return started
+    current().barrier(group)
+    return None
+
+
 def distributed_view() -> ModuleView:
     """torch.distributed for the modules that see the backend."""
     meshes = {"init_device_mesh": _init_device_mesh, "DeviceMesh": _DeviceMesh}
@@ -92,6 +104,7 @@ def distributed_view() -> ModuleView:
             "init_process_group": _init_process_group,
             "new_group": _new_group,
             "all_gather_into_tensor": _all_gather_into_tensor,
+            "barrier": _barrier,
             "all_gather": gaps.all_gather,
             "reduce_scatter": gaps.reduce_scatter,
             "device_mesh": ModuleView(dist.device_mesh, meshes),

@@ -1,6 +1,6 @@
-"""The cpu lane's raw collectives: torch.distributed on gloo, one call away.
+"""Raw collectives of the lanes that are eager: torch.distributed, one call away; on the cpu lane gloo.
 
-Room runtime/. Imports torch. Proof: tests/runtime/test_collectives.py.
+Room runtime/. Imports torch. Proof: tests/runtime/test_collectives.py, test_neuron.py.
 
 gloo adds bfloat16 in bfloat16, rounding after each rank's term, in an order that differs by chunk: on 4 ranks
 256+1+1+1 is 256 in some elements of one tensor and 260 in others (259 rounds to 260), the same on all ranks.
@@ -10,6 +10,7 @@ depend on that (Megatron's main_grad does).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,11 @@ REDUCTIONS = {
 }
 
 
-def table() -> Ops:
-    """A new table with the functions of this file."""
+def table(device: torch.device | None = None) -> Ops:
+    """A new table with the functions of this file.
+
+    device  where tensors from other ranks arrive; None is the host
+    """
     return Ops(
         all_reduce_=_all_reduce_,
         broadcast_=_broadcast_,
@@ -40,7 +44,7 @@ def table() -> Ops:
         reduce_scatter=_reduce_scatter,
         all_to_all=_all_to_all,
         permute=_permute,
-        exchange=_exchange,
+        exchange=functools.partial(_exchange, device=device) if device else _exchange,
         shard=_shard,
     )
 
@@ -96,13 +100,13 @@ def _permute(x: torch.Tensor, pairs: Sequence[tuple[int, int]], group: Group) ->
         return x.clone()
     sends: list[Send] = [(x, target) for source, target in pairs if source == group.rank]
     receives: list[Receive] = [(x.shape, x.dtype, source) for source, target in pairs if target == group.rank]
-    arrived = _exchange(sends, receives, group).wait()
+    arrived = _exchange(sends, receives, group, x.device).wait()
     return arrived[0] if arrived else torch.zeros_like(x)
 
 
 @dataclass(frozen=True)
 class _Arriving:
-    """gloo works under way; keeps what is being sent alive until then."""
+    """Works under way; keeps what is being sent alive until then."""
 
     works: Sequence[dist.Work]
     sent: Sequence[torch.Tensor]
@@ -114,9 +118,11 @@ class _Arriving:
         return self.received
 
 
-def _exchange(sends: Sequence[Send], receives: Sequence[Receive], group: Group) -> _Arriving:
+def _exchange(
+    sends: Sequence[Send], receives: Sequence[Receive], group: Group, device: torch.device | None = None
+) -> _Arriving:
     sent = [tensor.contiguous() for tensor, _ in sends]
-    received = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype, _ in receives]
+    received = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape, dtype, _ in receives]
     pairs = zip(sent, sends, strict=True)
     batch = [dist.P2POp(dist.isend, tensor, group=group.pg, group_peer=peer) for tensor, (_, peer) in pairs]
     for buffer, (_, _, peer) in zip(received, receives, strict=True):

@@ -60,7 +60,10 @@ class Lane(ABC):
     backend: ClassVar[str]
     """Name of the torch.distributed backend that moves this lane's tensors."""
     ragged: ClassVar[bool] = False
-    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called."""
+    """Shapes and loops may depend on a tensor's values: true where operations run one by one, as they are called, and
+    a new shape costs nothing."""
+    traced: ClassVar[bool] = False
+    """A step is recorded as a graph before it runs: what differs between ranks or steps makes another graph."""
     alone: bool = False
     """This process stands for one rank of a world whose others do not run: groups are the lane's, gloo's included."""
     has_storages: ClassVar[bool] = True
@@ -91,7 +94,9 @@ class Lane(ABC):
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
         """`module` with its parameters and buffers on this rank's device, what upstream noted on them included."""
-        return module.to(self.device())
+        from nxdt_nemo.runtime.placing import place
+
+        return place(module, self.device())
 
     @abstractmethod
     def device_count(self) -> int:
@@ -101,9 +106,12 @@ class Lane(ABC):
     def name_of_device(self) -> str:
         """What the device calls itself."""
 
-    @abstractmethod
     def supports(self, dtype: torch.dtype) -> bool:
-        """Can a model train in this dtype here?"""
+        """Can a model train in this dtype here? float16 is out on every lane: it trains with loss scaling only, which
+        this backend does not do."""
+        import torch
+
+        return dtype in (torch.float32, torch.bfloat16)
 
     @abstractmethod
     def total_memory(self) -> int:
@@ -151,6 +159,9 @@ class Lane(ABC):
         Raises LaneError when it is up with another backend, rank or world, or when the launcher's RANK and
         WORLD_SIZE say otherwise.
         """
+
+    def ranks_are_up(self) -> None:  # noqa: B027 - most lanes have nothing to look at
+        """Called on each rank once torch.distributed is up, whoever brought it up: what a lane then has to check."""
 
     @abstractmethod
     def close_ranks(self) -> None:
@@ -207,13 +218,20 @@ class Lane(ABC):
     ) -> AbstractContextManager[Any]:
         """torch.distributed._coalescing_manager for upstream's calls."""
 
+    @abstractmethod
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
+        """Return when all ranks of the group, or of the world, are here."""
+
     @property
     def emulates_rounding(self) -> bool:
         """Is stochastic rounding asked for, and this lane's device has none? See rounding.py."""
         return False
 
-    @abstractmethod
-    def step_boundary(self) -> None:
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What upstream marks for a fusing compiler (megatron-core's jit_fuser), as this lane has it: as it stands."""
+        return function
+
+    def step_boundary(self) -> None:  # noqa: B027 - an eager lane has traced nothing
         """The end of a training step: a traced lane cuts its graph here."""
 
     def cut(self) -> None:  # noqa: B027 - an eager lane has nothing traced
@@ -233,9 +251,9 @@ class Lane(ABC):
     def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
         """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""
 
-    @abstractmethod
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Call function(*values) with the tensors' values on the host, when they are there.
 
-        cpu: at once. A traced lane calls it at a later step_boundary, so that reading a loss costs no wait.
+        An eager lane: at once. A traced one calls it at a later step_boundary, so that reading a loss costs no wait.
         """
+        function(*(tensor.detach().cpu() for tensor in tensors))

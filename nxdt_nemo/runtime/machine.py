@@ -8,27 +8,45 @@ from __future__ import annotations
 import os
 import re
 from importlib.machinery import PathFinder
-from importlib.metadata import DistributionFinder, MetadataPathFinder
+from importlib.metadata import Distribution, DistributionFinder, MetadataPathFinder
 from pathlib import Path
 
-__all__ = ["host_memory", "installed", "neuron_devices", "process_memory", "reset_process_peak", "text"]
+__all__ = [
+    "distribution",
+    "host_memory",
+    "installed",
+    "neuron_devices",
+    "process_memory",
+    "ranks_placed_here",
+    "reset_process_peak",
+    "text",
+]
 
 
-def installed(module: str, distribution: str | None = None) -> str | None:
+def installed(module: str, named: str | None = None) -> str | None:
     """The version of a package on sys.path ("0" if it states none); None when it is not there.
 
     Asks the path and not sys.modules or sys.meta_path, so the answer is the same while keep_out hides it.
     """
     if PathFinder.find_spec(module) is None:
         return None
-    context = DistributionFinder.Context(name=distribution or module)
-    found = next(iter(MetadataPathFinder.find_distributions(context)), None)
+    found = distribution(named or module)
     return found.version if found else "0"
 
 
 def neuron_devices() -> int:
     """Neuron devices that the driver shows."""
     return len(list(Path("/dev").glob("neuron[0-9]*")))
+
+
+def ranks_placed_here() -> int:
+    """Ranks that a launcher started on this host; 0 where none says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+
+
+def distribution(name: str) -> Distribution | None:
+    """The installed distribution of that name, from the path alone."""
+    return next(iter(MetadataPathFinder.find_distributions(DistributionFinder.Context(name=name))), None)
 
 
 def host_memory() -> int:

@@ -51,6 +51,7 @@ class RanksLane(Lane):
             raise LaneError(f"rank {rank} is not in a world of {world}", place="init_ranks")
         if dist.is_initialized():
             self._check_running(rank, world)
+            self.ranks_are_up()
             return
         if store is None and init_method is None:
             _check_launcher(rank, world)
@@ -58,6 +59,7 @@ class RanksLane(Lane):
         dist.init_process_group(
             self.backend, init_method=init_method, store=store, rank=rank, world_size=world, timeout=timeout
         )
+        self.ranks_are_up()
 
     def _check_running(self, rank: int, world: int) -> None:
         import torch.distributed as dist
@@ -149,6 +151,12 @@ class RanksLane(Lane):
         from nxdt_nemo.runtime import gaps
 
         return gaps.coalescing(group, device, async_ops)
+
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
+        """torch.distributed.barrier for upstream's calls."""
+        import torch.distributed as dist
+
+        dist.barrier(group)
 
 
 def _check_launcher(rank: int, world: int) -> None:

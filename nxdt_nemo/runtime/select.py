@@ -37,8 +37,10 @@ def select(name: str | None = None) -> tuple[Lane, str]:
     if asked == "auto":
         verdicts = {key: lane.probe() for key, lane in lanes.items()}
         best = next(key for key, verdict in verdicts.items() if verdict.usable)
-        others = "; ".join(f"{key}: {verdict.reason}" for key, verdict in verdicts.items() if not verdict.usable)
-        return lanes[best](), others or verdicts[best].reason
+        reasons = [f"{key}: {verdict.reason}" for key, verdict in verdicts.items() if not verdict.usable]
+        if best != "cpu":
+            reasons.insert(0, verdicts[best].reason)
+        return lanes[best](), "; ".join(reasons)
     if asked not in lanes:
         raise LaneError(f"{asked!r} is not a lane", place=place, fix="use auto, cpu, xla or neuron")
     verdict = lanes[asked].probe(asked=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.recipe import Family, Layout, Recipe, layout
 
-__all__ = ["FAST", "LAYOUTS", "MISTAKES", "NEMO", "TOLERANCE", "NemoRow", "recipe_of"]
+__all__ = ["FAST", "LAYOUTS", "MISTAKES", "NEMO", "NEURON", "NEURON_TOLERANCE", "TOLERANCE", "NemoRow", "recipe_of"]
 
 TOLERANCE = 1e-5
 
@@ -55,6 +55,19 @@ MISTAKES: tuple[tuple[Family, str, Fault], ...] = (
     ("llama", "tp8", "KV copies not summed"),
     ("llama", "tp2", "one gradient x 1.01"),
 )
+
+NEURON: tuple[tuple[Family, str, Fault], ...] = (
+    ("gpt", "one", ""),
+    ("gpt", "tp2", ""),
+    ("llama", "tp2sp", ""),
+    ("gpt", "dp2", ""),
+    ("gpt", "dp2+zero", ""),
+    ("gpt", "pp2", ""),
+    ("mixtral", "ep2dp2", ""),
+    ("gpt", "tp2sp", "norm gradients not reduced"),
+)
+"""What the neuron lane's stand-in is compared with the cpu lane in, and a mistake that has to show."""
+NEURON_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.families import Stage, build, config_of, losses_of, mean_of, stock_specs
 from nxdt_nemo.testing.mistakes import Fault, Training, mistake
+from nxdt_nemo.testing.pool import lane_here
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches
 from nxdt_nemo.testing.reference import Trained, parameters_of
 from nxdt_nemo.testing.weights import Piece, Ranks, global_names, load, merge, piece
@@ -89,6 +90,7 @@ def train(
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
     """
+    lane_here()  # unless the pool has
     try:
         return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {})
     finally:
@@ -316,7 +318,8 @@ def load_checkpoint(model: list[Any], optimizer: Any, folder: Path, fault: Fault
         mine = {name: tensor for name, tensor in found["model"].items() if name.startswith(f"{i}.")}
         chunk.load_state_dict({name.partition(".")[2]: tensor for name, tensor in mine.items()}, strict=False)
     if fault == "moments not resumed":
-        for moments in found["optimizer"]["state"].values():
+        inner = found["optimizer"].get("optimizer", found["optimizer"])  # with main parameters one level below
+        for moments in inner["state"].values():
             moments["exp_avg"].zero_()
             moments["exp_avg_sq"].zero_()
     optimizer.load_state_dict(found["optimizer"])

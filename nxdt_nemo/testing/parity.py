@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.testing import ours
-from nxdt_nemo.testing.matrix import TOLERANCE, NemoRow
+from nxdt_nemo.testing import neuron_standin, ours
+from nxdt_nemo.testing.matrix import NEURON_TOLERANCE, TOLERANCE, NemoRow, recipe_of
 from nxdt_nemo.testing.mistakes import Fault
 from nxdt_nemo.testing.nemo_run import NemoPart
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.pool import RankPool, RankPools
-from nxdt_nemo.testing.recipe import Layout, Recipe
+from nxdt_nemo.testing.recipe import Family, Layout, Recipe
 from nxdt_nemo.testing.reference import STOCK_ENV, Trained
 
 if TYPE_CHECKING:
@@ -292,6 +292,25 @@ class Parity:
         left = f"{layout}, {fault}" if fault else str(layout)
         return Row(recipe.family, left, "ours, one rank", tolerance, errors(mine, one, copies), bool(fault))
 
+    def neuron_row(self, family: Family, name: str, fault: Fault = "") -> Row:
+        """A row of matrix.NEURON: ours on the neuron lane's stand-in, against the cpu lane in the same layout."""
+        recipe, place = recipe_of(family, name, steps=10)
+        recipe = replace(recipe, layers=2)
+        env = neuron_standin.environment(neuron_standin.installed()) | {"NXDT_NEMO": "0"}
+        parts = self._run(
+            place.world,
+            "nxdt_nemo.testing.ours:train",
+            *(recipe, self.weights(recipe), place, fault),
+            init=ACTIVE,
+            env=env,
+            group=False,
+            timeout=2 * self.timeout,
+        )
+        mine, copies = ours.assemble(parts)
+        left = ", ".join(filter(None, [f"neuron stand-in, {place}", *_marks(recipe), fault]))
+        theirs, _ = self.ours(recipe, place)
+        return Row(family, left, f"cpu lane, {place}", NEURON_TOLERANCE, errors(mine, theirs, copies), bool(fault))
+
     def _run_ours(self, layout: Layout, *arguments: Any) -> list[Any]:
         function = "nxdt_nemo.testing.ours:train"
         return self._run(layout.world, function, *arguments, init=ACTIVE, env=ACTIVE_ENV)
@@ -300,5 +319,5 @@ class Parity:
         [found] = self._run(1, f"nxdt_nemo.testing.{function}", *arguments, env=STOCK_ENV)
         return found
 
-    def _run(self, *arguments: Any, **named: Any) -> list[Any]:
-        return (self.pools or self._own)(*arguments, timeout=self.timeout, **named)
+    def _run(self, *arguments: Any, timeout: float | None = None, **named: Any) -> list[Any]:
+        return (self.pools or self._own)(*arguments, timeout=timeout or self.timeout, **named)

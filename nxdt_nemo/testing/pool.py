@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["RankError", "RankPool", "RankPools", "function_name"]
+__all__ = ["RankError", "RankPool", "RankPools", "function_name", "lane_here"]
 
 ENDED = ("exit", "timeout")
 MOST_THREADS = 200
@@ -250,7 +250,7 @@ class RankPool:
 
 @dataclass
 class RankPools:
-    """One pool for each (world size, init, env), started when first asked for. Close it, or use `with`.
+    """One pool for each (world size, init, env, group), started when first asked for. Close it, or use `with`.
 
     Ranks are stopped while nobody asks, and started anew once functions have left MOST_THREADS behind.
     """
@@ -271,12 +271,13 @@ class RankPools:
         *args: Any,
         init: str | None = None,
         env: Mapping[str, str] | None = None,
+        group: bool = True,
         timeout: float | None = None,
     ) -> list[Any]:
         """RankPool.run on the pool of that kind."""
-        key = (world, init, tuple(sorted((env or {}).items())))
+        key = (world, init, tuple(sorted((env or {}).items())), group)
         if key not in self._pools:
-            self._pools[key] = RankPool(world, env=env or {}, init=init)
+            self._pools[key] = RankPool(world, env=env or {}, init=init, group=group)
         pool = self._pools[key]
         try:
             return pool.run(function, *args, timeout=timeout or self.timeout)
@@ -289,6 +290,15 @@ class RankPools:
         """End all ranks."""
         while self._pools:
             self._pools.popitem()[1].close()
+
+
+def lane_here() -> Any:
+    """For a function on the ranks of a pool with group=False: this rank's lane, which brings the ranks up."""
+    from nxdt_nemo.runtime import current
+
+    lane = current()
+    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return lane
 
 
 def _free_port() -> int:

@@ -18,6 +18,8 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def main(fd: str, stack_file: str, store: str, init: str) -> None:
     """Serve requests until the parent closes the pipe. An error at start-up answers the first request."""
@@ -26,12 +28,14 @@ def main(fd: str, stack_file: str, store: str, init: str) -> None:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         pipe = Connection(int(fd))
         broken = _guarded(_prepare, store, init)
+        place = {name: os.environ[name] for name in PLACE}
         while True:
             try:
                 name, args, path = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 break
             sys.path.extend(entry for entry in path if entry not in sys.path)
+            os.environ.update(place)  # Lightning's teardown deletes WORLD_SIZE
             answer = broken if not broken[0] else _guarded(_call, name, args)
             try:
                 pipe.send_bytes(_pickled(answer))

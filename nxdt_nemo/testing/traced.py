@@ -6,12 +6,10 @@ Losses and norms are read once, at the end. Proof: tests/megatron/test_xla.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.mistakes import Fault, mistake
 from nxdt_nemo.testing.ours import (
     forget_groups,
@@ -21,6 +19,7 @@ from nxdt_nemo.testing.ours import (
     set_up,
     update,
 )
+from nxdt_nemo.testing.pool import lane_here
 from nxdt_nemo.testing.recipe import Layout, Recipe
 
 if TYPE_CHECKING:
@@ -59,8 +58,7 @@ def train(
     """
     from nxdt_nemo.runtime.xla.metrics import counters, wait
 
-    lane = current()
-    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    lane = lane_here()
     training = set_up(recipe, weights, layout, fields=fields)
     if resume is not None:
         load_checkpoint(training.model, training.optimizer, resume, "")

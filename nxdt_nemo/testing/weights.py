@@ -179,7 +179,7 @@ def piece(name: str, parameter: Any, tensor: torch.Tensor, gated_model: bool, ra
         raise ValueError(f"{name}: partition_stride {parameter.partition_stride} is not handled")
     gated = gated_model and _GATED.search(name) is not None
     place = ranks.etp if ".local_experts." in name else ranks.tp
-    return Piece(tensor.detach().clone(), parameter.partition_dim if divided else None, gated, *place, run)
+    return Piece(tensor.detach().cpu().clone(), parameter.partition_dim if divided else None, gated, *place, run)
 
 
 _GATED = re.compile(r"\.mlp\.(?:experts\.local_experts\.\d+\.)?linear_fc1\.")

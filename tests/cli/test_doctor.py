@@ -188,6 +188,8 @@ def test_without_nemo_there_is_one_line_to_install_it(installed: dict[str, str |
         ("transformers", "4.60.0", "note"),
         ("braceexpand", None, "problem"),
         ("torch", "2.9.0+cpu", "ok"),
+        ("torch", "2.14.0+cu130", "ok"),  # the neuron lane's
+        ("torch", "2.10.0", "problem"),
         ("torch-xla", "2.8.1", "problem"),
     ],
 )

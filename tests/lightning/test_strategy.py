@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo import folders
 from nxdt_nemo.lightning import strategy as module
 from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
 
@@ -126,7 +127,7 @@ def killed_at(folder: Path, number: int, after: bool, swaps: bool, text: str) ->
         os.replace, os.fsync = step(os.replace), step(os.fsync)
         shutil.rmtree = step(shutil.rmtree)
         Path.touch, Path.unlink, Path.mkdir = step(Path.touch), step(Path.unlink), step(Path.mkdir)  # type: ignore[method-assign]
-        module._exchange = step(module._exchange if swaps else lambda one, other: False)
+        folders.exchange = step(folders.exchange if swaps else lambda one, other: False)
         Strategy().save_complete(folder, writer(text))
         os._exit(0)
 
@@ -172,7 +173,7 @@ def test_killed_at_every_step(tmp_path, old, swaps, after):
 def test_an_error_of_the_swap_is_not_taken_for_a_missing_feature(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError):
-        module._exchange(tmp_path / "a", tmp_path / "gone")
+        folders.exchange(tmp_path / "a", tmp_path / "gone")
 
 
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -187,8 +188,8 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
         names["before the rename"] = set(synced)
         os.rename(source, target)
 
-    monkeypatch.setattr(module.os, "fsync", fsync)
-    monkeypatch.setattr(module.os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
     Strategy().save_complete(tmp_path / "step=4", writer("one"))
     inside = {"", "/metadata", "/shards", "/shards/0", "/rng", "/rng/rank_00000.safetensors"}
     assert {f"step=4.incomplete{name}" for name in inside} <= names["before the rename"]
@@ -275,3 +276,13 @@ def test_newest_strategy_is_not_kept_alive():
     assert module.newest_strategy() is strategy
     del strategy
     assert module.newest_strategy() is None
+
+
+def test_the_lane_looks_at_ranks_once_they_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nxdt_nemo.runtime import current
+
+    done: list[str] = []
+    monkeypatch.setattr(Strategy, "setup_distributed", lambda _: done.append("distributed"), raising=False)
+    monkeypatch.setattr(type(current()), "ranks_are_up", lambda _: done.append("looked"))
+    Strategy().bring_up_ranks()
+    assert done == ["distributed", "looked"]

@@ -66,21 +66,18 @@ def no_transport(shard_by_rank: bool) -> Iterator[None]:
 
 def graphs_of(cases: list[tuple[Recipe, Layout]], mistake: str) -> list[str]:
     """The graph of an optimizer's step on this rank, as HLO text, for each recipe and layout. Nothing is compiled."""
-    import os
-
     import torch_xla
     from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-    from nxdt_nemo.runtime import current
     from nxdt_nemo.testing.ours import forget_groups, set_up, update
+    from nxdt_nemo.testing.pool import lane_here
 
     def as_upstream(self: Any) -> list[Any]:
         from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
         return [p.grad for p in self.get_parameters() if param_is_not_tensor_parallel_duplicate(p)]
 
-    lane = current()
-    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    lane = lane_here()
     found = []
     norm = as_upstream if mistake == "norm by rank" else MegatronOptimizer.get_main_grads_for_grad_norm
     with (
@@ -93,9 +90,9 @@ def graphs_of(cases: list[tuple[Recipe, Layout]], mistake: str) -> list[str]:
             for param in params:
                 param.main_grad.copy_(torch.full(param.shape, 0.1))
             lane.cut()
-            [optimizer] = training.optimizer.chained_optimizers
+            states = [state for one in training.optimizer.chained_optimizers for state in one.state.values()]
             outputs = [update(training.optimizer, recipe, 0, read=lambda found: found), *params]
-            outputs += [tensor for state in optimizer.state.values() for tensor in state.values()]
+            outputs += [tensor for state in states for tensor in state.values()]
             found.append(torch_xla._XLAC._get_xla_tensors_hlo(outputs))
             forget_groups()
     return found
@@ -173,17 +170,14 @@ def train_as_if_traced(*arguments: Any) -> Any:
     from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer
 
     from nxdt_nemo.megatron.distributed import param_and_grad_buffer as mine
-    from nxdt_nemo.megatron.tensor_parallel import vocab_embedding
     from nxdt_nemo.runtime import current
     from nxdt_nemo.testing import ours
 
-    eager = mock.Mock(wraps=current(), ragged=True)
     with (
-        mock.patch.object(type(current()), "ragged", False),
+        mock.patch.object(type(current()), "traced", True),
         mock.patch.object(distributed_data_parallel, "_ParamAndGradBuffer", mine._ParamAndGradBuffer),
         mock.patch.object(param_and_grad_buffer, "_ParamAndGradBucketGroup", mine._ParamAndGradBucketGroup),
         mock.patch.object(ours, "gather_gradients"),
-        mock.patch.object(vocab_embedding, "current", return_value=eager),  # else another order of sums
     ):
         return ours.train(*arguments)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nxdt_nemo.patching.view import ModuleView
 from nxdt_nemo.runtime import distributed_view as ours
-from nxdt_nemo.runtime.select import forget, select
+from nxdt_nemo.runtime.select import current, forget, select
 from nxdt_nemo.testing.pytest_plugin import Gloo
 
 
@@ -32,6 +32,19 @@ def test_backends(seen: ModuleView, monkeypatch: pytest.MonkeyPatch, asked: Any,
     seen.init_process_group(asked, rank=0, device_id=torch.device("cuda:0"))
     seen.new_group([0], backend=asked)
     assert calls == [(given, {"rank": 0}), ([0], given)]
+
+
+@pytest.mark.parametrize(("running", "looks"), [("gloo", 1), ("mpi", 0)])
+def test_the_lane_looks_at_ranks_that_a_script_brings_up(
+    seen: ModuleView, monkeypatch: pytest.MonkeyPatch, running: str, looks: int
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(type(current()), "ranks_are_up", lambda lane: looked.append(lane.name))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: running)
+    seen.init_process_group("nccl")
+    assert looked == ["cpu"] * looks
 
 
 def test_the_rest_is_torchs(seen: ModuleView) -> None:

@@ -23,6 +23,13 @@ ALLOWED = {  # file: (what it may use, why)
     "testing/rank.py": ("gloo", "a rank of the pool runs without any lane, so that stock code can be tested in it"),
     "testing/pytest_plugin.py": ("gloo", "the name of the fixture"),
     "testing/reference.py": (r"torch\.cuda(\.random)?(\..*)?", "stock megatron-core as the reference, no lane in it"),
+    **dict.fromkeys(
+        ["testing/neuron_standin/__init__.py"]
+        + [f"testing/neuron_standin/torch_neuronx/{name}.py" for name in ("__init__", "neuron", "process_group")],
+        (r"torch_neuronx(\..*)?", "the stand-in for the package of that name"),
+    ),
+    "audit/logits/megatron.py": (r"torch\.cuda(\..*)?|gloo", "upstream's own code on a checkpoint, no lane in it"),
+    "checkpoint/formats/nxdt.py": (r"torch_xla\.utils\.serialization", "a class's name in files, never imported"),
     "testing/moe_layer.py": (r"torch\.cuda(\..*)?", "stock layers of experts as the reference, no lane in it"),
 }
 

@@ -11,9 +11,10 @@ import pytest
 
 from nxdt_nemo import console
 from nxdt_nemo.errors import LaneError
-from nxdt_nemo.runtime import machine, neuron, xla
+from nxdt_nemo.runtime import machine, xla
 from nxdt_nemo.runtime.cpu import CpuLane
 from nxdt_nemo.runtime.lane import Verdict
+from nxdt_nemo.runtime.neuron import package
 from nxdt_nemo.runtime.select import VARIABLE, current, forget, select
 
 ROOT = Path(__file__).parents[2]
@@ -30,22 +31,23 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
-def has(monkeypatch: pytest.MonkeyPatch, devices: int = 0, **versions: str) -> None:
-    """This machine has these packages and as many Neuron devices."""
-    for module in (xla.lane, neuron):
+def has(monkeypatch: pytest.MonkeyPatch, devices: int = 0, native: bool = True, **versions: str) -> None:
+    """This machine has these packages and as many Neuron devices; torch_neuronx is TorchNeuron."""
+    for module in (xla.lane, package):
         monkeypatch.setattr(module, "installed", lambda name, *_: versions.get(name))
         monkeypatch.setattr(module, "neuron_devices", lambda: devices)
+    monkeypatch.setattr(package, "registers_itself", lambda: native)
 
 
 AUTO = [  # devices, packages, the reason that is printed
     (0, {"torch": "2.9.0", "torch_xla": "2.9.0"}, "neuron: needs torch>=2.10, found 2.9.0; xla: no Neuron device"),
     (0, {"torch": "2.9.0+cu128"}, "neuron: needs torch>=2.10, found 2.9.0; xla: torch_xla is not installed"),
     (2, {"torch": "2.10.0"}, "neuron: torch_neuronx is not installed; xla: torch_xla is not installed"),
-    (0, {"torch": "2.11.0", "torch_neuronx": "1"}, "neuron: no Neuron device; xla: torch_xla is not installed"),
+    (0, {"torch": "2.14.0", "torch_neuronx": "2.14.3.0"}, "neuron: no Neuron device; xla: torch_xla is not installed"),
     (
         2,
-        {"torch": "2.10.0", "torch_neuronx": "1", "torch_xla": "2.10"},
-        "neuron: not in this release yet; xla: libneuronxla is not installed: it comes with the AWS Neuron SDK",
+        {"torch": "2.13.0", "torch_neuronx": "2.14.3.0"},
+        "neuron: torch_neuronx 2.14.3.0 is for torch 2.14, found 2.13.0; xla: torch_xla is not installed",
     ),
     (
         2,
@@ -64,17 +66,41 @@ def test_auto_takes_cpu_and_says_why(
     assert (lane.name, said) == ("cpu", reason)
 
 
+def test_auto_takes_torchneuron(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    has(monkeypatch, 2, torch="2.14.0", torch_neuronx="2.14.3.0.1")
+    assert current().name == "neuron"
+    said = "TorchNeuron 2.14.3.0.1, on which nobody has tried it; xla: torch_xla is not installed"
+    assert capsys.readouterr().err == f"nxdt_nemo: lane neuron ({said})\n"
+
+
+def test_the_library_on_torch_xla_is_not_torchneuron(monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, 2, native=False, torch="2.10.0", torch_neuronx="2.9.0.2.11")
+    lane, reason = select()
+    assert lane.name == "cpu"
+    assert reason.startswith("neuron: torch_neuronx 2.9.0.2.11 is the library on torch-xla, not TorchNeuron")
+
+
+def test_torchneuron_tells_itself_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "torch_neuronx-2.14.3.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-neuronx\nVersion: 2.14.3.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not package.registers_itself()
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_neuronx = torch_neuronx:_autoload\n")
+    assert package.registers_itself()
+
+
 def test_auto_takes_the_best_that_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla.XlaLane, "probe", classmethod(lambda cls, *, asked=False: Verdict(True, "there")))
     has(monkeypatch, 0, torch="2.9.0")
     lane, reason = select()
-    assert (lane.name, reason) == ("xla", "neuron: needs torch>=2.10, found 2.9.0")
+    assert (lane.name, reason) == ("xla", "there; neuron: needs torch>=2.10, found 2.9.0")
 
 
 ASKED = [  # lane, packages, what the one line says
     ("xla", {}, ["torch_xla is not installed: pip install 'nxdt-nemo[xla]'"]),
     ("neuron", {"torch": "2.9.0"}, ["needs torch>=2.10, found 2.9.0", "torch_neuronx is not installed: "]),
-    ("neuron", {"torch": "2.10.0", "torch_neuronx": "1"}, ["no Neuron device", "neuron lane: not in this release yet"]),
+    ("neuron", {"torch": "2.14.0"}, ["TorchNeuron comes with the AWS Neuron SDK", "no Neuron device"]),
     ("tpu", {}, ["'tpu' is not a lane", "use auto, cpu, xla or neuron"]),
     ("CPU", {}, ["'CPU' is not a lane"]),
 ]
@@ -100,6 +126,12 @@ def test_the_xla_lane_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> 
     has(monkeypatch, 0, torch="2.9.0", torch_xla="2.9.0")
     lane, reason = select("xla")
     assert (lane.name, reason) == ("xla", "asked for by runtime=xla")
+
+
+def test_the_neuron_lane_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may not show in /dev: then the lane says so when it is used."""
+    has(monkeypatch, 0, torch="2.14.0", torch_neuronx="2.14.3.0")
+    assert select("neuron")[0].name == "neuron"
 
 
 def test_an_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

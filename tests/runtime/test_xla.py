@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo.testing.on_a_lane import PLACED, by_the_table, expected, placed
 from nxdt_nemo.testing.ours import ACTIVE
-from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.pool import RankPools, lane_here
 from nxdt_nemo.testing.traced import TRACED_ENV
 
 pytestmark = pytest.mark.ranks
@@ -20,24 +21,8 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module")
 def pools(with_torch_xla: None) -> Iterator[Callable[..., list[Any]]]:
     """pools(world, function, *args) on ranks whose lane is xla."""
-    made: dict[int, RankPool] = {}
-
-    def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        if world not in made:
-            made[world] = RankPool(world, env=TRACED_ENV, init=ACTIVE, group=False)
-        return made[world].run(function, *args)
-
-    yield run
-    for pool in made.values():
-        pool.close()
-
-
-def lane_here() -> Any:
-    from nxdt_nemo.runtime import current
-
-    lane = current()
-    lane.init_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    return lane
+    with RankPools() as pools:
+        yield lambda world, function, *args: pools(world, function, *args, init=ACTIVE, env=TRACED_ENV, group=False)
 
 
 def device() -> dict[str, Any]:
@@ -114,47 +99,15 @@ def test_values_are_read_a_step_later(pools: Callable[..., list[Any]]) -> None:
     assert pools(1, deferred) == [[[], [0.0], [0.0, 2.0]]]
 
 
-def placed() -> dict[str, Any]:
-    lane = lane_here()
-    layer = torch.nn.Linear(2, 2)
-    layer.weight.tensor_model_parallel = True  # type: ignore[assignment]
-    layer.register_buffer("counts", torch.zeros(2))
-    tied = torch.nn.Linear(2, 2)
-    tied.weight = layer.weight
-    both = torch.nn.ModuleList([layer, tied])
-    assert lane.place(both) is both
-    return {
-        "devices": {x.device.type for x in (*both.parameters(), *both.buffers())},
-        "marked": getattr(layer.weight, "tensor_model_parallel", False),
-        "tied": layer.weight is tied.weight,
-        "trains": layer.weight.requires_grad and isinstance(layer.weight, torch.nn.Parameter),
-    }
-
-
 def test_a_placed_module_keeps_marks_and_ties(pools: Callable[..., list[Any]]) -> None:
-    assert pools(1, placed) == [{"devices": {"xla"}, "marked": True, "tied": True, "trains": True}]
+    assert pools(1, placed) == [{"devices": {"xla:0"}, **PLACED}]
 
 
 def collectives() -> dict[str, Any]:
     """By the lane's table, and by torch.distributed's own calls."""
     import torch.distributed as dist
 
-    lane = lane_here()
-    group, rank = lane.world(), dist.get_rank()
-    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=lane.device()) + 10 * rank
-    ops = lane.ops
-    found = {
-        "sum": ops.all_reduce_(x.clone(), group, "sum"),
-        "avg": ops.all_reduce_(x.clone(), group, "avg"),
-        "halves": ops.all_reduce_(x.clone(), group, lane.premul_sum(0.5)),
-        "max": ops.all_reduce_(x.clone(), group, "max"),
-        "broadcast": ops.broadcast_(x.clone(), 1, group),
-        "all_gather": ops.all_gather(x, 1, group),
-        "reduce_scatter": ops.reduce_scatter(x, 1, group),
-        "all_to_all": ops.all_to_all(x, group, None, None),
-        "permute": ops.permute(x, [(0, 1)], group),
-        "shard": ops.shard(x, 1, group),
-    }
+    x, found = by_the_table()
     ours = x.clone()
     dist.all_reduce(ours)
     whole = torch.empty(4, 2, device=x.device)
@@ -169,7 +122,7 @@ def collectives() -> dict[str, Any]:
     found |= {"dist.sum": ours, "dist.whole": whole, "dist.parts": torch.cat(parts), "dist.mine": mine}
     found |= {"dist.swapped": swapped, "dist.mean": mean.T}
     objects: list[Any] = [None, None]
-    dist.all_gather_object(objects, {"rank": rank})
+    dist.all_gather_object(objects, {"rank": dist.get_rank()})
     dist.barrier()
     return {name: value.cpu().tolist() for name, value in found.items()} | {"objects": objects}
 
@@ -178,29 +131,13 @@ def test_two_processes(pools: Callable[..., list[Any]]) -> None:
     zero, one = [[0.0, 1.0], [2.0, 3.0]], [[10.0, 11.0], [12.0, 13.0]]
     total = [[10.0, 12.0], [14.0, 16.0]]
     alike = {
-        "sum": total,
-        "avg": [[5.0, 6.0], [7.0, 8.0]],
-        "halves": [[5.0, 6.0], [7.0, 8.0]],
         "dist.mean": [[5.0, 6.0]],
-        "max": one,
-        "broadcast": one,
-        "all_gather": [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]],
         "dist.sum": total,
         "dist.whole": zero + one,
         "dist.parts": zero + one,
         "objects": [{"rank": 0}, {"rank": 1}],
     }
-    own = [
-        {
-            "reduce_scatter": [[row[rank]] for row in total],
-            "all_to_all": [zero[rank], one[rank]],
-            "permute": zero if rank else [[0.0, 0.0], [0.0, 0.0]],
-            "shard": [[row[rank]] for row in (one if rank else zero)],
-            "dist.mine": [total[rank]],
-            "dist.swapped": [zero[rank], one[rank]],
-        }
-        for rank in range(2)
-    ]
+    own = [expected(rank) | {"dist.mine": [total[rank]], "dist.swapped": [zero[rank], one[rank]]} for rank in range(2)]
     assert pools(2, collectives) == [alike | part for part in own]
 
 

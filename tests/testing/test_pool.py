@@ -18,6 +18,10 @@ def rank_of() -> tuple[int, int]:
     return int(os.environ["RANK"]), os.getpid()
 
 
+def world_size() -> str:
+    return os.environ["WORLD_SIZE"]
+
+
 def summed(value: float) -> float:
     import torch
     import torch.distributed as dist
@@ -71,6 +75,13 @@ def mark() -> None:
 
 def marked() -> str:
     return os.environ["MARKED"] + os.environ["EXTRA"]
+
+
+def tears_down() -> None:
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    LightningEnvironment().teardown()
+    assert "WORLD_SIZE" not in os.environ
 
 
 def alive(pid: int) -> bool:
@@ -144,6 +155,13 @@ def test_a_result_that_cannot_be_pickled_is_an_error(gloo):
 def test_init_runs_first_and_env_reaches_the_rank():
     with RankPool(1, init=function_name(mark), env={"EXTRA": "!"}) as pool:
         assert pool.run(marked) == ["yes!"]
+
+
+def test_a_rank_keeps_its_place_after_lightning_tears_down(gloo):
+    before = gloo(2, rank_of)
+    gloo(2, tears_down)
+    assert gloo(2, rank_of) == before
+    assert gloo(2, world_size) == ["2", "2"]
 
 
 def test_without_a_group_a_rank_imports_no_torch():

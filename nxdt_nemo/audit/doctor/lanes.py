@@ -23,8 +23,7 @@ def rows() -> Iterator[Row]:
         if asked.usable and not unasked.usable:
             yield Row(SECTION, name, f"usable when asked for; by itself not: {unasked.reason}")
         else:
-            reason = asked.reason.replace(f"{name} lane: ", "")
-            yield Row(SECTION, name, f"{'usable' if asked.usable else 'not usable'}: {reason}")
+            yield Row(SECTION, name, f"{'usable' if asked.usable else 'not usable'}: {asked.reason}")
     try:
         lane_taken, reason = select()
     except LaneError as error:

@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Iterator
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -27,6 +28,8 @@ ALWAYS = (
 DEVICE = ("torch-xla", "torch-neuronx", "libneuronxla", "neuronx-cc", "aws-neuronx-runtime-discovery")
 # The versions that the patch records and the views are written against; of the others a release more may do.
 STRICT = {canonicalize_name(name) for name in ("nemo_toolkit", "megatron-core", "lightning", "torch")}
+# The neuron lane's stack (requirements-neuron.lock): other releases of these, everything else alike.
+NEURON = {"torch": "~=2.14.0", "torchvision": "~=0.29.0"}
 LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "clearml": "clearml"}
 
 
@@ -77,6 +80,8 @@ def _row(requirement: Requirement) -> Row:
     # 2.9.0+cpu is as good as 2.9.0.
     if requirement.specifier.contains(Version(version).public, prereleases=True):
         return Row(SECTION, name, version)
+    if name in NEURON and SpecifierSet(NEURON[name]).contains(Version(version).public):
+        return Row(SECTION, name, f"{version}, the neuron lane's (requirements-neuron.lock)")
     state = "problem" if canonicalize_name(name) in STRICT else "note"
     return Row(SECTION, name, f"{version}, tested with {requirement.specifier}", state, install)  # type: ignore[arg-type]
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
@@ -71,7 +70,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self._steps = 0
         if optimizer is not None:
             _refuse(optimizer, config, self.ddp_config)
-            divided = self._eager_buckets if current().ragged else self._traced_buckets
+            divided = self._traced_buckets if current().traced else self._eager_buckets
             self.buckets += divided()
             self._adopt()
 
@@ -190,8 +189,13 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """What is the same on each data-parallel rank: hyper-parameters, steps, loss scale. No tensors of pieces."""
         return {} if self.is_stub_optimizer else self._wrapped({"param_groups": self._groups()})
 
+    def _hosts(self) -> dict[dist.ProcessGroup, dist.ProcessGroup]:
+        """A group for tensors of the host for each bucket's."""
+        return {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
+
     def _groups(self) -> list[dict[str, Any]]:
-        groups = self.optimizer.param_groups
+        """Without parameters; a group that has not been stepped yet says so."""
+        groups = ({"step": 0, **group} for group in self.optimizer.param_groups)
         return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
     def _wrapped(self, inner: dict[str, Any]) -> dict[str, Any]:
@@ -223,23 +227,20 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             state = state_template(*held, self.distributed_optimizer_instance_id)
             groups: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
         else:
-            hosts = {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
-            state = whole_states(*held, hosts, self.distributed_optimizer_instance_id)
-            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
+            state = whole_states(*held, self._hosts(), self.distributed_optimizer_instance_id)
+            groups = self._groups()
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what sharded_state_dict(is_loading=True) gave, after it was loaded."""
+        """Take up what sharded_state_dict() gave, after it was loaded. All data-parallel ranks call it."""
         if self.is_stub_optimizer:
             return
         loaded = Loaded.of(state_dict)
         self._take_groups(loaded)
         self._count(loaded.steps)
-        if loaded.state:
-            buckets = on_host(self.buckets, self.optimizer.state, read=False)
-            load_pieces(buckets, self.model_params, self._state_of, loaded)
-            to_device(buckets)
+        buckets = on_host(self.buckets, self.optimizer.state, read=False)
+        to_device(load_pieces(buckets, self.model_params, self._state_of, loaded, self._hosts()))
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
@@ -295,7 +296,7 @@ def _refuse(optimizer: Any, config: Any, ddp_config: Any) -> None:
     ):
         if found:
             raise NotOnNeuron(f"{key}=True with the distributed optimizer; use {key}=False")
-    if config.log_num_zeros_in_grad and not current().ragged:
+    if config.log_num_zeros_in_grad and current().traced:
         raise NotOnNeuron("log_num_zeros_in_grad=True where steps are traced: it reads a number in each; use False")
     if config.optimizer != "adam":
         raise NotOnNeuron(f"optimizer={config.optimizer!r} with the distributed optimizer; use optimizer='adam'")

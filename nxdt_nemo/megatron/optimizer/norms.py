@@ -46,7 +46,7 @@ def share(param: Any) -> float:
     """
     if not param_is_not_shared(param):
         return 0.0
-    if current().ragged:
+    if not current().traced:
         return float(param_is_not_tensor_parallel_duplicate(param))
     if hasattr(param, "kv_heads"):
         return 1.0 / float(param.kv_heads.copies)

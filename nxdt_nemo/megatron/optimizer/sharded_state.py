@@ -72,35 +72,48 @@ def state_template(
     model: Mapping[str, Any],
     instance: int = 0,
 ) -> Sharded:
-    """What to load: as whole_states, for each parameter that this rank has a piece of, with memory to load it into."""
+    """What to load: as whole_states, with memory to load it into. No rank reads what another owns."""
     places = _places(params, model)
     sharded: Sharded = {}
     for bucket in buckets:
-        rank = bucket.group.rank()
         for param, first, last in bucket.spans:
-            if (piece := bucket.pieces.get(param)) is None:
+            if _owner(bucket, first, last) != bucket.group.rank():
                 continue
-            copies = instance * (1 + bucket.group.size())
-            replica = copies + (0 if _owner(bucket, first, last) == rank else 1 + rank)
             place, entry = places[param]
             sharded[place] = {
-                name: _sharded(entry, torch.empty(param.shape, dtype=tensor.dtype), name, replica)
-                for name, tensor in state_of(piece).items()
+                name: _sharded(entry, torch.empty(param.shape, dtype=tensor.dtype), name, instance)
+                for name, tensor in state_of(bucket.pieces[param]).items()
             }
     return sharded
 
 
 def load_pieces(
-    buckets: Sequence[Bucket | HostBucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded
-) -> None:
-    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them."""
-    pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
-    for place, param in enumerate(params):
-        if param in pieces:
-            piece = pieces[param]
+    buckets: Sequence[Bucket | HostBucket],
+    params: Sequence[nn.Parameter],
+    state_of: StateOf,
+    loaded: Loaded,
+    host_groups: Mapping[dist.ProcessGroup, dist.ProcessGroup],
+) -> list[Bucket | HostBucket]:
+    """Copy what each rank has loaded of the parameters it owns into all ranks' pieces; returns the buckets with any.
+
+    loaded   what state_template gave, or whole_states: some megatron-core loops load into what would be saved
+    Each rank of the buckets' groups has to call it.
+    """
+    places = {param: place for place, param in enumerate(params)}
+    filled = []
+    for bucket in buckets:
+        host = host_groups[bucket.group]
+        mine = torch.tensor([any(places[param] in loaded.state for param in bucket.pieces)], dtype=torch.int32)
+        dist.all_reduce(mine, dist.ReduceOp.MAX, group=host)
+        if not mine.item():
+            continue
+        for param, tensors in _parts(bucket, places, state_of, loaded, host):
+            piece = bucket.pieces[param]
             for name, tensor in state_of(piece).items():
-                tensor.copy_(piece.cut(loaded.state[place][name]))
+                tensor.copy_(tensors[name])
             piece.publish(loaded.steps)
+        filled.append(bucket)
+    return filled
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,39 @@ def _whole(
                         under_way.append(dist.irecv(whole[name][start:stop], ranks[holder], group=host))
             ready.append((param, {name: tensor.view(param.shape) for name, tensor in whole.items()}))
     for work in under_way:
+        work.wait()
+    yield from ready
+
+
+def _parts(
+    bucket: Bucket | HostBucket,
+    places: Mapping[nn.Parameter, int],
+    state_of: StateOf,
+    loaded: Loaded,
+    host: dist.ProcessGroup,
+) -> Iterator[tuple[nn.Parameter, Tensors]]:
+    """The way back: this rank's pieces, [n] each, of what the parameters' owners have loaded."""
+    rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
+    under_way: list[tuple[Any, Tensor]] = []
+    ready: list[tuple[nn.Parameter, Tensors]] = []
+    for param, first, last in bucket.spans:
+        owner = _owner(bucket, first, last)
+        for holder, start, stop in bucket.holders(first, last):
+            if rank not in (owner, holder):
+                continue
+            mine = state_of(bucket.pieces[param])
+            if rank == owner:
+                whole = loaded.state[places[param]]
+                parts = {name: whole[name].reshape(-1)[start:stop] for name in mine}
+                if rank != holder:
+                    sent = [part.to(mine[name].dtype).cpu().contiguous() for name, part in parts.items()]
+                    under_way += [(dist.isend(part, ranks[holder], group=host), part) for part in sent]
+            else:
+                parts = {name: torch.empty(stop - start, dtype=tensor.dtype) for name, tensor in mine.items()}
+                under_way += [(dist.irecv(part, ranks[owner], group=host), part) for part in parts.values()]
+            if rank == holder:
+                ready.append((param, parts))
+    for work, _ in under_way:
         work.wait()
     yield from ready
 

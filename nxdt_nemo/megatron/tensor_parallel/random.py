@@ -93,7 +93,7 @@ def checkpoint(original: Callable[..., Any], function: Callable[..., Any], distr
         return tuple(out.view_as(out) if isinstance(out, torch.nn.Parameter) else out for out in outputs)
 
     outputs = original(without_parameters, distribute, *args)
-    if not current().ragged:
+    if current().traced:
         given = outputs if isinstance(outputs, tuple) else (outputs,)
         node = next((out.grad_fn for out in given if isinstance(out, torch.Tensor) and out.grad_fn is not None), None)
         if node is not None:

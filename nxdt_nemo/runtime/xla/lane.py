@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
-from nxdt_nemo.runtime.machine import host_memory, installed, neuron_devices, process_memory, reset_process_peak
+from nxdt_nemo.runtime.machine import (
+    host_memory,
+    installed,
+    neuron_devices,
+    process_memory,
+    ranks_placed_here,
+    reset_process_peak,
+)
 from nxdt_nemo.runtime.ranks import RanksLane
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ class XlaLane(RanksLane):
     name = "xla"
     has_storages = False
     backend = "nxdt_xla"  # not torch_xla's "xla", whose groups of some ranks are groups of one (xla_backend.py)
+    traced = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,36 +80,13 @@ class XlaLane(RanksLane):
 
         return torch_xla.device()  # type: ignore[no-any-return]
 
-    def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Module.to makes new parameters here: it drops `tensor_model_parallel` and the like, and unties tied ones.
-        Parameters that two modules share have to be placed in one call."""
-        import torch
-
-        device, made = self.device(), {}
-        for part in module.modules():
-            for name, old in part._parameters.items():
-                if old is None or old.device == device:
-                    continue
-                if old not in made:
-                    made[old] = torch.nn.Parameter(old.detach().to(device), old.requires_grad)
-                    made[old].__dict__.update(vars(old))
-                part._parameters[name] = made[old]
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else buffer.to(device)
-        return module.to(device)  # for what subclasses note there: Lightning's modules their device
-
     def device_count(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or 1
+        return ranks_placed_here() or 1
 
     def name_of_device(self) -> str:
         import torch_xla.runtime as xr
 
         return f"XLA:{xr.device_type()}"
-
-    def supports(self, dtype: torch.dtype) -> bool:
-        import torch
-
-        return dtype in (torch.float32, torch.bfloat16)
 
     def total_memory(self) -> int:
         return host_memory() if self._on_host else int(self._memory_info()["bytes_limit"])

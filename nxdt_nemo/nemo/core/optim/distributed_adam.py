@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from nemo.utils import str_to_dtype
 from torch import Tensor, nn
 
@@ -120,7 +119,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
                 _stop("name", "distributed_fused_adam", f"it trains float32 and bfloat16 parameters, not {param.dtype}")
         for params in self._divided(fresh):
             for bucket in _capped(params, self._bucket_elements):
-                self.buckets.append(allocate(bucket, self._group) if current().ragged else self._traced(bucket))
+                self.buckets.append(self._traced(bucket) if current().traced else allocate(bucket, self._group))
         for param in fresh:
             self._placed.add(param)
             if param.dtype != torch.float32:
@@ -128,7 +127,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
 
     def _divided(self, params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         """What can be in one bucket: parameters of one dtype, where steps are traced also stepped and counted alike."""
-        if not current().ragged:
+        if current().traced:
             groups = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
             return alike(params, groups.__getitem__)
         dtypes = dict.fromkeys(param.dtype for param in params)
@@ -196,7 +195,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; the buffers stay, since the model holds them as main_grad."""
         self._reduced, self._norm = False, None
-        if self.optimizer is None and not current().ragged:  # a first step begins: its graph is to be that of all
+        if self.optimizer is None and current().traced:  # a first step begins: its graph is to be that of all
             self._stepper()
             current().cut()
         for bucket in self.buckets:
@@ -324,7 +323,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         else:
             host = _host_group(self._group)
             state = whole_states(buckets, params, self._state_of, model_sharded_state_dict, {self._group: host})
-            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self.param_groups]
+            groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
@@ -341,11 +340,10 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
         self._count(loaded.steps)
-        if loaded.state:
-            params = [param for param in self.parameters() if param in self._placed]
-            buckets = on_host(self.buckets, self._stepper().state, read=False)
-            load_pieces(buckets, params, self._state_of, loaded)
-            to_device(buckets)
+        params = [param for param in self.parameters() if param in self._placed]
+        buckets = on_host(self.buckets, self._stepper().state, read=False)
+        hosts = {self._group: _host_group(self._group)}
+        to_device(load_pieces(buckets, params, self._state_of, loaded, hosts))
 
 
 def _add_to_main_grad(param: Any) -> None:

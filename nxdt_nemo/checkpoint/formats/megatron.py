@@ -1,0 +1,202 @@
+"""What Megatron's formats share: the folder of an iteration, arguments, how far training is.
+
+Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) has it. May import torch and this room.
+Proof: tests/checkpoint/test_fixtures.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nxdt_nemo.checkpoint import families
+from nxdt_nemo.checkpoint.dialects import megatron_args
+from nxdt_nemo.checkpoint.families import Family
+from nxdt_nemo.checkpoint.formats import hf
+from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Training, constant
+from nxdt_nemo.checkpoint.io.files import Extent
+from nxdt_nemo.checkpoint.layout import Layout
+from nxdt_nemo.checkpoint.model import Model
+from nxdt_nemo.errors import UserError
+
+__all__ = [
+    "FAMILY",
+    "FILE",
+    "TRACKER",
+    "args_for",
+    "asset_outputs",
+    "assets_of",
+    "flat",
+    "folder_name",
+    "folder_of",
+    "groups_of",
+    "iteration_name",
+    "model_of",
+    "training_of",
+]
+
+FILE, ASSETS = "model_optim_rng.pt", "hf"
+RELEASE = "release"
+TRACKER = "latest_checkpointed_iteration.txt"
+FAMILY = "nxdt_family"
+_FOLDER = re.compile(r"iter_(\d{7,})|release")
+
+
+def folder_of(path: Path, step: int | None) -> Path:
+    """The folder of one iteration: the path itself, or the one that the tracker or `step` names.
+
+    Raises UserError for a tracker that names no folder, and for folders without a tracker that are not one.
+    """
+    tracker = path / TRACKER
+    if step is not None and not _FOLDER.fullmatch(path.name):
+        found = path / iteration_name(step)
+        if not found.is_dir():
+            raise UserError(f"has no iteration {step}", place=str(path), fix=f"there are {_there(path)}")
+        return found
+    if tracker.is_file():
+        said = tracker.read_text().strip()
+        if said != "release" and not said.isdigit():
+            raise UserError(
+                f"holds {said[:40]!r}, no iteration", place=str(tracker), fix="write its number, or release"
+            )
+        found = path / ("release" if said == "release" else iteration_name(int(said)))
+        if not found.is_dir():
+            raise UserError(
+                f"names {found.name}, which is not there", place=str(tracker), fix=f"there are {_there(path)}"
+            )
+        return found
+    inner = [at for at in path.iterdir() if at.is_dir() and _FOLDER.fullmatch(at.name)] if path.is_dir() else []
+    if len(inner) > 1:
+        raise UserError(f"has {len(inner)} iterations and no {TRACKER}", place=str(path), fix="name one: --step")
+    return inner[0] if inner else path
+
+
+def iteration_name(step: int | None) -> str:
+    """iter_0000042; `release` for weights that are no iteration's."""
+    return RELEASE if step is None else f"iter_{step:07d}"
+
+
+def _there(path: Path) -> str:
+    return ", ".join(sorted(at.name for at in path.iterdir() if _FOLDER.fullmatch(at.name))) or "none"
+
+
+def model_of(args: Mapping[str, Any], options: Options, place: str) -> Model:
+    """The Model that a source's arguments, or the configuration given instead, say. Its family may be ""."""
+    if options.config is not None:
+        return hf.model_of(options.config, options.family)[1]
+    if not args:
+        raise UserError(
+            "does not say what the model is", place=place, fix="give the model's: --model-config config.json"
+        )
+    model = megatron_args.from_args(args, place)
+    return model.with_(family=options.family or str(args.get(FAMILY) or ""), extra=dict(args.get("nxdt_extra") or {}))
+
+
+def family_of(model: Model, place: str) -> Family:
+    """The family that the model names, or that has its features."""
+    return families.by_name(model.family) if model.family else families.of_model(model, place)
+
+
+def training_of(common: Mapping[str, Any], folder: Path) -> Training:
+    """How far training is, from common.pt or model_optim_rng.pt; a folder `release` is of no iteration."""
+    args = common.get("args")
+    known = vars(args) if isinstance(args, argparse.Namespace) else {}
+    groups, step = groups_of(common.get("optimizer"))
+    iteration = common.get("iteration") if folder.name != RELEASE else None
+    consumed = known.get("consumed_train_samples")
+    scheduler = common.get("opt_param_scheduler")
+    return Training(
+        iteration=iteration if isinstance(iteration, int) else None,
+        consumed=consumed if isinstance(consumed, int) else None,
+        step=step,
+        groups=groups,
+        args=known,
+        scheduler=dict(scheduler) if isinstance(scheduler, dict) else {},
+    )
+
+
+def groups_of(optimizer: Any) -> tuple[list[dict[str, Any]], float | None]:
+    """Parameter groups and step of an optimizer's state in whichever of Megatron's forms."""
+    groups: list[dict[str, Any]] = []
+    steps: list[float] = []
+
+    def look(value: Any, key: Any = "") -> None:
+        if key == "param_groups" and isinstance(value, list):
+            groups.extend({k: v for k, v in group.items() if k != "params"} for group in value)
+            steps.extend(float(group["step"]) for group in value if isinstance(group.get("step"), (int, float)))
+        elif key in ("step", "common_step") and isinstance(value, Extent) and not value.shape:
+            steps.append(float(value.tensor()))
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                look(inner, name)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                look(inner)
+
+    look(optimizer)
+    return groups, max(steps) if steps else None
+
+
+def assets_of(folder: Path) -> dict[str, Path]:
+    """A tokenizer's files that a conversion carried along, beside the iteration's folder."""
+    for at in (folder / ASSETS, folder.parent / ASSETS):
+        if at.is_dir():
+            return {file.name: file for file in sorted(at.iterdir()) if file.is_file()}
+    return {}
+
+
+def asset_outputs(source: Source) -> Iterator[Output]:
+    """These files, to be written."""
+    for name, asset in source.assets.items():
+        yield constant(f"{ASSETS}/{name}", asset.read_bytes())
+
+
+def args_for(source: Source, model: Model, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:
+    """The Namespace to write: the source's own arguments, with what the model and the layout now are."""
+    kept = {key: value for key, value in source.training.args.items() if not _is_tensor(value)}
+    said = megatron_args.to_args(model, layout, dtype) | {FAMILY: source.family.name, "nxdt_extra": dict(model.extra)}
+    if source.training.consumed is not None:
+        said["consumed_train_samples"] = source.training.consumed
+    if kept:  # Megatron's own names for what it has are left as they are
+        said = {key: value for key, value in said.items() if key in kept or key.startswith("nxdt_") or key in _ALWAYS}
+        said["vocab_size"] = kept.get("vocab_size")
+    return argparse.Namespace(**(_DEFAULTS | kept | said))
+
+
+_ALWAYS = frozenset(megatron_args.layout_args(Layout()))
+# Read by load_checkpoint without a default.
+_DEFAULTS: dict[str, Any] = {
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "make_vocab_size_divisible_by": 128,
+    "use_distributed_optimizer": False,
+    "ckpt_fully_parallel_save": False,
+}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Extent, torch.Tensor))
+
+
+def folder_name(layout: Layout, tp: int, pp: int, ep: int) -> str:
+    """mp_rank_00, _000 for a stage if there are several, _000 for a group of experts likewise."""
+    name = f"mp_rank_{tp:02d}"
+    name += f"_{pp:03d}" if layout.pp > 1 else ""
+    return name + (f"_{ep:03d}" if layout.ep > 1 else "")
+
+
+def flat(state: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested state with keys joined by dots."""
+    for key, value in state.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,117 @@
+"""`nxdt-nemo ckpt`, as a user meets it, and what a conversion's process loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nxdt_nemo
+from nxdt_nemo.cli.main import main
+
+ROOT = Path(nxdt_nemo.__file__).parent.parent
+Unpacked = Callable[[str], Path]
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of `nxdt-nemo ckpt ...`, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(["ckpt", *map(str, arguments)])
+    code = ended.value.code
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def test_inspect(unpacked: Unpacked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", unpacked("ll_torch_tp2pp2_do")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("torch, llama, 840,256 parameters")
+    assert "layout     TP 2, PP 2" in lines
+    assert "progress   iteration 2, 8 samples" in lines
+    assert "optimizer  exp_avg, exp_avg_sq, fp32_param, step 2.0" in lines
+    assert any(line.startswith("note") and "differ in the last bits" in line for line in lines)
+
+
+def test_inspect_as_json(unpacked: Unpacked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", unpacked("ll_td_tp2pp2"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["family"], found["optimizer"]["step"]) == ("torch_dist", "llama", 2.0)
+    assert len(found["tensors"]) == 156 and found["arguments"]["hidden_size"] == 64
+    q = next(tensor for tensor in found["tensors"] if tensor["name"] == "layers.3.attention.q.weight")
+    assert q["shape"] == [64, 64] and q["dtype"] == "BF16"
+    assert set(q["where"]) <= set(found["files"]) and len(q["where"]) == 2
+
+
+def test_convert_in_a_process_without_upstream(unpacked: Unpacked, tmp_path: Path) -> None:
+    """tools/convert_checkpoint.py, with modules that must not be imported forbidden."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "for name in ('torch_xla', 'nemo', 'megatron', 'transformers', 'lightning', 'apex'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    options = "--to torch --tp 4 --pp 2 --vpp 2 --with-optimizer".split()
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/convert_checkpoint.py", unpacked("ll_td_tp2pp2"), tmp_path / "out", *options],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch_dist (llama) as torch: ")
+    assert len(list((tmp_path / "out/iter_0000002").iterdir())) == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--dtype", "int4"], "--dtype: 'int4' is not known; use bfloat16 or float16 or float32"),
+        (["--stages", "a,b"], "--stages: 'a,b' is no list of numbers; write it as 5,6,6,5"),
+        (["--spec", "apex"], "--spec: 'apex' is not known; use local or te"),
+        (["--workers", "0"], "--workers: 0 is not positive"),
+        (["--family", "bloom"], "--family: there is no family bloom; use one of llama,"),
+        (["--from", "onnx"], "--from: there is no format onnx; use one of hf,"),
+        (["--vocab-size", "9999"], "a vocabulary of 9999"),
+    ],
+)
+def test_wrong_options(
+    arguments: list[str], said: str, unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", unpacked("ll_td_tp2pp2"), tmp_path / "out", "--to", "hf", *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite(unpacked: Unpacked, tmp_path: Path) -> None:
+    command = ("convert", unpacked("hf_llama_tiny"), tmp_path / "out", "--to", "torch")
+    assert run(*command) == 0
+    assert run(*command) == 2
+    assert run(*command, "--overwrite", "--tp", "2") == 0
+    assert len(list((tmp_path / "out/release").iterdir())) == 2
+    assert sorted(at.name for at in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, to", [("hf_llama_tiny", "torch_dist"), ("hf_mixtral_tiny", "torch"), ("hf_llama_tiny", "hf")]
+)
+def test_verify(name: str, to: str, unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--tp", "2", "--pp", "2"] if to != "hf" else []
+    assert run("convert", unpacked(name), tmp_path / "out", "--to", to, *layout, "--verify") == 0
+    out = capsys.readouterr().out
+    assert "digests  ok" in out and "equal to the bit" in out and "logits   ok: transformers against" in out
+
+
+def test_verify_compares_what_was_written(
+    unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To float32 with its optimizer, a bfloat16 checkpoint's main parameters become the weights."""
+    options = ("--dtype", "fp32", "--with-optimizer", "--verify")
+    assert run("convert", unpacked("ll_torch_tp2pp2_do"), tmp_path / "out", "--to", "torch_dist", *options) == 0
+    out = capsys.readouterr().out
+    assert "tensors  ok" in out and "equal to the bit" in out and "WRONG" not in out

@@ -1,0 +1,142 @@
+"""What upstream wrote: read right, and through other layouts and back to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nxdt_nemo.checkpoint import formats
+from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.formats.base import Options, Target
+from nxdt_nemo.checkpoint.layout import Layout
+
+from .conftest import KINDS, assert_same, read, tensor
+
+Unpacked = Callable[[str], Path]
+
+
+def test_two_formats_of_one_run_are_the_same(unpacked: Unpacked) -> None:
+    """Megatron-LM wrote the same run twice: flat buffers without names, and tiles of named tensors."""
+    sharded, named = read(unpacked("ll_torch_tp2pp2_do")), read(unpacked("ll_td_tp2pp2"))
+    assert (sharded.format, named.format) == ("torch", "torch_dist")
+    assert assert_same(sharded, named) == 4 * 39
+    assert sharded.model == named.model
+    assert sharded.training.step == named.training.step == 2.0
+    assert sharded.training.consumed == named.training.consumed == 8
+
+
+@pytest.mark.parametrize("name", ["ll_torch_tp2pp2_do", "ll_td_tp2pp2"])
+def test_main_parameters_are_the_weights(name: str, unpacked: Unpacked) -> None:
+    """An invariant of upstream's training, which a misplaced row of either would break."""
+    source = read(unpacked(name))
+    for weight in source.catalog.names():
+        assert torch.equal(tensor(source, "fp32_param", weight).bfloat16(), tensor(source, "model", weight)), weight
+
+
+LAYOUTS = [
+    ("torch", Layout(tp=4, pp=2, vpp=2), {}),
+    ("torch", Layout(tp=1, pp=2, stages=(3, 1)), {"spec": "te"}),
+    ("torch_dist", Layout(tp=4, pp=1), {}),
+    ("torch_dist", Layout(tp=1, pp=4), {"optimizer_format": "model_space"}),
+]
+
+
+@pytest.mark.parametrize("name", ["ll_torch_tp2pp2_do", "ll_td_tp2pp2"])
+@pytest.mark.parametrize("to, layout, extra", LAYOUTS)
+def test_with_optimizer_through_another_layout_and_back(
+    name: str, to: str, layout: Layout, extra: dict[str, str], unpacked: Unpacked, tmp_path: Path
+) -> None:
+    source = unpacked(name)
+    convert(source, tmp_path / "there", to, wanted=Target(layout, kinds=KINDS, extra=extra))
+    convert(tmp_path / "there", tmp_path / "back", "torch_dist", wanted=Target(Layout(tp=2, pp=2), kinds=KINDS))
+    first, middle, last = read(source), read(tmp_path / "there"), read(tmp_path / "back")
+    assert assert_same(first, middle) == assert_same(first, last) == 156
+    for found in (middle, last):
+        assert found.training.step == 2.0 and found.training.iteration == 2 and found.training.consumed == 8
+        assert len(found.training.groups) >= 2
+        assert {group["weight_decay"] for group in found.training.groups} == {0.0, 0.01}
+
+
+def test_the_files_of_upstream_come_back_to_the_bit(unpacked: Unpacked, tmp_path: Path) -> None:
+    """At its own layout each chunk of each tensor is upstream's, in shape, place and bytes."""
+    from nxdt_nemo.checkpoint.formats.torch_dist import items_of
+    from nxdt_nemo.checkpoint.io.files import Files
+
+    source = unpacked("ll_td_tp2pp2")
+    convert(source, tmp_path / "out", "torch_dist", wanted=Target(Layout(tp=2, pp=2), kinds=KINDS))
+    theirs = items_of(source / "iter_0000002", Files())
+    ours = items_of(tmp_path / "out/iter_0000002", Files())
+    assert theirs.keys() == ours.keys()
+    for key, item in theirs.items():
+        assert item.shape == ours[key].shape and item.dtype == ours[key].dtype
+        boxes = dict(ours[key].chunks)
+        assert boxes.keys() == {box for box, _ in item.chunks}
+        for box, array in item.chunks:
+            assert torch.equal(array.extent.tensor(), boxes[box].extent.tensor()), (key, box)
+
+
+def test_mixtral_of_a_rank_each_for_dense_and_expert_layers(unpacked: Unpacked, tmp_path: Path) -> None:
+    """TP 2 x EP 2 with whole experts: two files, not four."""
+    source = read(unpacked("mx_torch_tp2ep2"), optimizer=False)
+    assert source.family.name == "mixtral" and source.model.experts == 4
+    assert source.detail["ranks"] == ["mp_rank_00_000", "mp_rank_01_001"]
+    for number, (to, layout) in enumerate(
+        [("torch", Layout(2, 2, 1, 2)), ("torch_dist", Layout(4, 2, 1, 4)), ("torch", Layout(2, 1, 1, 2, etp=1))]
+    ):
+        convert(source.path, tmp_path / str(number), to, wanted=Target(layout))
+        assert_same(source, read(tmp_path / str(number), optimizer=False), ("model",))
+    assert len(list((tmp_path / "2/iter_0000002").iterdir())) == 2
+    convert(source.path, tmp_path / "hf", "hf")
+    found = load_file(tmp_path / "hf/model.safetensors")
+    state = torch.load(source.path / "mp_rank_01_001/model_optim_rng.pt", weights_only=False)["model"]
+    fused = state["decoder.layers.2.mlp.experts.local_experts.1.linear_fc1.weight"]
+    assert torch.equal(found["model.layers.2.block_sparse_moe.experts.3.w1.weight"], fused[:96])
+    assert torch.equal(found["model.layers.2.block_sparse_moe.experts.3.w3.weight"], fused[96:])
+
+
+def test_zarr_as_zarr_itself_reads_it(unpacked: Unpacked, tmp_path: Path) -> None:
+    folder = unpacked("zarr_tp1")
+    config = json.loads((unpacked("hf_llama_tiny") / "config.json").read_text()) | {"vocab_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = formats.read(folder, Options(config=tmp_path / "config.json"))
+    assert (source.format, source.family.name, len(source.catalog.names())) == ("zarr", "llama", 39)
+    import tensorstore
+
+    def stored(key: str) -> torch.Tensor:
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / key)}}
+        return torch.from_numpy(tensorstore.open(spec).result().read().result().astype("float32"))
+
+    fc1 = stored("decoder.layers.mlp.linear_fc1.weight")
+    assert torch.equal(tensor(source, "model", "layers.2.mlp.gate.weight").float(), fc1[2, :176])
+    assert torch.equal(tensor(source, "model", "layers.3.mlp.up.weight").float(), fc1[3, 176:])
+    qkv = stored("decoder.layers.self_attention.linear_qkv.weight").view(4, 4, 4, 8, 64)
+    assert torch.equal(tensor(source, "model", "layers.1.attention.k.weight").float(), qkv[1, :, 2].reshape(32, 64))
+    convert(folder, tmp_path / "hf", "hf", Options(config=tmp_path / "config.json"))
+    assert len(load_file(tmp_path / "hf/model.safetensors")) == 39
+
+
+@pytest.mark.parametrize("name", ["hf_llama_tiny", "hf_mixtral_tiny"])
+def test_hugging_face_folders_with_their_tokenizer(name: str, unpacked: Unpacked, tmp_path: Path) -> None:
+    source = unpacked(name)
+    wanted = load_file(source / "model.safetensors")
+    for number, (to, layout) in enumerate([("torch_dist", Layout(tp=2, pp=2)), ("torch", Layout(tp=4, pp=1))]):
+        convert(source, tmp_path / f"{number}", to, wanted=Target(layout))
+        convert(tmp_path / f"{number}", tmp_path / f"{number}.hf", "hf")
+        found = load_file(tmp_path / f"{number}.hf/model.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        for asset in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (tmp_path / f"{number}.hf" / asset).read_bytes() == (source / asset).read_bytes()
+
+
+def test_a_float32_copy_is_made_of_the_main_parameters(unpacked: Unpacked, tmp_path: Path) -> None:
+    convert(unpacked("ll_td_tp2pp2"), tmp_path / "out", "torch", wanted=Target(dtype=torch.float32, kinds=KINDS))
+    first, second = read(unpacked("ll_td_tp2pp2")), read(tmp_path / "out")
+    assert second.catalog.kinds() == {"model", "exp_avg", "exp_avg_sq"}
+    for name in first.catalog.names():
+        assert torch.equal(tensor(first, "fp32_param", name), tensor(second, "model", name))
+        assert torch.equal(tensor(first, "exp_avg", name), tensor(second, "exp_avg", name))

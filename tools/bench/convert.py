@@ -1,0 +1,228 @@
+"""A 1B Llama from Hugging Face to torch_dist at TP 8, PP 2, and back, beside `cp` and fsync of the same bytes.
+
+    python tools/bench/convert.py             # 5 pairs each way, about 9 GB; writes docs/results/convert.md
+    python tools/bench/convert.py --pairs 2 --layers 4 --print-only
+
+Weights are random, made once in a temporary folder. Copy and conversion take turns, so that noise meets both; each
+begins with the source in the page cache, since what is compared is the work and not the disk's luck. A conversion is a
+process of its own and is timed from its start to its end; `inside` leaves out what python and torch take to load.
+RssAnon is the memory that is the process's own: mapped files belong to the page cache. The bytes that come back are
+compared with those that went out before anything is printed. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "results" / "convert.md"
+TIME_LIMIT, MEMORY_SLACK = 1.5, 10**9
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32768,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+CONVERT = """
+import sys, time
+from pathlib import Path
+import torch
+from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.formats.base import Target
+from nxdt_nemo.checkpoint.layout import Layout
+started = time.monotonic()
+to = sys.argv[3]
+layout = Layout(tp=8, pp=2) if to == "torch_dist" else Layout()
+convert(Path(sys.argv[1]), Path(sys.argv[2]), to, wanted=Target(layout), workers=int(sys.argv[4]))
+print(time.monotonic() - started)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """seconds of the process; cpu, user and system; inside, of the conversion in it; rss, peak RssAnon in bytes."""
+
+    seconds: float
+    cpu: float
+    inside: float
+    rss: int
+
+
+def make(folder: Path, layers: int) -> int:
+    """A Hugging Face folder with random weights; the bytes of its largest tensor."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from nxdt_nemo.checkpoint.families import by_name
+    from nxdt_nemo.checkpoint.formats.hf import whole_model
+    from nxdt_nemo.checkpoint.io import safetensors
+    from nxdt_nemo.checkpoint.io.torch_zip import raw_bytes
+
+    folder.mkdir()
+    config = CONFIG | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    family = by_name("llama")
+    arrays = [(one.key, torch.bfloat16, one.shape) for one in whole_model(family, family.from_hf(config))]
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(safetensors.header(arrays))
+        for _, dtype, shape in arrays:
+            file.write(raw_bytes(torch.randn(shape).to(dtype)))
+        os.fsync(file.fileno())
+    return 2 * max(torch.Size(shape).numel() for _, _, shape in arrays)
+
+
+def converted(source: Path, target: Path, to: str, workers: int) -> Run:
+    """Convert in a process, and watch its memory."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", CONVERT, str(source), str(target), to, str(workers)]
+    started, peak = time.monotonic(), 0
+    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True)
+    ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    while not ended:
+        peak = max(peak, _rss(process.pid))
+        time.sleep(0.005)
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    seconds = time.monotonic() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"the conversion to {to} ended with {process.returncode}")
+    assert process.stdout is not None
+    return Run(seconds, used.ru_utime + used.ru_stime, float(process.stdout.read()), peak)
+
+
+def _rss(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def copied(source: Path, target: Path) -> float:
+    """cp -r and an fsync of each file, in seconds."""
+    started = time.monotonic()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for file in _files(target):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return time.monotonic() - started
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (at for at in sorted(folder.rglob("*")) if at.is_file())
+
+
+def warm(folder: Path) -> None:
+    """Read it all, so that it is in the page cache."""
+    for file in _files(folder):
+        with file.open("rb") as data:
+            while data.read(1 << 24):
+                pass
+
+
+def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, object]:
+    """The table's numbers."""
+    source, dist, back, copy = (place / name for name in ("hf", "dist", "back", "copy"))
+    load = os.getloadavg()[0]
+    largest = make(source, layers)
+    rows = {}
+    for name, origin, target, to in (("there", source, dist, "torch_dist"), ("back", dist, back, "hf")):
+        runs: list[tuple[float, Run]] = []
+        for number in range(pairs):
+            warm(origin)
+            seconds = copied(origin, copy)
+            shutil.rmtree(copy)
+            warm(origin)
+            shutil.rmtree(target, ignore_errors=True)
+            run = converted(origin, target, to, workers)
+            runs.append((seconds, run))
+            print(f"{name} {number}: cp {seconds:.2f} s, {run.seconds:.2f} s ({run.inside:.2f} s inside)", flush=True)
+        rows[name] = {
+            "cp": statistics.median(seconds for seconds, _ in runs),
+            "seconds": statistics.median(run.seconds for _, run in runs),
+            "inside": statistics.median(run.inside for _, run in runs),
+            "cpu": statistics.median(run.cpu for _, run in runs),
+            "ratio": statistics.median(run.seconds / seconds for seconds, run in runs),
+            "ratio_inside": statistics.median(run.inside / seconds for seconds, run in runs),
+            "rss": max(run.rss for _, run in runs),
+        }
+    if not filecmp.cmp(source / "model.safetensors", back / "model.safetensors", shallow=False):
+        raise SystemExit("what came back is not what went out")
+    size = (source / "model.safetensors").stat().st_size
+    return {"bytes": size, "largest": largest, "pairs": pairs, "workers": workers, "load": load, **rows}
+
+
+def page(found: dict[str, object]) -> str:
+    """The page of results."""
+    largest = int(str(found["largest"]))
+    limit = 2 * largest + MEMORY_SLACK
+    lines = [
+        "# Conversion of a 1B Llama, beside `cp` and fsync",
+        "",
+        f"`python tools/bench/convert.py --pairs {found['pairs']}`, {date.today()}, {platform.machine()}, "
+        f"{os.cpu_count()} cores, {found['workers']} writers.",
+        f"Python {platform.python_version()}, torch {version('torch')}; load average before it {found['load']:.1f}.",
+        "",
+        f"{int(str(found['bytes'])) / 1e9:.2f} GB of bfloat16, the largest tensor {largest / 1e6:.0f} MB.",
+        f"Medians of {found['pairs']} interleaved pairs. Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice",
+        f"the largest tensor and 1 GB, {limit / 1e6:.0f} MB. What came back is what went out, byte for byte.",
+        "",
+        "| Way | cp + fsync, s | Process, s | its CPU, s | inside, s | Process / cp | inside / cp | limit |"
+        " RssAnon, MB | limit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"there": "hf to torch_dist, TP 8, PP 2", "back": "torch_dist to hf"}
+    for key, name in names.items():
+        row = found[key]
+        assert isinstance(row, dict)
+        met = "met" if row["ratio"] <= TIME_LIMIT else "missed"
+        fits = "met" if row["rss"] <= limit else "missed"
+        times = [row[name] for name in ("cp", "seconds", "cpu", "inside", "ratio", "ratio_inside")]
+        cells = [name, *(f"{value:.2f}" for value in times), met, f"{row['rss'] / 1e6:.0f}", fits]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=20, help="20 make a billion parameters")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--place", type=Path, help="where the files are made; a temporary folder by default")
+    parser.add_argument("--print-only", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.place) as place:
+        found = measure(Path(place), given.pairs, given.layers, given.workers)
+    text = page(found)
+    print(text)
+    if not given.print_only:
+        PAGE.write_text(text)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
