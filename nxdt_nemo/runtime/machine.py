@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
 
-__all__ = ["host_memory", "installed", "neuron_devices", "process_memory", "reset_process_peak", "text"]
+__all__ = ["host_memory", "installed", "neuron_devices", "process_memory", "product_name", "reset_process_peak", "text"]
 
 
 def installed(module: str, distribution: str | None = None) -> str | None:
@@ -29,6 +29,11 @@ def installed(module: str, distribution: str | None = None) -> str | None:
 def neuron_devices() -> int:
     """Neuron devices that the driver shows."""
     return len(list(Path("/dev").glob("neuron[0-9]*")))
+
+
+def product_name() -> str:
+    """What the host's firmware calls it, which on EC2 is the instance type; "" where there is none to ask."""
+    return text("/sys/devices/virtual/dmi/id/product_name").strip()
 
 
 def host_memory() -> int:
