@@ -8,11 +8,12 @@ Proof: tests/config/test_neuron.py.
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nxdt_nemo.config.alignment import Alignment
 from nxdt_nemo.config.environment import variables
 from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
@@ -45,6 +46,8 @@ class NeuronConfig(BaseModel):
     compress_replica_groups            short replica groups [neuron_experimental_compress_rg]
     fuse_softmax                       softmax as one operation [model.fusions.softmax]
     environment                        further variables, by name
+    vocab_size    the tokenizer's pieces, for what is computed where the tokenizer is not at hand: memory
+    alignment     preference training, see alignment.py
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -64,6 +67,8 @@ class NeuronConfig(BaseModel):
     compress_replica_groups: bool | None = None
     fuse_softmax: bool | None = None
     environment: dict[str, str | int | bool] | None = None
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    alignment: Alignment | None = None
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
