@@ -125,7 +125,8 @@ def megatron_core(m: Migration) -> None:
     if not key or m.options.partial and not m.has(key):
         return
     if name == "BART":
-        m.note("derived", "", key, why="NeMo has no megatron-core BART: its legacy modules do not run here", level="error")
+        if m.has("name"):
+            m.keep("name", "NeMo has no megatron-core BART, and its legacy modules do not run on this backend", "error")
     elif m.absent(key) or m.now(key) is False:
         why = f"NeMo's legacy {name} does not run on this backend; a legacy checkpoint has to be converted"
         m.put(key, True, why, level="" if m.dialect == "nxdt" else "warning")
@@ -473,6 +474,27 @@ def times_of_saving(m: Migration) -> None:
         m.put(epochs, None, "NeMo's own 1 excludes every_n_train_steps")
 
 
+def softmax(m: Migration) -> None:
+    """A fused softmax: NeMo's key, and the compiler's operation."""
+    key, fused = "model.fusions.softmax", m.was("model.fusions.softmax")
+    if m.has(key):
+        m.put("model.masked_softmax_fusion", fused, "NeMo's name", key=key)
+        if fused is True:
+            m.put("neuron.fuse_softmax", True, f"{key}=True: NEURON_FUSE_SOFTMAX")
+
+
+def uneven_stages(m: Migration) -> None:
+    """NxD shares out layers that the pipeline does not divide, the later stages taking one more; NeMo wants it said."""
+    size, layers = m.before.size("distributed_strategy.pipeline_model_parallel_size"), m.before.number("model.num_layers")
+    said = m.was("model.pipeline_cuts") is not None or m.options.partial
+    chunks = m.before.size("distributed_strategy.virtual_pipeline_model_parallel_size")
+    if m.dialect != "nxdt" or said or layers is None or layers % size == 0 or chunks > 1:
+        return
+    least, more = divmod(layers, size)
+    layout = text_of([least + (stage >= size - more) for stage in range(size)])
+    m.put("model.pipeline_model_parallel_layout", layout, f"{size} stages do not divide {layers} layers: NxD's own sharing out")
+
+
 def stages(m: Migration) -> None:
     """`0:4,1-2:8,-1:4`, layers by pipeline rank, as megatron-core's layout."""
     key, said = "model.flexible_pipeline_parallel_stages", m.was("model.flexible_pipeline_parallel_stages")
@@ -535,6 +557,8 @@ DERIVED: dict[str, Callable[[Migration], None]] = {
     "copies_of_kv_heads": copies_of_kv_heads,
     "window": window,
     "stages": stages,
+    "uneven_stages": uneven_stages,
+    "softmax": softmax,
     "recomputation": recomputation,
     "precision": precision,
     "optimizer": optimizer,

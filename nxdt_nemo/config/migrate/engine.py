@@ -53,6 +53,7 @@ class Options:
     training_precision   NNM's shell variable of that name, "" if nobody said it
     model_config  a Hugging Face config.json to read in place of the one that the file names
     overrides     (key, value as text) of the file's own dialect, put in before anything else
+    findings      whether the checks of a run have a look at the result
     partial       the keys are some of a configuration's: nothing is added for those that are absent
     """
 
@@ -62,6 +63,7 @@ class Options:
     training_precision: str = ""
     model_config: Path | None = None
     overrides: tuple[tuple[str, str], ...] = ()
+    findings: bool = True
     partial: bool = False
 
 
@@ -118,7 +120,7 @@ def _override(document: Document, overrides: Sequence[tuple[str, str]], dialect:
     rest = []
     for key, value in overrides:
         rule = rule_for(key, None, dialect, knows=False)
-        own = rule is not None and rule.file.startswith(("10", "20"))
+        own = rule is not None and (rule.file.startswith(("10", "20")) or rule.action != "keep")
         if document.find(key) is None and not own:
             rest.append((key, value))
             continue
@@ -175,7 +177,7 @@ class Migration:
             self._target()
         self.document.prune()
         self._interpolations()
-        if self.whole and not self.options.partial:
+        if self.whole and self.options.findings and not self.options.partial:
             self._findings()
         self.report.entries.sort(key=lambda entry: self._order.get(entry.key, len(self._order)))
 

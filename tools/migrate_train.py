@@ -1,0 +1,84 @@
+"""Five configurations of each dialect, migrated in memory and shrunk by overrides only: 3 steps on the cpu lane.
+
+    NXDT_NEMO_CHECKOUT=... NXDT_CHECKOUT=... NNM_CHECKOUT=... python tools/migrate_train.py
+                                          # all, 20 minutes; writes docs/results/migrate_train.md
+    python tools/migrate_train.py nxdt    # one dialect; prints only
+
+The checkouts are those of NVIDIA/NeMo (v2.4.0), aws-neuron/neuronx-distributed-training and
+aws-neuron/neuronx-nemo-megatron. Exit code 1 when a configuration does not train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from nxdt_nemo.testing.migrated import CASES, CHECKOUTS, Case, train
+from nxdt_nemo.testing.script_run import Run, write_corpus
+
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "migrate_train.md"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dialects", nargs="*", choices=[*CHECKOUTS, []], help="nemo, nxdt, nnm; default: all")
+    wanted = parser.parse_args().dialects or list(CHECKOUTS)
+    if missing := [CHECKOUTS[name][0] for name in wanted if not os.environ.get(CHECKOUTS[name][0])]:
+        raise SystemExit(f"{', '.join(missing)}: name the checkouts, see --help")
+    lines, good = [], True
+    with tempfile.TemporaryDirectory() as place:
+        corpus = write_corpus(Path(place) / "corpus")
+        for case in (case for case in CASES if case.dialect in wanted):
+            found = train(case, corpus, Path(place) / f"{case.dialect}-{case.name}")
+            lines.append(row(case, found))
+            print(lines[-1], flush=True)
+            if not trained(found):
+                good = False
+                print(found.output[-2000:], flush=True)
+    if wanted == list(CHECKOUTS):
+        RESULT.write_text(markdown(lines), encoding="utf-8")
+    return 0 if good else 1
+
+
+def trained(found: Run) -> bool:
+    """Three finite losses and an ending without an error."""
+    losses = found.curve()
+    return found.code == 0 and sorted(losses) == [0, 1, 2] and all(math.isfinite(loss) for loss in losses.values())
+
+
+def row(case: Case, found: Run) -> str:
+    """A line of the table."""
+    losses = ", ".join(f"{loss:.4f}" for _, loss in sorted(found.curve().items()))
+    layout = f"{case.ranks} rank{'s, TP with SP' if case.ranks > 1 else ''}"
+    more = " ".join((*(o for o in case.options if o.startswith("--")), *case.overrides))
+    return f"| {case.dialect} | {case.name} | {layout} | {more} | {losses} | {'green' if trained(found) else 'red'} |"
+
+
+def markdown(lines: list[str]) -> str:
+    """The file in docs/results."""
+    packages = ("torch", "megatron-core", "nemo_toolkit", "lightning")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"""# Migrated configurations train
+
+`python tools/migrate_train.py`, {date.today().isoformat()}, cpu lane, one thread a rank, {platform.machine()}.
+Python {platform.python_version()}, {versions}.
+`nxdt-nemo run --config FILE OVERRIDES` migrates the file in memory and trains it with NeMo's MegatronGPTModel. The
+overrides shrink layers, sizes, sequence, batch and layout, and name a tokenizer and data: `overrides()` in
+`nxdt_nemo/testing/migrated.py`. What a file says of precision, optimizer, norm, activation, positions, experts and
+recomputation stays. Three steps say that it runs, and nothing of how well it learns.
+
+| dialect | configuration | layout | beyond the common overrides | losses of the 3 steps | verdict |
+|---|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
