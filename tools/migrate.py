@@ -22,7 +22,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nxdt_nemo.config.migrate import MigrationReport, Options, migrate
+from nxdt_nemo.config.migrate import MigrationReport, migrate
 from nxdt_nemo.config.migrate.report import ACTIONS, LEVELS
 from nxdt_nemo.config.migrate.tree import Document
 from nxdt_nemo.testing.migrated import CHECKOUTS, config_files
@@ -59,7 +59,9 @@ def one(file: Path) -> tuple[MigrationReport, str]:
     said = {entry.key for entry in entries}
     keys = [node.path for node in Document(text).nodes() if not node.is_section]
     faults = [f"no word about {key}" for key in keys if key not in said]
-    faults += [f"{entry.key} dropped without a reason" for entry in entries if entry.action == "dropped" and not entry.why]
+    faults += [
+        f"{entry.key} dropped without a reason" for entry in entries if entry.action == "dropped" and not entry.why
+    ]
     faults += [f"{entry.key} has no rule" for entry in entries if entry.action == "unknown"]
     if again.text != found.text:
         faults.append("a second migration changes it")
@@ -74,9 +76,9 @@ def markdown(rows: list[tuple[str, MigrationReport, str]]) -> str:
         "",
         f"`python tools/migrate.py`, {date.today().isoformat()}, Python {platform.python_version()}.",
         "Every YAML file of NeMo v2.4.0 (`examples/nlp/language_modeling/conf` and `tuning/conf`), of NxD Training",
-        "(`examples/conf`) and of NNM (the same folders as NeMo's), with `--from auto` and no other option. Numbers are of keys,",
-        "`derived` are those that were added or worked out. A question, a warning or an error is of a key or of the result;",
-        "they are listed below. Fault: a key without a word, dropped without a reason, or a second migration that",
+        "(`examples/conf`) and of NNM (the same folders as NeMo's), with `--from auto` and nothing else. Numbers are of",
+        "keys, `derived` are those that were added or worked out. A question, a warning or an error is of a key or of the",
+        "result; they are listed below. Fault: a key without a word, dropped without a reason, or a second migration that",
         "changes something. Which rule is whose: [../migrate_keys.md](../migrate_keys.md).",
         "",
         f"| repository | configuration | dialect | {' | '.join(names)} | fault |",

@@ -1,7 +1,7 @@
 """What a migration works out of more than one key: precision, optimizer, experts, data, checkpoints, architecture.
 
-Room config/ (leaf). Each function is named by rules of configs/migrate/ (`by`) and is called once a file, in the order of
-DERIVED; it looks at what the file said and writes what NeMo 2.4 should read, with the reason for the report.
+Room config/ (leaf). Each function is named by rules of configs/migrate/ (`by`) and is called once a file, in the order
+of DERIVED; it looks at what the file said and writes what NeMo 2.4 should read, with the reason for the report.
 May import the standard library and the leaf's other modules. Proof: tests/config/migrate/test_derive.py.
 """
 
@@ -32,7 +32,7 @@ MIXED: Precision = ("bf16", True, None, "bf16 weights, float32 main parameters a
 ROUNDED: Precision = ("bf16", True, True, "as mixed_precision, with stochastic rounding")
 PURE: Precision = (
     *("bf16", True, True),
-    "NxD Training's bf16 weights without a float32 copy do not exist here: main parameters are float32, 4 bytes more each",
+    "bf16 weights without a float32 copy do not exist here: main parameters are float32, 4 bytes more each",
 )
 # precision.type of NxD Training, by training_orchestrator.py; mixed_precisionSR is how its model spells it.
 PRECISIONS: dict[str, Precision] = {
@@ -122,7 +122,7 @@ def _hugging_face(path: Path) -> dict[str, Any]:
 def megatron_core(m: Migration) -> None:
     """NeMo falls back to its legacy modules where the key of megatron-core is absent or False."""
     key, name = _core_key(m)
-    if not key or m.options.partial and not m.has(key):
+    if not key or (m.options.partial and not m.has(key)):
         return
     if name == "BART":
         if m.has("name"):
@@ -159,7 +159,10 @@ def one_kv_head(m: Migration) -> None:
 
 def copies_of_kv_heads(m: Migration) -> None:
     """Copies follow from the sizes."""
-    said, tp = m.was("distributed_strategy.kv_replicator"), m.before.size("distributed_strategy.tensor_model_parallel_size")
+    said, tp = (
+        m.was("distributed_strategy.kv_replicator"),
+        m.before.size("distributed_strategy.tensor_model_parallel_size"),
+    )
     groups = m.before.number("model.num_kv_heads") or m.now("model.num_query_groups")
     why = "copies of KV heads follow from TP and the number of KV heads"
     if isinstance(groups, int) and isinstance(said, int) and said != max(1, tp // groups):
@@ -201,7 +204,13 @@ def recomputation(m: Migration) -> None:
         level: Level = "warning" if strange else ""
         if kind == "selective" and parts:
             more = f"; {', '.join(strange)} is no part that megatron-core knows" if strange else ""
-            m.put("model.recompute_modules", parts, f"megatron-core's names of parts of a layer{more}", key=names, level=level)
+            m.put(
+                "model.recompute_modules",
+                parts,
+                f"megatron-core's names of parts of a layer{more}",
+                key=names,
+                level=level,
+            )
         else:
             m.drop(names, f"with granularity {kind or 'null'} no part is named", level)
     if kind == "selective" and m.now(count) is not None:
@@ -235,16 +244,22 @@ def _nxdt_precision(m: Migration) -> None:
         chosen = PRECISIONS[kind]
     else:
         known = ", ".join([*PRECISIONS, "manual"])
-        m.note("kept", "precision.type", "precision.type", why=f"is no precision of NxD Training: {known}", level="error")
+        m.note(
+            "kept", "precision.type", "precision.type", why=f"is no precision of NxD Training: {known}", level="error"
+        )
         return
-    why = "part of precision.type=manual" if kind == "manual" else f"read with precision.type=manual only, and it is {kind}"
+    why = (
+        "part of precision.type=manual"
+        if kind == "manual"
+        else f"read with precision.type=manual only, and it is {kind}"
+    )
     for key in (*manual, rounding):
         m.drop(key, why)
     m.drop("model.megatron_amp_O2", "ignored by NxD Training")
     m.drop("precision.type", "")
     m.document.set("trainer.precision", chosen[0])
     pure: Level = "warning" if chosen is PURE or chosen[3] == PURE[3] else ""
-    m._forget("precision.type")
+    m.forget("precision.type")
     m.note("mapped", "precision.type", "trainer.precision", new=chosen[0], why=chosen[3], level=pure)
     _set_precision(m, chosen, f"precision.type={kind}")
 
@@ -266,7 +281,9 @@ def _nnm_precision(m: Migration) -> None:
             m.put("trainer.precision", "bf16", "float32 main parameters are of a bf16 model")
         _set_precision(m, MIXED, "the file asks for float32 main parameters")
     elif written in (32, "32") and m.has("model"):
-        text = "NNM computes in the training_precision of train_setup.sh (bf16SR as shipped): give --train-setup, else float32"
+        text = (
+            "NNM computes in train_setup.sh's training_precision (bf16SR as shipped): give --train-setup, else float32"
+        )
         m.keep("trainer.precision", text, "question")
 
 
@@ -281,14 +298,18 @@ def _set_precision(m: Migration, chosen: Precision, said: str) -> None:
 def optimizer(m: Migration) -> None:
     """ZeRO-1 is a property of the optimizer in NeMo."""
     keys = ("distributed_strategy.zero1",) if m.dialect == "nxdt" else _zero_keys(m)
-    if m.dialect == "nemo" or m.options.partial and not any(m.has(key) for key in keys):
+    if m.dialect == "nemo" or (m.options.partial and not any(m.has(key) for key in keys)):
         return
     zero: Any = m.was(keys[0], True) if m.dialect == "nxdt" else m.was("model.wrap_with_zero", False)
     if m.options.training_precision in TRAINING_PRECISIONS:
         zero = TRAINING_PRECISIONS[m.options.training_precision][1]
     name = m.now("model.optim.name")
     if not isinstance(zero, bool):
-        m.drop(keys[0], f"is {zero}, which is not known here: True means model.optim.name=mcore_distributed_optim", "question")
+        m.drop(
+            keys[0],
+            f"is {zero}, which is not known here: True means model.optim.name=mcore_distributed_optim",
+            "question",
+        )
         return
     for key in keys:
         m.drop(key, "model.optim.name says it" if zero else "off")
@@ -296,7 +317,14 @@ def optimizer(m: Migration) -> None:
         m.put("model.optim.name", SHARDED[0], f"AdamW with ZeRO-1 (was {name})")
         m.drop("model.optim.capturable", "of torch's AdamW: the sharded optimizer has no such switch")
     elif zero and name is not None and name not in SHARDED:
-        m.note("kept", "model.optim.name", "model.optim.name", new=name, why="with ZeRO-1 there is AdamW only", level="error")
+        m.note(
+            "kept",
+            "model.optim.name",
+            "model.optim.name",
+            new=name,
+            why="with ZeRO-1 there is AdamW only",
+            level="error",
+        )
 
 
 def _zero_keys(m: Migration) -> tuple[str, ...]:
@@ -352,14 +380,18 @@ def data_files(m: Migration) -> None:
         _alignment_files(m, folder, held)
     elif m.has("data.train_dir"):
         m.drop("data.train_dir", "")
-        m._forget("data.train_dir")
+        m.forget("data.train_dir")
         node = m.document.set("model.data.data_prefix", "???", "???", f"was data.train_dir: {folder}")
         node.post = f"  # was data.train_dir: {folder}"
         why = "a folder of token ids: NeMo's pretraining reads Megatron's .bin and .idx, made from the text or the ids"
         m.note("mapped", "data.train_dir", "model.data.data_prefix", new="???", why=why, level="question")
         m.drop("data.val_dir", "model.data.splits_string splits off a validation set")
     samples: Level = "warning" if m.was("data.dev_choose_samples") is not None else ""
-    m.drop("data.dev_choose_samples", "off" if not samples else "cut the jsonl file instead: nothing takes its head", samples)
+    m.drop(
+        "data.dev_choose_samples",
+        "off" if not samples else "cut the jsonl file instead: nothing takes its head",
+        samples,
+    )
 
 
 def _alignment_files(m: Migration, folder: Any, held: Any) -> None:
@@ -485,14 +517,21 @@ def softmax(m: Migration) -> None:
 
 def uneven_stages(m: Migration) -> None:
     """NxD shares out layers that the pipeline does not divide, the later stages taking one more; NeMo wants it said."""
-    size, layers = m.before.size("distributed_strategy.pipeline_model_parallel_size"), m.before.number("model.num_layers")
+    size, layers = (
+        m.before.size("distributed_strategy.pipeline_model_parallel_size"),
+        m.before.number("model.num_layers"),
+    )
     said = m.was("model.pipeline_cuts") is not None or m.options.partial
     chunks = m.before.size("distributed_strategy.virtual_pipeline_model_parallel_size")
     if m.dialect != "nxdt" or said or layers is None or layers % size == 0 or chunks > 1:
         return
     least, more = divmod(layers, size)
     layout = text_of([least + (stage >= size - more) for stage in range(size)])
-    m.put("model.pipeline_model_parallel_layout", layout, f"{size} stages do not divide {layers} layers: NxD's own sharing out")
+    m.put(
+        "model.pipeline_model_parallel_layout",
+        layout,
+        f"{size} stages do not divide {layers} layers: NxD's own sharing out",
+    )
 
 
 def stages(m: Migration) -> None:
@@ -505,7 +544,9 @@ def stages(m: Migration) -> None:
     try:
         for part in str(said).split(","):
             ranks, _, count = part.partition(":")
-            low, dash, high = ranks.strip().partition("-") if not ranks.strip().startswith("-") else (ranks.strip(), "", "")
+            low, dash, high = (
+                ranks.strip().partition("-") if not ranks.strip().startswith("-") else (ranks.strip(), "", "")
+            )
             for rank in range(int(low), int(high if dash else low) + 1):
                 counts[rank % size] = int(count)
     except ValueError:
@@ -544,7 +585,10 @@ def tokenizer(m: Migration) -> None:
         return
     if m.document.find("model.tokenizer") is None:
         m.put("model.tokenizer.library", "huggingface", "NeMo reads the vocabulary's size from a tokenizer")
-        m.ask("model.tokenizer.type", "a Hugging Face tokenizer's name or folder: the one that the token ids were made with")
+        m.ask(
+            "model.tokenizer.type",
+            "a Hugging Face tokenizer's name or folder: the one that the token ids were made with",
+        )
     elif m.absent("model.tokenizer.library"):
         m.put("model.tokenizer.library", "huggingface", "NxD Training's AutoTokenizer")
 

@@ -8,7 +8,7 @@ May import yaml, omegaconf and the leaf's other modules. Proof: tests/config/mig
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def migrate(text: str, options: Options = Options(), *, place: str = "") -> Resu
 
 
 def dialect_of(document: Document) -> str:
-    """nxdt or nnm if the file has keys that only they have, or the accelerator that only NNM's files name; else nemo."""
+    """nxdt or nnm if the file has keys that only they have, or the accelerator that only NNM names; else nemo."""
     if any(document.find(key) is not None for key in NXDT):
         return "nxdt"
     if any(document.find(key) is not None for key in NNM) or document.get("trainer.accelerator") == "tpu":
@@ -116,16 +116,25 @@ def parse_overrides(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _override(document: Document, overrides: Sequence[tuple[str, str]], dialect: str) -> tuple[tuple[str, str], ...]:
-    """Put in what the file, or its dialect, has a key for; returns the others, which are NeMo's."""
+    """Put in what the file, or its dialect, has a key for, under NeMo's name too; returns the others, NeMo's own."""
     rest = []
+    theirs = {_target(node.path, dialect): node.path for node in document.nodes() if not node.is_section}
     for key, value in overrides:
         rule = rule_for(key, None, dialect, knows=False)
         own = rule is not None and (rule.file.startswith(("10", "20")) or rule.action != "keep")
-        if document.find(key) is None and not own:
+        if document.find(key) is None and key in theirs:
+            document.set(theirs[key], _read(value), value)
+        elif document.find(key) is None and not own:
             rest.append((key, value))
-            continue
-        document.set(key, _read(value), value)
+        else:
+            document.set(key, _read(value), value)
     return tuple(rest)
+
+
+def _target(path: str, dialect: str) -> str:
+    """Where the table alone would put a key."""
+    rule = rule_for(path, None, dialect, knows=False)
+    return rule.target(path) if rule is not None else path
 
 
 def _read(value: str) -> Any:
@@ -203,13 +212,15 @@ class Migration:
         """The value that the key has by now, as written."""
         return self.document.get(path, default)
 
-    def note(self, action: Action, key: str, to: str = "", *, new: Any = None, why: str = "", level: Level = "") -> None:
+    def note(
+        self, action: Action, key: str, to: str = "", *, new: Any = None, why: str = "", level: Level = ""
+    ) -> None:
         """Report on a key; its old value is that of the file."""
         old = self.written.get(key) if key else None
         self.report.entries.append(Entry(key, action, to, old, new, why, level))
 
     def put(self, path: str, value: Any, why: str, *, key: str = "", level: Level = "") -> None:
-        """Give a key of NeMo's a value that was worked out, and report it: of `key` if it stands for one, else as added."""
+        """Give a key of NeMo's a value that was worked out, and report it: of `key` if it stands for that, or added."""
         node = self.document.find(path)
         if node is None and not key:
             self.document.set(path, value)
@@ -225,7 +236,7 @@ class Migration:
         changed = self.document.find(path)
         if changed is None or changed.data != value or changed.is_section:
             self.document.set(path, value)
-        self._forget(source)
+        self.forget(source)
         action: Action = "kept" if source == path and self.before.raw(source) == value else "mapped"
         self.note(action if self.before.has(source) else "derived", source, path, new=value, why=why, level=level)
 
@@ -235,24 +246,24 @@ class Migration:
         if node is None:
             return
         self.document.remove(node)
-        self._forget(key)
+        self.forget(key)
         self.note("dropped", key, why=why, level=level)
 
     def keep(self, key: str, why: str = "", level: Level = "") -> None:
         """Leave a key as it is, if it is there."""
         node = self.node(key)
         if node is not None:
-            self._forget(key)
+            self.forget(key)
             self.note("kept", key, node.path, new=node.data, why=why, level=level)
 
     def ask(self, path: str, question: str) -> None:
         """Leave a value to a person: `???`, which hydra refuses to run with."""
         if self.absent(path) or self.now(path) is None:
             self.document.set(path, "???", "???")
-            self._forget(path)
+            self.forget(path)
             self.note("derived", "", path, new="???", why=question, level="question")
 
-    def _forget(self, key: str) -> None:
+    def forget(self, key: str) -> None:
         """One entry a key: a later one takes the place of an earlier."""
         self.report.entries = [entry for entry in self.report.entries if entry.key != key or not key]
 
@@ -281,7 +292,9 @@ class Migration:
         origin = node.origin or node.path
         known = self.prefix + origin
         if self.prefix == "?" or (self.prefix and not self._knows(known)):
-            self.note("kept", origin, origin, new=node.data, why="a part that hydra includes; the file that does says where")
+            self.note(
+                "kept", origin, origin, new=node.data, why="a part that hydra includes; the file that does says where"
+            )
             return
         rule = rule_for(known, self.before.raw(origin), self.dialect, self._knows(known))
         if rule is None:
@@ -415,7 +428,9 @@ _LOCAL = ("loggers", "checkpoint_to_resume", "best_ones_of_before")
 
 
 def _config(document: Document) -> DictConfig:
-    return OmegaConf.create(document.render()) if document.root.children else OmegaConf.create({})
+    cfg = OmegaConf.create(document.render()) if document.root.children else OmegaConf.create({})
+    assert isinstance(cfg, DictConfig)
+    return cfg
 
 
 def _ranks(view: View) -> int | None:
@@ -443,6 +458,3 @@ def _absolute(origin: str, name: str) -> str | None:
     dots = len(name) - len(name.lstrip("."))
     parts = origin.split(".")[:-dots]
     return ".".join([*parts, name.lstrip(".")])
-
-
-Derivation = Callable[[Migration], None]

@@ -73,7 +73,9 @@ class Launch:
             return json.dumps(whole | {"text": self.text}, indent=2)
         if form == "markdown":
             rows = [f"| {x.number} | {x.what} | `{_cell(x.text)}` | {_cell(x.why)} |" for x in changed]
-            return "\n".join([f"**{self.summary()}**", "", "| Line | What | Text | Because |", "|---|---|---|---|", *rows])
+            return "\n".join(
+                [f"**{self.summary()}**", "", "| Line | What | Text | Because |", "|---|---|---|---|", *rows]
+            )
         rows = [f"{x.number:4}  {x.what:10}  {x.text}{f'  -> {x.now}' if x.now else ''}  ({x.why})" for x in changed]
         return "\n".join([*rows, self.summary()])
 
@@ -130,18 +132,26 @@ def _line(launch: Launch, number: int, raw: str) -> list[str]:
     if bare.startswith(("sbatch", "scontrol", "srun")) or SHELL.match(bare) or re.match(r"^\./\S+\.sh", bare):
         launch.lines.append(Line(number, "kept", bare))
         return raw.split("\n")
-    launch.lines.append(Line(number, "unknown", " ".join(bare.split()), why="stays as it is: look whether it is needed"))
+    launch.lines.append(
+        Line(number, "unknown", " ".join(bare.split()), why="stays as it is: look whether it is needed")
+    )
     return raw.split("\n")
 
 
-PRELUDE = """# Where the nodes are: SLURM's or MPI's answer, else this machine. Neuron's environment is nxdt-nemo's own business.
+PRELUDE = """
+# Where the nodes are: SLURM's or MPI's answer, else this machine. Neuron's environment is nxdt-nemo's business.
 : ${NTASKS:=${SLURM_NNODES:-${OMPI_COMM_WORLD_SIZE:-1}}}
 : ${NODEID:=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-0}}}
-: ${MASTER_ADDR:=$([ -n "${SLURM_JOB_NODELIST:-}" ] && scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1 || echo localhost)}
-: ${MASTER_PORT:=41000} ${PROCESSES_PER_NODE:=32}
-: ${LOG_PATH:=nemo_experiments/logs/$NODEID} ${EXPLICIT_LOGDIR:=null} ${CREATE_TB_LOGGER:=True} ${CHECKPOINT_CALLBACK:=True}
+if [ -z "${MASTER_ADDR:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+fi
+: ${MASTER_ADDR:=localhost} ${MASTER_PORT:=41000} ${PROCESSES_PER_NODE:=32}
+: ${LOG_PATH:=nemo_experiments/logs/$NODEID} ${EXPLICIT_LOGDIR:=null}
+: ${CREATE_TB_LOGGER:=True} ${CHECKPOINT_CALLBACK:=True}
 mkdir -p "$LOG_PATH"
-DISTRIBUTED_ARGS="--nproc_per_node $PROCESSES_PER_NODE --nnodes $NTASKS --node_rank $NODEID --master_addr $MASTER_ADDR --master_port $MASTER_PORT\""""
+DISTRIBUTED_ARGS="--nproc_per_node $PROCESSES_PER_NODE --nnodes $NTASKS --node_rank $NODEID"
+DISTRIBUTED_ARGS="$DISTRIBUTED_ARGS --master_addr $MASTER_ADDR --master_port $MASTER_PORT"
+""".strip()
 
 
 def _assignment(launch: Launch, number: int, raw: str, name: str) -> list[str]:
@@ -170,11 +180,13 @@ def _words(raw: str) -> list[str] | None:
 
 def _starts_training(words: list[str]) -> bool:
     head = words[0].strip("\"'")
-    return head in STARTERS and any(word.strip("\"'").endswith(".py") for word in words) or _is_module(words)
+    return (head in STARTERS and any(word.strip("\"'").endswith(".py") for word in words)) or _is_module(words)
 
 
 def _is_module(words: list[str]) -> bool:
-    return words[0] in ("torchrun", "python", "python3") and "-m" in words and any(OVERRIDE.match(word) for word in words)
+    return (
+        words[0] in ("torchrun", "python", "python3") and "-m" in words and any(OVERRIDE.match(word) for word in words)
+    )
 
 
 def _command(launch: Launch, number: int, raw: str, words: list[str]) -> list[str]:
@@ -184,7 +196,9 @@ def _command(launch: Launch, number: int, raw: str, words: list[str]) -> list[st
     for wrapper in ("neuron_parallel_compile", "$MAYBE_COMPILE"):
         if wrapper in launcher:
             launcher.remove(wrapper)
-            launch.lines.append(Line(number, "dropped", wrapper, "nxdt-nemo compile CONFIG", "compiling is a command of its own"))
+            launch.lines.append(
+                Line(number, "dropped", wrapper, "nxdt-nemo compile CONFIG", "compiling is a command of its own")
+            )
     tail = next((at for at, word in enumerate(rest) if word in ("|", "&", "&&", ";", ">", ">>", "2>&1")), len(rest))
     arguments, after = rest[:tail], rest[tail:]
     theirs = launch.dialect in ("nnm", "nxdt") and THEIRS.search(path.strip("\"'"))
@@ -252,7 +266,7 @@ def _override(launch: Launch, number: int, word: str, *, keep_derived: bool) -> 
     if rule.action == "drop":
         note("dropped", "", rule.why)
         return []
-    if rule.action == "derive" and keep_derived or rule.action in ("keep", "warn", "error"):
+    if (rule.action == "derive" and keep_derived) or rule.action in ("keep", "warn", "error"):
         if rule.action in ("warn", "error"):
             note("unknown", word, rule.why)
         return [word]

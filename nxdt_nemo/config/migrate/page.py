@@ -1,7 +1,7 @@
 """docs/migrate_keys.md, from the table of rules.
 
-Room config/ (leaf). `python -m nxdt_nemo.config.migrate.page` prints it; tests/config/migrate/test_page.py says when the
-page is not the table's. Imports the standard library.
+Room config/ (leaf). `python -m nxdt_nemo.config.migrate.page` prints it; tests/config/migrate/test_page.py says when
+the page is not the table's. Imports the standard library.
 """
 
 from __future__ import annotations

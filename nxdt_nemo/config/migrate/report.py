@@ -71,7 +71,11 @@ class MigrationReport:
     @property
     def errors(self) -> list[str]:
         """A line for each error."""
-        own = [f"{entry.key or entry.to}={shown(entry.old)}: {entry.why}" for entry in self.entries if entry.level == "error"]
+        own = [
+            f"{entry.key or entry.to}={shown(entry.old)}: {entry.why}"
+            for entry in self.entries
+            if entry.level == "error"
+        ]
         return own + [line for level, line in self.findings if level == "error"]
 
     def summary(self) -> str:

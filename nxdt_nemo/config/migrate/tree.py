@@ -78,7 +78,8 @@ class Node:
         shift = column - self.column
         yield from (_shifted(line, shift) for line in self.lead)
         tail = "" if self.value is None else f"{self.between}{self.value}"
-        own = f"{' ' * self.column}{self.written_key or self.key}:{tail.rstrip(' ') if not self.post else tail}{self.post}"
+        tail = tail if self.post else tail.rstrip(" ")
+        own = f"{' ' * self.column}{self.written_key or self.key}:{tail}{self.post}"
         yield from (_shifted(line, shift) for line in own.split("\n"))
         for child in self.children:
             yield from child.lines(child.column + shift)
@@ -104,7 +105,7 @@ class Document:
             raise ConfigError("is no configuration: its top is not keys and values", place=place)
         last = -1
         if top is not None and top.value and not top.flow_style:
-            last = self._read(self.root, top, data, 0)
+            last = self._read(self.root, top, dict(data) if isinstance(data, dict) else {}, 0)
         elif top is not None and top.value:
             raise ConfigError("is written in braces", place=place, fix="write one key a line")
         self.tail = self._lines[last + 1 :]
@@ -145,9 +146,9 @@ class Document:
             rest = self._lines[line][colon + 1 :]
             node.between, node.value, node.post = "", "", rest
             return line
-        last, column = end.line, end.column
+        last, column = int(end.line), end.column
         if _block(value):
-            last = _last_line(value)
+            last = int(_last_line(value))
             while last > line and not self._lines[last].strip():
                 last -= 1
             column = len(self._lines[last].split(" #")[0].rstrip()) if isinstance(value, yaml.SequenceNode) else None
@@ -156,7 +157,9 @@ class Document:
             node.between = self._lines[line][colon + 1 : start.column]
             head = self._lines[line][start.column :]
         else:
-            node.between = "\n".join([first, *self._lines[line + 1 : start.line], self._lines[start.line][: start.column]])
+            node.between = "\n".join(
+                [first, *self._lines[line + 1 : start.line], self._lines[start.line][: start.column]]
+            )
             head = self._lines[start.line][start.column :]
         if column is None:
             column = len(self._lines[last])
@@ -180,7 +183,10 @@ class Document:
         lead = self._lines[cursor:line]
         deeper = [at for at, text in enumerate(lead) if text.strip() and len(text) - len(text.lstrip()) > column]
         if deeper and parent.children:
-            before = parent.children[-1]
+            before, first = parent.children[-1], lead[deeper[0]]
+            indent = len(first) - len(first.lstrip())
+            while before.children and before.children[-1].column <= indent:
+                before = before.children[-1]
             before.trail += lead[: deeper[-1] + 1]
             lead = lead[deeper[-1] + 1 :]
         return lead

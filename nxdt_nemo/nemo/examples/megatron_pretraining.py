@@ -21,7 +21,7 @@ from nxdt_nemo.errors import ConfigError
 mp.set_start_method("spawn", force=True)
 
 
-@hydra_runner(config_path=".", config_name="--config-name")
+@hydra_runner(config_path=".", config_name="--config-name")  # type: ignore[untyped-decorator]
 def main(cfg: DictConfig) -> None:
     """Train the model of a configuration. Raises ConfigError for a workflow that is not pretraining."""
     _refuse(cfg)
