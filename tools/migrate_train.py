@@ -1,16 +1,19 @@
 """Five configurations of each dialect, migrated in memory and shrunk by overrides only: 3 steps on the cpu lane.
 
     NXDT_NEMO_CHECKOUT=... NXDT_CHECKOUT=... NNM_CHECKOUT=... python tools/migrate_train.py
-                                          # all, 20 minutes; writes docs/results/migrate_train.md
-    python tools/migrate_train.py nxdt    # one dialect; prints only
+                                                # what has not trained yet; writes docs/results/migrate_train.md
+    python tools/migrate_train.py --fresh       # all, 15 minutes on an idle machine
+    python tools/migrate_train.py mixtral nnm-  # those with one of these words in dialect-name, again
 
 The checkouts are those of NVIDIA/NeMo (v2.4.0), aws-neuron/neuronx-distributed-training and
-aws-neuron/neuronx-nemo-megatron. Exit code 1 when a configuration does not train.
+aws-neuron/neuronx-nemo-megatron. A run may be cut short: what each configuration came to is in build/migrate_train.json,
+and the next run goes on from there. Exit code 1 when a configuration does not train.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -23,28 +26,39 @@ from pathlib import Path
 from nxdt_nemo.testing.migrated import CASES, CHECKOUTS, Case, train
 from nxdt_nemo.testing.script_run import Run, write_corpus
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "migrate_train.md"
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "docs" / "results" / "migrate_train.md"
+KEPT = ROOT / "build" / "migrate_train.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dialects", nargs="*", choices=[*CHECKOUTS, []], help="nemo, nxdt, nnm; default: all")
-    wanted = parser.parse_args().dialects or list(CHECKOUTS)
-    if missing := [CHECKOUTS[name][0] for name in wanted if not os.environ.get(CHECKOUTS[name][0])]:
+    parser.add_argument("words", nargs="*", help="configurations to train again")
+    parser.add_argument("--fresh", action="store_true", help="forget what was trained before")
+    args = parser.parse_args()
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() and not args.fresh else {}
+    again = [case for case in CASES if any(word in name(case) for word in args.words)]
+    todo = again if args.words else [case for case in CASES if not kept.get(name(case), "").endswith("green |")]
+    if missing := sorted({CHECKOUTS[c.dialect][0] for c in todo} - {k for k, v in os.environ.items() if v}):
         raise SystemExit(f"{', '.join(missing)}: name the checkouts, see --help")
-    lines, good = [], True
     with tempfile.TemporaryDirectory() as place:
         corpus = write_corpus(Path(place) / "corpus")
-        for case in (case for case in CASES if case.dialect in wanted):
-            found = train(case, corpus, Path(place) / f"{case.dialect}-{case.name}")
-            lines.append(row(case, found))
-            print(lines[-1], flush=True)
+        for case in todo:
+            found = train(case, corpus, Path(place) / name(case))
+            kept[name(case)] = row(case, found)
+            print(kept[name(case)], flush=True)
             if not trained(found):
-                good = False
                 print(found.output[-2000:], flush=True)
-    if wanted == list(CHECKOUTS):
-        RESULT.write_text(markdown(lines), encoding="utf-8")
-    return 0 if good else 1
+            KEPT.parent.mkdir(exist_ok=True)
+            KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    lines = [kept[name(case)] for case in CASES if name(case) in kept]
+    RESULT.write_text(markdown(lines), encoding="utf-8")
+    return 0 if len(lines) == len(CASES) and all(line.endswith("green |") for line in lines) else 1
+
+
+def name(case: Case) -> str:
+    """A case as a word."""
+    return f"{case.dialect}-{case.name}"
 
 
 def trained(found: Run) -> bool:

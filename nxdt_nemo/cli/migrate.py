@@ -12,12 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nxdt_nemo import console
 from nxdt_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from nxdt_nemo.config.migrate import MigrationReport
 
 __all__ = ["Dialect", "ModelConfig", "TrainSetup", "job_arguments", "migrate"]
 
@@ -44,7 +47,7 @@ def migrate(
     model_config: ModelConfig = None,
     force: Annotated[bool, typer.Option("--force", help="Write over OUT.")] = False,
 ) -> None:
-    """Write IN as NeMo 2.4 YAML that this backend runs, and report on every key; exit code 1 if a person is needed.
+    """Write IN as NeMo 2.4 YAML that this backend runs, and report on every key; exit code 1 if there is an error.
 
     The YAML goes to OUT, or to stdout with the report on stderr. With --json or --markdown the report goes to stdout
     and the YAML to OUT only.
@@ -124,17 +127,19 @@ def job_arguments(
     return str(script), tuple(arguments)
 
 
-def _say(report: object) -> None:
+def _say(report: MigrationReport) -> None:
     """One line of what was done, one for each thing that a person should know; an error ends the run."""
-    from nxdt_nemo.config.migrate import MigrationReport
+    from nxdt_nemo.config.migrate.derive import PENDING
     from nxdt_nemo.config.report import shown
 
-    assert isinstance(report, MigrationReport)
     if report.dialect == "nemo" and not report.changed:
         return
     console.notice(report.summary())
     for entry in report.entries:
         where = entry.key or entry.to
+        if entry.why.endswith(PENDING):
+            fix = "leave the section out to pretrain"
+            raise UserError(f"{entry.to}: fine-tuning is checked, and not trained yet", place=report.place, fix=fix)
         if entry.level == "error":
             raise UserError(f"{where}={shown(entry.old)}: {entry.why}", place=report.place)
         if entry.level:

@@ -111,6 +111,25 @@ def test_what_run_config_starts(capsys):
     assert "small_nxdt.yaml: nxdt -> nemo 2.4" in capsys.readouterr().err
 
 
+def test_fine_tuning_is_refused_in_one_line(type_):
+    code, _, err = type_("run", "--config", NXDT, "+model_alignment_strategy.dpo.kl_beta=0.1")
+    assert code == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("nxdt-nemo: small_nxdt.yaml: neuron.alignment.dpo.kl_beta: fine-tuning is checked")
+
+
+def test_hydra_finds_what_the_file_includes(tmp_path):
+    from nxdt_nemo.config.compose import compose_for
+
+    (tmp_path / "base.yaml").write_text("num_layers: 7\n")
+    main = tmp_path / "main.yaml"
+    main.write_text("defaults:\n  - .@model: base\n\nmodel:\n  wrap_with_zero: False\n  optim:\n    name: adamw\n")
+    script, arguments = job_arguments(main, ["+model.seed=3"], "auto", None, None)
+    cfg = compose_for(Path(script), list(arguments))
+    assert (cfg.model.num_layers, cfg.model.seed, cfg.model.optim.name) == (7, 3, "adamw")
+    assert "wrap_with_zero" not in cfg.model
+
+
 def test_an_error_ends_the_run_before_it_starts(type_, tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("distributed_strategy:\n  zero1: True\nprecision:\n  type: fast\n")

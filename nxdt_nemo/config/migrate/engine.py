@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nxdt_nemo.config.checks import ERRORS, data_files, trains
 from nxdt_nemo.config.exp_manager import ERRORS as EXPERIMENT_ERRORS
+from nxdt_nemo.config.instances import INSTANCES
 from nxdt_nemo.config.keys import load
 from nxdt_nemo.config.migrate.report import Action, Entry, Level, MigrationReport
 from nxdt_nemo.config.migrate.rules import DIALECTS, Rule, rule_for, table
@@ -28,7 +29,7 @@ from nxdt_nemo.errors import ConfigError, UserError
 
 __all__ = ["TARGETS", "Migration", "Options", "Result", "dialect_of", "migrate", "parse_overrides"]
 
-TARGETS = {"trn1.32xlarge": 32, "trn2.48xlarge": 64, "cpu": 0}
+TARGETS = ("trn1.32xlarge", "trn2.48xlarge", "cpu")
 # Sections that one dialect alone has; a key of the second list alone makes no dialect.
 NXDT = ("distributed_strategy", "model_source", "model_alignment_strategy", "precision.type")
 NNM = (
@@ -367,8 +368,9 @@ class Migration:
             self.put("neuron.runtime", "cpu", "--target cpu: a rehearsal on the cpu lane")
         elif target:
             self.put("neuron.instance", target, f"--target {target}")
-            cores = TARGETS[target] * (2 if target.startswith("trn2") and self.now("neuron.lnc") == 1 else 1)
-            self.put("trainer.devices", cores, f"--target {target}: devices of an instance")
+            ranks = INSTANCES[target].ranks
+            devices = ranks[-1] if self.now("neuron.lnc") == 1 else ranks[0]
+            self.put("trainer.devices", devices, f"--target {target}: devices of an instance")
         if self.options.nodes is not None:
             self.put("trainer.num_nodes", self.options.nodes, f"--nodes {self.options.nodes}")
 

@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
         from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel as Model
         from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder as Builder
     trainer = Builder(cfg).create_trainer()
-    exp_manager(trainer, cfg.exp_manager)
+    exp_manager(trainer, cfg.get("exp_manager"))
     if cfg.model.get("restore_from_path") is not None:
         raise ConfigError(
             f"model.restore_from_path={cfg.model.restore_from_path}: this script starts from nothing or resumes",
