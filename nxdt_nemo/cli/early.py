@@ -1,4 +1,4 @@
-"""The environment of a run, set before the script starts: torch_xla and Neuron's runtime read it when they are imported.
+"""The environment of a run, set before the script starts: torch_xla and the Neuron runtime read it on import.
 
 Room cli/. Imports no torch. `nxdt-nemo run` calls prepare; a plain `NXDT_NEMO=1 python script.py` calls plain_start
 while Python itself starts, so that both have it. Proof: tests/cli/test_early.py.

@@ -15,6 +15,7 @@ import typer
 from nxdt_nemo import __version__
 from nxdt_nemo.cli import patches
 from nxdt_nemo.cli.doctor import doctor
+from nxdt_nemo.cli.launch import launch
 from nxdt_nemo.cli.run import Job, leave
 from nxdt_nemo.errors import UserError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(patches.app, name="patches")
 app.command("doctor")(doctor)
+app.command("launch")(launch)
 
 
 def _print_version(wanted: bool) -> None:
