@@ -1,4 +1,4 @@
-"""The environment of a run, set before the script starts: torch_xla and Neuron's runtime read it when they are imported.
+"""The environment of a run, set before the script starts: torch_xla and the Neuron runtime read it on import.
 
 Room cli/. Imports no torch. `nxdt-nemo run` calls prepare; a plain `NXDT_NEMO=1 python script.py` calls plain_start
 while Python itself starts, so that both have it. Proof: tests/cli/test_early.py.
@@ -38,6 +38,7 @@ def prepare(report: Report | None) -> list[str]:
     from nxdt_nemo.config.job import Job
     from nxdt_nemo.runtime.machine import product_name
     from nxdt_nemo.runtime.select import VARIABLE, select
+    from nxdt_nemo.runtime.xla.graph_cache import watch
 
     if report is not None and report.neuron is not None and report.neuron.runtime is not None:
         os.environ[VARIABLE] = report.neuron.runtime
@@ -45,6 +46,7 @@ def prepare(report: Report | None) -> list[str]:
         return []
     job = Job() if report is None or report.job is None else report.job
     lane, _ = select()
+    watch()
     job = dataclasses.replace(job, lane=lane.name, instance=job.instance or INSTANCES.get(product_name()))
     told = apply(settings(job), os.environ)
     return told if lane.name != "cpu" else []

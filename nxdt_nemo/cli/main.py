@@ -15,7 +15,9 @@ import typer
 
 from nxdt_nemo import __version__
 from nxdt_nemo.cli import patches
+from nxdt_nemo.cli.compile import compile_graphs
 from nxdt_nemo.cli.doctor import doctor
+from nxdt_nemo.cli.launch import launch
 from nxdt_nemo.cli.migrate import Dialect, ModelConfig, TrainSetup, job_arguments, migrate
 from nxdt_nemo.cli.run import Job, leave
 from nxdt_nemo.errors import UserError
@@ -32,6 +34,8 @@ app = typer.Typer(
 app.add_typer(patches.app, name="patches")
 app.command("doctor")(doctor)
 app.command("migrate")(migrate)
+app.command("launch")(launch)
+app.command("compile")(compile_graphs)
 
 
 def _print_version(wanted: bool) -> None:

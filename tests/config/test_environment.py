@@ -133,7 +133,7 @@ def test_one_node_needs_no_network():
     one, two = (values("nodes", nodes=nodes, launcher="slurm") for nodes in (1, 2))
     assert one == {}
     assert two == {
-        "NEURON_RT_ROOT_COMM_ID": "$MASTER_ADDR:48620",
+        "NEURON_RT_ROOT_COMM_ID": "$MASTER_ADDR:29501",
         "FI_PROVIDER": "efa",
         "FI_EFA_USE_DEVICE_RDMA": "1",
         "FI_EFA_FORK_SAFE": "1",
