@@ -44,7 +44,7 @@ def test_it_is_frozen():
             {"zzz": 1},
             "unknown key neuron.zzz; its keys are runtime, instance, strict_keys, stochastic_rounding, precision, lnc, "
             "sdk, compiler_flags, compiler_cache_url, async_exec_max_inflight_requests, bucket_size_collectives, "
-            "exec_timeout, compress_replica_groups, fuse_softmax, environment",
+            "exec_timeout, compress_replica_groups, fuse_softmax, environment, vocab_size, alignment",
         ),
         ({"neuron_rt_exec_timeout": 1}, "unknown key neuron.neuron_rt_exec_timeout; did you mean exec_timeout?"),
         (

@@ -128,7 +128,8 @@ def _override(document: Document, overrides: Sequence[tuple[str, str]], dialect:
         elif document.find(key) is None and not own:
             rest.append((key, value))
         else:
-            document.set(key, _read(value), value)
+            node = document.set(key, _read(value), value)
+            node.origin = node.origin or key
     return tuple(rest)
 
 
