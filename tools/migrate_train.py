@@ -6,7 +6,7 @@
     python tools/migrate_train.py mixtral nnm-  # those with one of these words in dialect-name, again
 
 The checkouts are those of NVIDIA/NeMo (v2.4.0), aws-neuron/neuronx-distributed-training and
-aws-neuron/neuronx-nemo-megatron. A run may be cut short: what each configuration came to is in build/migrate_train.json,
+aws-neuron/neuronx-nemo-megatron. A run may be cut short: build/migrate_train.json has what each configuration came to,
 and the next run goes on from there. Exit code 1 when a configuration does not train.
 """
 

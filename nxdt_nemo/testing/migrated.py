@@ -43,13 +43,14 @@ class Case:
 
 
 SETUP = ("--train-setup", "{checkout}/nemo/examples/nlp/language_modeling/train_setup.sh")
+SPM = ("exp_manager.create_wandb_logger=False", "model.tokenizer.sentencepiece_legacy=False")
 TP2 = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=True")
 CASES = (
     Case("nemo", "megatron_gpt_config"),
     Case("nemo", "megatron_llama_config", ranks=2, overrides=TP2),
     Case("nemo", "megatron_qwen2_config", groups=2),
     Case("nemo", "megatron_baichuan2_config"),
-    Case("nemo", "megatron_starcoder2_config", groups=2, overrides=("exp_manager.create_wandb_logger=False",)),
+    Case("nemo", "megatron_starcoder2_config", groups=2, overrides=SPM),
     Case("nxdt", "megatron_gpt_config", ranks=2, overrides=TP2),
     Case("nxdt", "megatron_llama_7B_config"),
     Case("nxdt", "megatron_mistral_config", groups=2, overrides=("model.window_size=[15,0]",)),
@@ -116,5 +117,6 @@ def train(case: Case, corpus: Path, folder: Path, environment: Sequence[tuple[st
         words[1:],
         folder / "run",
         cwd=folder,
+        seconds=1200,
         environment={"NXDT_NEMO_RUNTIME": "cpu", "HF_HUB_OFFLINE": "1", **dict(environment)},
     )
