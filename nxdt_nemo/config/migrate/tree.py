@@ -8,7 +8,7 @@ the comments above and behind them. May import yaml and omegaconf. Proof: tests/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ class Document:
             raise ConfigError("is no configuration: its top is not keys and values", place=place)
         last = -1
         if top is not None and top.value and not top.flow_style:
-            last = self._read(self.root, top, dict(data) if isinstance(data, dict) else {}, 0)
+            last = self._read(self.root, top, data if isinstance(data, dict) else {}, 0)
         elif top is not None and top.value:
             raise ConfigError("is written in braces", place=place, fix="write one key a line")
         self.tail = self._lines[last + 1 :]
@@ -117,7 +117,7 @@ class Document:
 
     # Reading
 
-    def _read(self, parent: Node, mapping: Any, data: dict[str, Any], cursor: int) -> int:
+    def _read(self, parent: Node, mapping: Any, data: Mapping[Any, Any], cursor: int) -> int:
         """Fill parent with a block mapping's keys; returns the line of its last value."""
         for key, value in mapping.value:
             line = key.start_mark.line
@@ -129,7 +129,7 @@ class Document:
             node.lead = self._lead(parent, cursor, line, node.column)
             parent.children.append(node)
             node.origin = node.path
-            node.data = data.get(node.key, data.get(_plain(node.key))) if isinstance(data, dict) else None
+            node.data = data.get(node.key, data.get(_plain(node.key)))
             alias = value.start_mark.index < key.start_mark.index
             if not alias and isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
                 node.value, node.post = None, self._lines[line][colon + 1 :]
