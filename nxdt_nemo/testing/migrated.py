@@ -43,19 +43,19 @@ class Case:
 
 
 SETUP = ("--train-setup", "{checkout}/nemo/examples/nlp/language_modeling/train_setup.sh")
-SPM = ("exp_manager.create_wandb_logger=False", "model.tokenizer.sentencepiece_legacy=False")
+SPM = ("model.tokenizer.sentencepiece_legacy=False",)  # the test tokenizer's end of text; NeMo's default hides it
 TP2 = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=True")
 CASES = (
     Case("nemo", "megatron_gpt_config"),
     Case("nemo", "megatron_llama_config", ranks=2, overrides=TP2),
     Case("nemo", "megatron_qwen2_config", groups=2),
     Case("nemo", "megatron_baichuan2_config"),
-    Case("nemo", "megatron_starcoder2_config", groups=2, overrides=SPM),
+    Case("nemo", "megatron_starcoder2_config", groups=2, overrides=("exp_manager.create_wandb_logger=False", *SPM)),
     Case("nxdt", "megatron_gpt_config", ranks=2, overrides=TP2),
     Case("nxdt", "megatron_llama_7B_config"),
     Case("nxdt", "megatron_mistral_config", groups=2, overrides=("model.window_size=[15,0]",)),
     Case("nxdt", "megatron_mixtral_8x7b_config", groups=2, overrides=("model.num_moe_experts=4",)),
-    Case("nxdt", "hf_llama3_8B_config", groups=2, ranks=2, overrides=TP2),
+    Case("nxdt", "hf_llama3_8B_config", groups=2, ranks=2, overrides=(*TP2, *SPM)),
     Case("nnm", "megatron_gpt_config", options=SETUP),
     Case("nnm", "megatron_llama_config", ranks=2, overrides=TP2, options=SETUP),
     Case("nnm", "megatron_llama_70b_config", groups=2),
