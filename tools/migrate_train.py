@@ -86,7 +86,8 @@ Python {platform.python_version()}, {versions}.
 `nxdt-nemo run --config FILE OVERRIDES` migrates the file in memory and trains it with NeMo's MegatronGPTModel. The
 overrides shrink layers, sizes, sequence, batch and layout, and name a tokenizer and data: `overrides()` in
 `nxdt_nemo/testing/migrated.py`. What a file says of precision, optimizer, norm, activation, positions, experts and
-recomputation stays. Three steps say that it runs, and nothing of how well it learns.
+recomputation stays. Three steps say that it runs, and nothing of how well it learns. A row is of the last run
+of its configuration: the tool goes on where it was cut short.
 
 | dialect | configuration | layout | beyond the common overrides | losses of the 3 steps | verdict |
 |---|---|---|---|---|---|
