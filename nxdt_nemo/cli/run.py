@@ -21,6 +21,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from nxdt_nemo import console
+from nxdt_nemo.cli import early
 from nxdt_nemo.errors import UserError
 
 __all__ = ["Job", "install_hook", "leave", "run_job"]
@@ -100,19 +101,14 @@ def _activate(main: ModuleType) -> None:
 def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     """What can be checked before ranks and models exist: all findings, then exit code 2.
 
-    The lane that the configuration names, and how it rounds, are handed on in the environment, to children too.
+    The lane that the configuration names, and the environment that it needs, are handed on to children too.
     """
     from nxdt_nemo.config import precheck
-    from nxdt_nemo.runtime.select import VARIABLE
 
     report = precheck(script, list(arguments), os.environ)
-    if report is None:
-        return
-    if report.neuron is not None and report.neuron.runtime is not None:
-        os.environ[VARIABLE] = report.neuron.runtime
-    if report.neuron is not None and report.neuron.stochastic_rounding is not None:
-        os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(report.neuron.stochastic_rounding))
-    if not report.errors:
+    if report is None or not report.errors:
+        for line in early.prepare(report):
+            console.warn(line)
         return
     *first, last = report.errors
     for error in first:

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["compose_for", "precheck", "world_size"]
+__all__ = ["compose_file", "compose_for", "precheck", "world_size"]
 
 # NeMo's own resolvers by name: gpu_name asks NVIDIA's driver, which answers None without a GPU.
 RESOLVERS: dict[str, Callable[..., Any]] = {
@@ -70,6 +70,18 @@ def compose_for(script: Path | None, argv: list[str]) -> DictConfig | None:
     """
     entry = _entry(script, argv)
     return None if entry is None else _compose(entry)
+
+
+def compose_file(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config that hydra composes from a YAML file and overrides.
+
+    Raises ConfigError for a file that is not there, as for what compose_for finds.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+        fix = f"did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError("there is no such file", place=str(path), fix=fix)
+    return _compose(Entry(folder=path.resolve().parent, name=path.stem, overrides=tuple(overrides)))
 
 
 def precheck(script: Path | None, argv: list[str], environ: Mapping[str, str] | None = None) -> Report | None:

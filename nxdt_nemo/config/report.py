@@ -16,6 +16,7 @@ from nxdt_nemo import console
 from nxdt_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nxdt_nemo.config.job import Job
     from nxdt_nemo.config.neuron import NeuronConfig
 
 __all__ = ["Change", "Ignored", "Report", "Unknown", "or_list"]
@@ -70,6 +71,7 @@ class Report:
     ignored    values without a meaning here that differ from NeMo's own defaults
     unknown    keys that nobody reads
     neuron     our own section, None when the config has none
+    job        what the environment of the run depends on; None when nothing of this backend applies
     """
 
     errors: list[ConfigError] = field(default_factory=list)
@@ -78,6 +80,7 @@ class Report:
     ignored: list[Ignored] = field(default_factory=list)
     unknown: list[Unknown] = field(default_factory=list)
     neuron: NeuronConfig | None = None
+    job: Job | None = None
 
     def raise_first(self) -> None:
         """Raise the first error, if there is one."""

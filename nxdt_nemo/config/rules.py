@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nxdt_nemo._resources import folder
 from nxdt_nemo.config import checks
+from nxdt_nemo.config.environment import settings
+from nxdt_nemo.config.job import job_of
 from nxdt_nemo.config.keys import unknown_keys
 from nxdt_nemo.config.report import Change, Ignored, Report
 from nxdt_nemo.config.view import View
@@ -97,6 +99,7 @@ def check(
 
         report.neuron = neuron_section(cfg, place=place)
     report.errors = [error for rule in checks.ERRORS for error in rule(view)]
+    report.errors += _judge_environment(report, view)
     _judge_unknown(report, cfg, view, also)
     report.warnings += _device_count(report, view)
     table, ignored = rules()
@@ -131,6 +134,16 @@ def sanitise(
             for change in report.changes:
                 OmegaConf.update(cfg, local(change.key), change.new, merge=False, force_add=True)
     return report
+
+
+def _judge_environment(report: Report, view: View) -> Iterator[ConfigError]:
+    """Keys of `neuron:` that contradict others, or have a value that their variable cannot take."""
+    try:
+        report.job = job_of(view, report.neuron)
+        if report.neuron is not None:
+            settings(report.job)
+    except ConfigError as error:
+        yield error if error.place == view.place else view.error(str(error))
 
 
 def _judge_unknown(report: Report, cfg: DictConfig, view: View, also: frozenset[str]) -> None:

@@ -1,0 +1,21 @@
+"""The self-test's training script: upstream's calls in upstream's order, as a NeMo user writes them.
+
+Room testing/. Started by training.py in processes of its own, never imported.
+"""
+
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.core.config import hydra_runner
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig
+
+
+@hydra_runner(config_path=".", config_name="none")  # type: ignore[untyped-decorator]
+def main(cfg: DictConfig) -> None:
+    trainer = MegatronTrainerBuilder(cfg).create_trainer()
+    exp_manager(trainer, cfg.exp_manager)
+    trainer.fit(MegatronGPTModel(cfg.model, trainer))
+
+
+if __name__ == "__main__":
+    main()
