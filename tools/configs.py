@@ -1,11 +1,11 @@
-"""Every composition of configs/, checked, and trained three steps on two ranks of the cpu lane, shrunk by overrides only.
+"""Every composition of configs/, checked, and trained three steps on two ranks, shrunk by overrides only.
 
     python tools/configs.py                       # all of it; writes docs/results/configs.md
     python tools/configs.py --check               # checks only, a minute
     python tools/configs.py --only model=bert     # some of it; prints only
 
-Compositions that are the same when they are shrunk are trained once: what sets trn1 and trn2 apart is sizes. Exit code 1
-when one is not good. Runs that were done are kept in --folder and not done again.
+Compositions that are the same when they are shrunk are trained once: what sets trn1 and trn2 apart is sizes. Exit
+code 1 when one is not good. Runs that were done are kept in --folder and not done again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Trainer:
     def run(self, job: Composition) -> str:
         """One composition: its three losses, the line that refuses it, or the end of a failure."""
         base = self.folder / f"{job.model}_{job.target}_{'lora' if job.workflow == 'lora' else 'base'}.nemo"
-        arguments = shrink.overrides(job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE"))
+        arguments = shrink.overrides(
+            job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE")
+        )
         key = _same(arguments)
         if key not in self.outcomes:
             if job.workflow in ("sft", "lora") and not base.exists():
@@ -104,11 +106,13 @@ def markdown(rows: list[tuple[Composition, str, str, str]]) -> str:
     lines = "\n".join(f"| {job.model} | {job.target} | {job.workflow} | {a} | {b} | {c} |" for job, a, b, c in rows)
     return f"""# Configurations
 
-`python tools/configs.py`, {time.strftime("%Y-%m-%d")}; {versions}. Every composition of `configs/`: what `validate --strict`
-says of it as it is, what it needs of a NeuronCore (GiB, coarsely), and the losses of three steps on two ranks of the cpu
-lane, shrunk by overrides only (`tools/configs_lib/shrink.py`): two layers, hidden size 32, sequences of 64, a pipeline of
-two stages where the composition has one, else two tensor-parallel ranks, else two data-parallel ones. Where trn1 and trn2
-are the same configuration when shrunk, they are one run. Tuning begins from what the pretraining run of the same row saved.
+`python tools/configs.py`, {time.strftime("%Y-%m-%d")}; {versions}.
+Every composition of `configs/`: what `validate --strict` says of it as it is, what it needs of a NeuronCore (GiB,
+coarsely), and the losses of three steps on two ranks of the cpu lane, shrunk by overrides only
+(`tools/configs_lib/shrink.py`): two layers, hidden size 32, sequences of 64, a pipeline of two stages where the
+composition has one, else two tensor-parallel ranks, else two data-parallel ones. Where trn1 and trn2 are the same
+configuration when shrunk, they are one run. Tuning begins from what the pretraining run of the same model saved. A row
+without losses has not been trained yet.
 
 | model | target | workflow | validate | GiB a core | three steps |
 |---|---|---|---|---|---|

@@ -1,5 +1,5 @@
-"""Write configs/keys/nemo-<version>.json: every configuration key that the installed NeMo knows, and values-<version>.json:
-the kinds of value that each takes, and what it is when nobody writes it.
+"""Write configs/keys/nemo-<version>.json: every configuration key that the installed NeMo knows; and beside it
+values-<version>.json: the kinds of value that each takes, and what it is when nobody writes it.
 
     python tools/keys.py PATH_TO_NEMO_CHECKOUT [--output FILE]
 
@@ -33,7 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = (
     *(("parts/base.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
     *((f"{part}.yaml", "gpt") for part in ("parts/gpt*", "parts/llama", "model/gpt*", "model/llama*", "model/mi*")),
-    *((f"{part}.yaml", "tuning") for part in ("parts/gpt*", "parts/llama", "parts/tuning", "workflow/sft", "workflow/lora")),
+    *(
+        (f"{part}.yaml", "tuning")
+        for part in ("parts/gpt*", "parts/llama", "parts/tuning", "workflow/sft", "workflow/lora")
+    ),
     *(("workflow/pretrain.yaml", model) for model in ("gpt", "bert", "t5")),
     *(("target/trn1.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
     ("model/llama*.yaml", "tuning"),

@@ -1,6 +1,6 @@
 """`nxdt-nemo validate CONFIG [OVERRIDES]`: what a run would refuse or say, without a run.
 
-Room cli/. Parses and prints; config/validate.py finds. Imports neither torch nor NeMo. Proof: tests/cli/test_validate.py.
+Room cli/. Parses and prints; config/validate.py finds. Imports no torch, no NeMo. Proof: tests/cli/test_validate.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ WIDTH = 118
 
 
 def validate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or train for ours.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A YAML file, or train for ours.", show_default=False)
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="OVERRIDES", help="As hydra takes them: key=value.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="OVERRIDES", help="As hydra takes them: key=value.", show_default=False),
     ] = None,
     strict: Annotated[
         bool | None,
@@ -32,7 +35,7 @@ def validate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check a configuration: keys, kinds, ranges, what contradicts what, memory. Exit code 1 if a run would not start."""
+    """Check a configuration: keys, values, what contradicts what, memory. Exit code 1 if a run would not start."""
     from nxdt_nemo.config.validate import read, validate_config
     from nxdt_nemo.config.view import View
     from nxdt_nemo.megatron import memory_of_config

@@ -419,7 +419,9 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
 def sequence_parallel_alone(view: View) -> Errors:
     """Sequence parallelism cuts what tensor parallelism leaves whole."""
     if view.get("model.sequence_parallel", False) and view.size(TP) == 1:
-        yield view.error(f"model.sequence_parallel=True with {TP}=1, where NeMo turns it off", "use False, or more ranks")
+        yield view.error(
+            f"model.sequence_parallel=True with {TP}=1, where NeMo turns it off", "use False, or more ranks"
+        )
 
 
 def head_size(view: View) -> Errors:

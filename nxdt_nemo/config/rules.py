@@ -76,6 +76,7 @@ def check(
     place: str = "",
     also: frozenset[str] = frozenset(),
     strict: bool | None = None,
+    view: View | None = None,
 ) -> Report:
     """All that the rules find in a config, which stays as it is.
 
@@ -86,11 +87,13 @@ def check(
     also         names of keys that the user's own script reads
     strict       what NeMo would take without a word is an error too: unknown keys, contradictions that it settles by
                  itself, interpolations of nothing; None leaves it to neuron.strict_keys
+    view         of cfg with the same section and place, where there is one already; it is used up
 
     trainer.accelerator=cpu gives an empty report: nothing of this backend applies then.
     Raises ConfigError only for a broken `neuron:` section.
     """
-    view = View(cfg, section=section, place=place, world_size=world_size)
+    view = view or View(cfg, section=section, place=place)
+    view.world_size = world_size
     report = Report()
     if view.get("trainer.accelerator") == "cpu":
         return report
@@ -106,7 +109,7 @@ def check(
     report.doubts = [doubt for rule in checks.DOUBTS for doubt in rule(view)]
     report.defaults = values.defaults(view)
     report.to_be_set = values.to_be_set(view)
-    _judge_unknown(report, cfg, view, also, strict)
+    _judge_unknown(report, view, also, strict)
     report.warnings += _device_count(report, view)
     table, ignored = rules()
     report.changes = [change for rule in checks.CHANGES for change in rule(view)]
@@ -142,9 +145,9 @@ def sanitise(
     return report
 
 
-def _judge_unknown(report: Report, cfg: DictConfig, view: View, also: frozenset[str], strict: bool) -> None:
+def _judge_unknown(report: Report, view: View, also: frozenset[str], strict: bool) -> None:
     """Unknown keys and doubts: warnings, or errors when strict."""
-    report.unknown = unknown_keys(cfg, section=view.section, also=also)
+    report.unknown = unknown_keys(view.plain, section=view.section, also=also)
     found = [ConfigError(str(key), place=view.place) for key in report.unknown] + report.doubts
     if strict:
         report.errors += found

@@ -1,7 +1,7 @@
 """`nxdt-nemo validate`: a YAML file with its overrides composed and checked, as a run would, and nothing started.
 
-Room config/ (leaf). Unlike a run it asks nothing of this machine: files and packages that are not here are warnings, and
-`???` is for whoever starts the run. Imports hydra only where there is something to compose.
+Room config/ (leaf). Unlike a run it asks nothing of this machine: files and packages that are not here are warnings,
+and `???` is for whoever starts the run. Imports hydra only where there is something to compose.
 Proof: tests/config/test_validate.py, tools/fuzz.py.
 """
 
@@ -143,7 +143,7 @@ def validate_config(
     view = View(cfg, place=place)
     ranks = world_size(cfg, environ or {}, view=view)
     try:
-        report = check(cfg, world_size=ranks, place=place, strict=strict)
+        report = check(cfg, world_size=ranks, place=place, strict=strict, view=view)
     except ConfigError as error:  # a broken `neuron:`: the rest is checked without it
         report = check(_without_neuron(cfg), world_size=ranks, place=place, strict=strict)
         report.errors.insert(0, error)
@@ -164,7 +164,7 @@ def validate_config(
 def _sections(view: View) -> Iterable[ConfigError]:
     """Without these nothing else can be judged."""
     for name in ("trainer", "model"):
-        if not isinstance(view.raw(name), dict):
+        if name not in view.forgotten and not isinstance(view.raw(name), dict):
             yield view.error(f"{name} is not a section", f"write {name}: and its keys below it")
 
 

@@ -1,5 +1,5 @@
-"""What value a key takes: its kind, its range, its names; which keys a model cannot do without; what the others are when
-nobody writes them.
+"""What value a key takes: its kind, its range, its names; which keys a model cannot do without, and what the others
+are when nobody writes them.
 
 Room config/ (leaf). Stands in for what NeMo, megatron-core and Lightning raise from many places, or do not notice. The
 tables are data: configs/keys/values-*.json is written by tools/keys.py from upstream's source, values.toml and
@@ -140,7 +140,7 @@ def load() -> ValueTable:
 
 
 def kind_of_model(view: View) -> str:
-    """gpt, bert, t5 or tuning: which of NeMo's classes on megatron-core reads this config; "" where it is none of these."""
+    """gpt, bert, t5 or tuning: which of NeMo's classes on megatron-core reads this config; "" for none of these."""
     if view.has("model.retro") or view.get("neuron.alignment.dpo") or view.get("neuron.alignment.orpo"):
         return ""
     if view.get("model.data.train_ds") is not None:
@@ -185,7 +185,7 @@ def _is_one(value: Any, wanted: tuple[str, ...]) -> bool:
         case int():
             return numeric or "str" in wanted or ("bool" in wanted and value in (0, 1))
         case float():
-            return "float" in wanted or "str" in wanted or ("int" in wanted and value.is_integer())
+            return "float" in wanted or "str" in wanted
         case str():
             return "str" in wanted or (numeric and NUMBER.fullmatch(value.strip()) is not None)
         case list():
@@ -253,7 +253,9 @@ def choices(view: View) -> Errors:
         if names is None or value.lower() in (name.lower() for name in names):
             continue
         near = get_close_matches(value, names, n=1)
-        yield view.error(f"{path}={value} is not known", f"did you mean {near[0]}?" if near else f"use {or_list(names)}")
+        yield view.error(
+            f"{path}={value} is not known", f"did you mean {near[0]}?" if near else f"use {or_list(names)}"
+        )
 
 
 # --- what has to be there -----------------------------------------------------------------------------------------
@@ -266,8 +268,8 @@ def missing(view: View) -> Errors:
     for path, why in load().required.get(kind_of_model(view), {}).items():
         if view.has(path) and (view.raw(path) is not None or why.endswith("may be null")):
             continue
-        if view.unresolved(path):
-            continue
+        if path in view.forgotten or view.unresolved(path):
+            continue  # said already
         section = _section(path)
         if section and not isinstance(view.raw(section), dict):
             continue  # said once, for the section, where that is required

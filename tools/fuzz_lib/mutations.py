@@ -1,10 +1,10 @@
 """Seeded mistakes in a configuration. What each must lead to is decided here, without the tables that judge it.
 
-    typo           a key with two letters swapped, one left out, doubled or changed: an error that names the right key
-    wrong type     a value of another kind: an error
-    out of range   a number far below or above what it can be: an error
-    deleted        a key left out: an error, or its default is listed
-    contradiction  two keys that exclude each other: an error
+typo           a key with two letters swapped, one left out, doubled or changed: an error that names the right key
+wrong type     a value of another kind: an error
+out of range   a number far below or above what it can be: an error
+deleted        a key left out: an error, or its default is listed
+contradiction  two keys that exclude each other: an error
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ ANY_KIND = {
     "name": (str, int, float, bool),
     "exp_manager.name": (str, int, float, bool),
 }
-FRACTIONS = ("dropout", "_prob", "rotary_percentage", "init_method_std", "layernorm_epsilon", "lr", "min_lr", "weight_decay")
+FRACTIONS = (
+    "dropout",
+    "_prob",
+    "rotary_percentage",
+    "init_method_std",
+    "layernorm_epsilon",
+    "lr",
+    "min_lr",
+    "weight_decay",
+)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 KINDS = {
     **{name: name for name in ("bool", "int", "float", "str", "list", "dict")},
-    **{name: "list" for name in ("List", "Tuple", "tuple", "Sequence", "Iterable", "set", "Set")},
-    **{name: "dict" for name in ("Dict", "Mapping", "DictConfig")},
-    **{name: "str" for name in ("Path", "_PATH", "LiteralString")},
+    **dict.fromkeys(("List", "Tuple", "tuple", "Sequence", "Iterable", "set", "Set"), "list"),
+    **dict.fromkeys(("Dict", "Mapping", "DictConfig"), "dict"),
+    **dict.fromkeys(("Path", "_PATH", "LiteralString"), "str"),
 }
 UNKNOWN = object()  # no default that the syntax tree shows
 
@@ -85,7 +85,9 @@ def annotated(node: ast.AST | None, into: Value) -> None:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             annotated(left, into)
             annotated(right, into)
-        case ast.Subscript(value=ast.Name(id="Optional" | "Union") | ast.Attribute(attr="Optional" | "Union"), slice=inner):
+        case ast.Subscript(
+            value=ast.Name(id="Optional" | "Union") | ast.Attribute(attr="Optional" | "Union"), slice=inner
+        ):
             for part in inner.elts if isinstance(inner, ast.Tuple) else [inner]:
                 annotated(part, into)
         case ast.Subscript(value=ast.Name(id="Literal") | ast.Attribute(attr="Literal"), slice=inner):
@@ -116,7 +118,10 @@ def of_arguments(node: ast.ClassDef) -> Iterator[tuple[str, Value]]:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             given = statement.args
             plain = [None] * (len(given.args) - len(given.defaults)) + list(given.defaults)
-            for argument, default in [*zip(given.args, plain, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]:
+            for argument, default in [
+                *zip(given.args, plain, strict=True),
+                *zip(given.kwonlyargs, given.kw_defaults, strict=True),
+            ]:
                 value = Value()
                 known = literal(default)
                 if argument.annotation is None and known is not UNKNOWN and known is not None:
