@@ -59,8 +59,8 @@ def _print(found: Verdict, memory: str) -> None:
         typer.echo(f"error    {_flat(str(error))}")
     for line in found.warnings:
         typer.echo(f"warning  {_flat(line)}")
-    for line in found.pending:
-        typer.echo(f"pending  {_flat(str(line))}")
+    for pending in found.pending:
+        typer.echo(f"pending  {_flat(str(pending))}")
     _block("to be set before a run", found.to_be_set)
     _block("not written, so", [f"{default.key}={_yaml(default.value)}" for default in found.report.defaults])
     if memory:

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,9 +72,16 @@ def compose_for(script: Path | None, argv: list[str]) -> DictConfig | None:
     return None if entry is None else compose_entry(entry)
 
 
-def precheck(script: Path | None, argv: list[str], environ: Mapping[str, str] | None = None) -> Report | None:
+def precheck(
+    script: Path | None,
+    argv: list[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    also_errors: Callable[[DictConfig, int | None, str], Iterable[ConfigError]] | None = None,
+) -> Report | None:
     """check() on the config that a script will get, before it runs; None when there is no such config.
 
+    also_errors(cfg, ranks, place) is asked when the rules found none: what is computed above this room.
     The keys that the script itself names are not unknown. Raises ConfigError as compose_for does; all other findings
     are in the report, and nothing is changed.
     """
@@ -83,8 +90,11 @@ def precheck(script: Path | None, argv: list[str], environ: Mapping[str, str] | 
     if entry is None or script is None:
         return None
     cfg = compose_entry(entry)
-    report = check(cfg, world_size=world_size(cfg, environ), place=entry.place, also=names_in(script))
+    ranks = world_size(cfg, environ)
+    report = check(cfg, world_size=ranks, place=entry.place, also=names_in(script))
     report.errors += _launcher(View(cfg), environ, entry.place)
+    if also_errors is not None and not report.errors:
+        report.errors += also_errors(cfg, ranks, entry.place)
     return report
 
 

@@ -144,9 +144,9 @@ def validate_config(
     ranks = world_size(cfg, environ or {}, view=view)
     try:
         report = check(cfg, world_size=ranks, place=place, strict=strict, view=view)
-    except ConfigError as error:  # a broken `neuron:`: the rest is checked without it
+    except ConfigError as broken:  # a broken `neuron:`: the rest is checked without it
         report = check(_without_neuron(cfg), world_size=ranks, place=place, strict=strict)
-        report.errors.insert(0, error)
+        report.errors.insert(0, broken)
     if strict is None:
         strict = report.neuron is not None and report.neuron.strict_keys
     found = Verdict(place, cfg, report, ranks, strict)

@@ -49,7 +49,7 @@ class View:
         self._values: dict[str, Any] = {}
         self._dangling: dict[str, str] = {}
         self._written: dict[str, Any] = {}
-        raw = OmegaConf.to_container(cfg, resolve=False)
+        raw: Any = OmegaConf.to_container(cfg, resolve=False)
         self.plain: dict[str, Any] = raw  # as written
         if section:
             self._values[section] = raw
