@@ -55,16 +55,15 @@ class Trainer:
 
     def run(self, job: Composition) -> str:
         """One composition: its three losses, the line that refuses it, or the end of a failure."""
-        base = self.folder / f"{job.model}_{job.target}_{'lora' if job.workflow == 'lora' else 'base'}.nemo"
+        base = self.folder / f"{job.model}_{job.target}.nemo"
         arguments = shrink.overrides(
             job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE")
         )
         key = _same(arguments)
         if key not in self.outcomes:
-            if job.workflow in ("sft", "lora") and not base.exists():
+            if job.workflow == "sft" and not base.exists():
                 first = Composition(job.model, job.target, "pretrain")
-                groups = [entry for entry in arguments if "num_query_groups" in entry]
-                self._train(first, "gpt", [*self._arguments(first, base), *groups], base)
+                self._train(first, "gpt", self._arguments(first, base), base)
             self.outcomes[key] = self._outcome(job, base)
             self.done.write_text(json.dumps(self.outcomes))
         return str(self.outcomes[key][0])

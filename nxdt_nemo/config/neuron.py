@@ -75,7 +75,7 @@ def _example() -> str:
 
 def _names(above: list[str]) -> list[str]:
     """The keys of neuron's section that is named by these."""
-    methods = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
+    methods: dict[str, type[BaseModel]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
     model: type[BaseModel] = NeuronConfig if not above else methods.get(above[-1], Alignment)
     return list(model.model_fields)
 

@@ -144,7 +144,8 @@ def kind_of_model(view: View) -> str:
     if view.has("model.retro") or view.get("neuron.alignment.dpo") or view.get("neuron.alignment.orpo"):
         return ""
     if view.get("model.data.train_ds") is not None:
-        return "tuning" if view.has("model.peft") and not view.has("quantization") else ""
+        tuned = view.has("model.peft") or (view.get("model.mcore_gpt", False) and view.has("model.restore_from_path"))
+        return "tuning" if tuned and not view.has("quantization") else ""
     return next((kind for kind in ("gpt", "bert", "t5") if view.get(f"model.mcore_{kind}", False)), "")
 
 
@@ -258,6 +259,22 @@ def choices(view: View) -> Errors:
         )
 
 
+def devices(view: View) -> Errors:
+    """A number, a list of them, or auto."""
+    value = view.get("trainer.devices")
+    if isinstance(value, str) and value != "auto" and NUMBER.fullmatch(value.strip()) is None:
+        yield view.error(f"trainer.devices={value} is not a number of devices", "use a number, or auto")
+
+
+def splits(view: View) -> Errors:
+    """Shares of training, validation and test."""
+    key = "model.data.splits_string"
+    value = view.get(key)
+    shares = value if isinstance(value, list) else str(value).split(",")
+    if value is not None and not all(_number(str(share)) and float(share) >= 0 for share in shares):
+        yield view.error(f"{key}={shown(value)} is not shares of the data", "write 980,10,10")
+
+
 # --- what has to be there -----------------------------------------------------------------------------------------
 
 
@@ -297,4 +314,4 @@ def defaults(view: View) -> list[Default]:
     return found
 
 
-ERRORS = (kinds, ranges, betas, choices, missing)
+ERRORS = (kinds, ranges, betas, devices, splits, choices, missing)

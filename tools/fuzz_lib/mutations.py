@@ -20,11 +20,8 @@ FREE = ("_kwargs", "hydra")
 SECTIONS = ("trainer", "exp_manager", "model")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FAR = 1_000_003
-# Keys whose value may be almost anything of YAML's.
-ANY_KIND = {
-    "name": (str, int, float, bool),
-    "exp_manager.name": (str, int, float, bool),
-}
+# A list is no mistake there: the devices by number.
+NOT_WRONG = {"trainer.devices": list}
 FRACTIONS = (
     "dropout",
     "_prob",
@@ -132,6 +129,8 @@ def _wrong_type(config: dict[str, Any], draw: random.Random, _: Callable[[str], 
             wrong = draw.choice([7, "text", [1, 2]])
         case _:
             wrong = draw.choice([["text"], {"text": 1}])
+    if path in NOT_WRONG and isinstance(wrong, NOT_WRONG[path]):
+        return None
     node[name] = wrong
     return Mutation("wrong type", path, f"{path}={wrong!r}")
 

@@ -1,6 +1,6 @@
 """A T5's forward with the pair of masks that NeMo hands to it.
 
-Room megatron/. Wraps one method of megatron.core.models.T5.t5_model. Proof: tests/tools/test_configs.py.
+Room megatron/. Wraps one method of megatron.core.models.T5.t5_model. Proof: tests/megatron/test_t5_masks.py.
 """
 
 from __future__ import annotations
