@@ -92,7 +92,7 @@ def judge(row: Row, mutation: Mutation, verdict: Verdict, clean: set[str], place
     new = [str(error) for error in verdict.errors if str(error) not in clean]
     if new:
         row.errors += 1
-    elif mutation.kind == "deleted" and any(d.key == mutation.key for d in verdict.report.defaults):
+    elif mutation.kind == "deleted" and any(d.key == mutation.key and d.common for d in verdict.report.defaults):
         row.listed += 1
     else:
         row.silent.append(f"{place}: {mutation.text}")

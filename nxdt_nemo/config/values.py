@@ -13,7 +13,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -26,7 +26,7 @@ from nxdt_nemo.config.report import or_list, shown
 from nxdt_nemo.config.view import MISSING, View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["ERRORS", "Default", "ValueTable", "defaults", "kind_of_model", "load", "to_be_set"]
+__all__ = ["ERRORS", "RESTORED", "Default", "ValueTable", "defaults", "kind_of_model", "load", "to_be_set"]
 
 Errors = Iterator[ConfigError]
 
@@ -38,15 +38,20 @@ WORDS = {
     "list": "a list",
     "dict": "a section",
 }
+RESTORED = "as in model.restore_from_path"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
 class Default:
-    """A key that the config does not write, and what it is then. Both as YAML would write them."""
+    """A key that the config does not write, and what it is then: as YAML would write it, or in words.
+
+    common  whether most configs of such a model do write it
+    """
 
     key: str
     value: Any
+    common: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class ValueTable:
     defaults   path -> value when it is not written
     required   kind of model -> path -> why
     usual      kind of model -> the keys that NeMo's stock YAMLs of it, or ours, write
+    common     kind of model -> those of them that many do
     """
 
     kinds: dict[str, tuple[str, ...]]
@@ -67,6 +73,7 @@ class ValueTable:
     defaults: dict[str, Any]
     required: dict[str, dict[str, str]]
     usual: dict[str, frozenset[str]]
+    common: dict[str, frozenset[str]]
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def find(self, table: str, path: str) -> Any:
@@ -111,6 +118,7 @@ def load() -> ValueTable:
     known: dict[str, Any] = {}
     choices: dict[str, tuple[str, ...]] = {}
     usual: dict[str, set[str]] = {}
+    common: dict[str, set[str]] = {}
     for file in sorted(where.glob("values-*.json")):
         for section, keys in json.loads(file.read_text(encoding="utf-8")).items():
             for name, entry in keys.items():
@@ -123,6 +131,8 @@ def load() -> ValueTable:
                     choices[path] = tuple(entry["choices"])
                 for model in entry.get("in", ()):
                     usual.setdefault(model, set()).add(path)
+                for model in entry.get("common", ()):
+                    common.setdefault(model, set()).add(path)
     hand = tomllib.loads((where / "values.toml").read_text(encoding="utf-8"))
     needed = tomllib.loads((where / "required.toml").read_text(encoding="utf-8"))
     kinds |= {path: tuple(names) for path, names in hand["kinds"].items()}
@@ -136,6 +146,7 @@ def load() -> ValueTable:
         defaults=known,
         required=needed,
         usual={model: frozenset(paths) for model, paths in usual.items()},
+        common={model: frozenset(paths) for model, paths in common.items()},
     )
 
 
@@ -308,9 +319,9 @@ def defaults(view: View) -> list[Default]:
         if view.has(path) or (section and not isinstance(view.raw(section), dict)):
             continue
         if model == "tuning" and section == "model":
-            found.append(Default(path, "as in model.restore_from_path"))
+            found.append(Default(path, RESTORED, common=path in table.common[model]))
         elif (default := table.default(path)) is not None:
-            found.append(default)
+            found.append(replace(default, common=path in table.common[model]))
     return found
 
 

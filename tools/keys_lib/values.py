@@ -30,7 +30,7 @@ class Value:
 
     kinds: set[str] = field(default_factory=set)
     choices: set[str] = field(default_factory=set)
-    models: set[str] = field(default_factory=set)
+    models: Counter[str] = field(default_factory=Counter)
     defaults: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, source: str, default: Any) -> None:
@@ -136,7 +136,7 @@ def merge(into: Value, other: Value) -> None:
     """Add what another source says."""
     into.kinds |= other.kinds
     into.choices |= other.choices
-    into.models |= other.models
+    into.models.update(other.models)
     for source, counted in other.defaults.items():
         into.defaults.setdefault(source, Counter()).update(counted)
 
@@ -153,23 +153,28 @@ def model_of(config: dict[str, Any]) -> str:
     return "gpt" if model.get("mcore_gpt") and "retro" not in model and "data" in model else ""
 
 
-def of_stock(node: object, section: str, found: Found, model: str = "") -> None:
-    """The kinds of the values that a parsed YAML has; an interpolation says nothing."""
+def of_stock(node: object, section: str, found: Found, model: str = "", weight: int = 1) -> None:
+    """The kinds of the values that a parsed YAML has; an interpolation says nothing. weight: how usual a key is."""
     if isinstance(node, dict):
         for key, value in node.items():
             if not isinstance(key, str) or key in ("hydra", "defaults"):
                 continue
             if not (isinstance(value, str) and ("${" in value or value == "???")):
                 found[section, key].kinds |= {kind_of(value)} - {""}
-            found[section, key].models |= {model} - {""}
-            of_stock(value, f"{section}.{key}" if section else key, found, model)
+            if model:
+                found[section, key].models[model] += weight
+            of_stock(value, f"{section}.{key}" if section else key, found, model, weight)
     elif isinstance(node, list):
         for value in node:
             of_stock(value, section, found)
 
 
-def dumped(found: Found, known: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """Section -> name -> {kinds, default, choices}, of the known keys; what is not found is left out."""
+def dumped(found: Found, known: dict[str, list[str]], yamls: Counter[str]) -> dict[str, dict[str, Any]]:
+    """Section -> name -> {kinds, default, choices, in, common} of the known keys; what is not found is left out.
+
+    in      kinds of model whose configs write the key
+    common  those of which a third of the `yamls` do
+    """
     made: dict[str, dict[str, Any]] = {}
     for (section, name), value in sorted(found.items()):
         if name not in known.get(section, ()):
@@ -184,6 +189,7 @@ def dumped(found: Found, known: dict[str, list[str]]) -> dict[str, dict[str, Any
             entry["choices"] = sorted(value.choices)
         if value.models:
             entry["in"] = sorted(value.models)
+            entry["common"] = sorted(m for m, count in value.models.items() if count >= yamls[m] / 3)
         if entry:
             made.setdefault(section, {})[name] = entry
     return made
