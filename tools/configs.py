@@ -132,8 +132,8 @@ def main() -> int:
             print(f"{job}: {row[0]}; {row[1]}", flush=True)
     if not args.check:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        trainer = Trainer(args.folder or Path(tempfile.mkdtemp(prefix="configs-")))
         runs.preload()
+        trainer = Trainer(args.folder or Path(tempfile.mkdtemp(prefix="configs-")))
         for job in jobs:
             verdict, memory, _ = rows[job]
             rows[job] = (verdict, memory, trainer.run(job))
