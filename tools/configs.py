@@ -59,7 +59,7 @@ class Trainer:
         arguments = shrink.overrides(
             job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE")
         )
-        key = _same(arguments)
+        key = _same(arguments) + (job.workflow if job.workflow in PENDING else "")
         if key not in self.outcomes:
             if job.workflow == "sft" and not base.exists():
                 first = Composition(job.model, job.target, "pretrain")

@@ -170,7 +170,7 @@ A typo is two letters swapped, one left out, doubled or changed, at any depth of
 the arguments of loggers (`*_kwargs`) are anybody's and not judged. A wrong type is a value of another YAML kind; out of
 range is a number far below its least, or above its most; a contradiction is one of the pairs in
 `tools/fuzz_lib/mutations.py`.
-The mutations are made without the tables that judge them.
+The mutations are made without the tables that judge them, but for one question: whether a misspelt name is a key too.
 
 The configurations:
 

@@ -124,11 +124,9 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
 def _memory(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
     """States that do not fit the instance that the configuration names."""
     from nxdt_nemo.config.view import View
-    from nxdt_nemo.megatron.memory_of_config import errors, need
+    from nxdt_nemo.megatron.memory_of_config import errors
 
-    view = View(cfg, place=place)
-    if view.get("neuron.instance") is not None and need(view, ranks) is not None:
-        yield from errors(view, ranks)
+    yield from errors(View(cfg, place=place), ranks)
 
 
 def _prepare_script(main: ModuleType, script: str) -> None:
