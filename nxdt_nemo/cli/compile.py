@@ -68,12 +68,12 @@ def _asked(config: Path | None, overrides: Sequence[str]) -> str:
 
 def _job(config: Path, overrides: Sequence[str]) -> tuple[Job, View]:
     """What a configuration asks for, and the configuration."""
-    from nxdt_nemo.config.compose import compose_file
     from nxdt_nemo.config.job import job_of
     from nxdt_nemo.config.neuron import neuron_section
+    from nxdt_nemo.config.validate import read
     from nxdt_nemo.config.view import View
 
-    cfg = compose_file(config, overrides)
+    cfg = read(config, overrides)
     view = View(cfg, place=config.name)
     return job_of(view, neuron_section(cfg, place=config.name)), view
 

@@ -105,12 +105,12 @@ def _target(
 
 
 def _job(config: Path, overrides: list[str]) -> Job:
-    from nxdt_nemo.config.compose import compose_file
     from nxdt_nemo.config.job import job_of
     from nxdt_nemo.config.neuron import neuron_section
+    from nxdt_nemo.config.validate import read
     from nxdt_nemo.config.view import View
 
-    cfg = compose_file(config, overrides)
+    cfg = read(config, overrides)
     return job_of(View(cfg, place=config.name), neuron_section(cfg, place=config.name))
 
 

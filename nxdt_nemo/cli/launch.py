@@ -51,13 +51,13 @@ def launch(
 
     Each variable that Neuron needs is in it with its reason and source. The configuration is checked before.
     """
-    from nxdt_nemo.config.compose import compose_file
     from nxdt_nemo.config.launch import files, plan
+    from nxdt_nemo.config.validate import read
 
     given = tuple(overrides or ())
     options = {"script": script, "target": target, "nodes": nodes, "image": image, "claim": claim}
     made = plan(
-        compose_file(config, given),
+        read(config, given),
         launcher=on,
         config=config,
         overrides=given,

@@ -14,12 +14,13 @@ from typing import Annotated
 import typer
 
 from nxdt_nemo import __version__
-from nxdt_nemo.cli import ckpt, patches
+from nxdt_nemo.cli import ckpt, configs, patches
 from nxdt_nemo.cli.compile import compile_graphs
 from nxdt_nemo.cli.doctor import doctor
 from nxdt_nemo.cli.launch import launch
 from nxdt_nemo.cli.migrate import Dialect, ModelConfig, TrainSetup, job_arguments, migrate
 from nxdt_nemo.cli.run import Job, leave
+from nxdt_nemo.cli.validate import validate
 from nxdt_nemo.errors import UserError
 
 __all__ = ["app", "main"]
@@ -33,8 +34,10 @@ app = typer.Typer(
 )
 app.add_typer(patches.app, name="patches")
 app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(configs.app, name="configs")
 app.command("doctor")(doctor)
 app.command("migrate")(migrate)
+app.command("validate")(validate)
 app.command("launch")(launch)
 app.command("compile")(compile_graphs)
 

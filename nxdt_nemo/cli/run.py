@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.abc import InspectLoader
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 from nxdt_nemo import console
 from nxdt_nemo.cli import early
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import ConfigError, UserError
 
 __all__ = ["Job", "install_hook", "leave", "run_job"]
 
@@ -105,7 +106,7 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     """
     from nxdt_nemo.config import precheck
 
-    report = precheck(script, list(arguments), os.environ)
+    report = precheck(script, list(arguments), os.environ, also_errors=_memory)
     if report is None or not report.errors:
         for line in early.prepare(report):
             console.warn(line)
@@ -114,6 +115,14 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     for error in first:
         _say(error)
     raise last
+
+
+def _memory(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
+    """States that do not fit the instance that the configuration names."""
+    from nxdt_nemo.config.view import View
+    from nxdt_nemo.megatron.memory_of_config import errors
+
+    yield from errors(View(cfg, place=place), ranks)
 
 
 def _prepare_script(main: ModuleType, script: str) -> None:

@@ -60,13 +60,13 @@ def loggers(view: View) -> Errors:
         if not view.get(key, False):
             continue
         if find_spec(module) is None:
-            yield view.error(f"{key}=True needs the package {module}, which is not installed", install)
+            yield view.here(f"{key}=True needs the package {module}, which is not installed", install)
         elif module in NAMED:
             kwargs = view.get(f"{EXP}.{module}_logger_kwargs", {})
             if "name" not in kwargs and "project" not in kwargs:
                 yield view.error(f"{key}=True needs {EXP}.{module}_logger_kwargs.project", "set it")
             elif module == "wandb" and not _wandb_can_start(kwargs):
-                yield view.error(f"{key}=True: no API key for wandb", "run `wandb login` or set WANDB_MODE=offline")
+                yield view.here(f"{key}=True: no API key for wandb", "run `wandb login` or set WANDB_MODE=offline")
     if view.get(f"{EXP}.create_mlflow_logger", False):
         reason = f"{EXP}.create_mlflow_logger=True: NeMo 2.4.1 passes run_name to it twice, which Python refuses"
         yield view.error(reason, "use create_wandb_logger or create_tensorboard_logger")
@@ -198,10 +198,10 @@ def checkpoint_to_resume(view: View) -> Errors:
     named = view.get(f"{EXP}.resume_from_checkpoint")
     if named is not None and not Path(str(named)).is_dir():
         reason = f"{EXP}.resume_from_checkpoint={named} is no distributed checkpoint"
-        yield view.error(reason, "name its folder, without .ckpt")
+        yield view.here(reason, "name its folder, without .ckpt")
     if resumes and not view.get(f"{EXP}.resume_ignore_no_checkpoint", False):
         reason = f"{EXP}.resume_if_exists=True and no checkpoint in {folder}"
-        yield view.error(reason, f"set {EXP}.resume_ignore_no_checkpoint=True to start anew")
+        yield view.here(reason, f"set {EXP}.resume_ignore_no_checkpoint=True to start anew")
 
 
 def best_ones_of_before(view: View) -> Errors:
@@ -213,7 +213,7 @@ def best_ones_of_before(view: View) -> Errors:
     kept = [path for path in folder.glob(f"*{ranked}*") if path.is_dir() and not path.name.endswith("-last")]
     if kept and _saves(view):
         reason = f"{key}=0, and {folder} holds {kept[0].name}, which NeMo would delete and then stop"
-        yield view.error(reason, f"use {key}=1, or move the checkpoints of the run before")
+        yield view.here(reason, f"use {key}=1, or move the checkpoints of the run before")
 
 
 def _folder(view: View) -> Path | None:
@@ -229,7 +229,7 @@ def other_keys(view: View) -> Errors:
     """Files to copy are there; a log is on one rank of a host or of all."""
     for file in view.get(f"{EXP}.files_to_copy", []):
         if not os.path.isfile(str(file)):
-            yield view.error(f"{EXP}.files_to_copy: there is no file {file}")
+            yield view.here(f"{EXP}.files_to_copy: there is no file {file}")
     both = [f"{EXP}.{name}" for name in ("log_local_rank_0_only", "log_global_rank_0_only")]
     if all(view.get(key, False) for key in both):
         yield view.error(f"{both[0]}=True with {both[1]}=True", "use one of them")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nxdt_nemo.config.alignment import Alignment
+from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, Sft
 from nxdt_nemo.config.environment import variables
 from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
@@ -48,6 +48,7 @@ class NeuronConfig(BaseModel):
     environment                        further variables, by name
     vocab_size    the tokenizer's pieces, for what is computed where the tokenizer is not at hand: memory
     alignment     preference training, see alignment.py
+    targets       packages whose classes a `_target_` may name, beside those of targets.py
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -69,6 +70,7 @@ class NeuronConfig(BaseModel):
     environment: dict[str, str | int | bool] | None = None
     vocab_size: Annotated[int, Field(ge=1)] | None = None
     alignment: Alignment | None = None
+    targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
@@ -98,13 +100,22 @@ def _example() -> str:
     return f"its keys are {', '.join(NeuronConfig.model_fields)}"
 
 
+def _names(above: list[str]) -> list[str]:
+    """The keys of neuron's section that is named by these."""
+    methods: dict[str, type[BaseModel]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
+    model: type[BaseModel] = NeuronConfig if not above else methods.get(above[-1], Alignment)
+    return list(model.model_fields)
+
+
 def _one_line(error: ValidationError, place: str) -> ConfigError:
     """The first finding of pydantic in our words."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:2])  # below environment.NAME it tells of types that it tried
+    path = [str(part) for part in first["loc"]]
+    *above, name = path[:2] if path[0] == "environment" else path  # below a variable come the types that it tried
+    key = ".".join([*above, name])
     if first["type"] == "extra_forbidden":
         names = {variable.nxdt: variable.key for variable in variables() if variable.nxdt and variable.key}
-        near = [names[key]] if key in names else difflib.get_close_matches(key, NeuronConfig.model_fields, n=1)
+        near = [names[name]] if name in names else difflib.get_close_matches(name, _names(above), n=1)
         return ConfigError(
             f"unknown key neuron.{key}", place=place, fix=f"did you mean {near[0]}?" if near else _example()
         )

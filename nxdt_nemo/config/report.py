@@ -18,6 +18,7 @@ from nxdt_nemo.errors import ConfigError
 if TYPE_CHECKING:
     from nxdt_nemo.config.job import Job
     from nxdt_nemo.config.neuron import NeuronConfig
+    from nxdt_nemo.config.values import Default
 
 __all__ = ["Change", "Ignored", "Report", "Unknown", "or_list"]
 
@@ -70,6 +71,9 @@ class Report:
     changes    values that sanitise() replaces
     ignored    values without a meaning here that differ from NeMo's own defaults
     unknown    keys that nobody reads
+    doubts     what NeMo takes without a word and nobody can have meant; among the warnings, or the errors when strict
+    defaults   keys that such a model's config usually writes and this one does not, with what they are then
+    to_be_set  keys whose value is `???`
     neuron     our own section, None when the config has none
     job        what the environment of the run depends on; None when nothing of this backend applies
     """
@@ -79,6 +83,9 @@ class Report:
     changes: list[Change] = field(default_factory=list)
     ignored: list[Ignored] = field(default_factory=list)
     unknown: list[Unknown] = field(default_factory=list)
+    doubts: list[ConfigError] = field(default_factory=list)
+    defaults: list[Default] = field(default_factory=list)
+    to_be_set: list[str] = field(default_factory=list)
     neuron: NeuronConfig | None = None
     job: Job | None = None
 

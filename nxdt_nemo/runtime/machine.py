@@ -17,8 +17,8 @@ __all__ = [
     "installed",
     "neuron_devices",
     "process_memory",
-    "ranks_placed_here",
     "product_name",
+    "ranks_placed_here",
     "reset_process_peak",
     "text",
 ]

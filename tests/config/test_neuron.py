@@ -6,7 +6,7 @@ import pydantic
 import pytest
 from omegaconf import OmegaConf
 
-from nxdt_nemo.config import neuron_section
+from nxdt_nemo.config import NeuronConfig, neuron_section
 from nxdt_nemo.errors import ConfigError
 
 
@@ -42,9 +42,7 @@ def test_it_is_frozen():
         ({"runtme": "cpu"}, "unknown key neuron.runtme; did you mean runtime?"),
         (
             {"zzz": 1},
-            "unknown key neuron.zzz; its keys are runtime, instance, strict_keys, stochastic_rounding, precision, lnc, "
-            "sdk, compiler_flags, compiler_cache_url, async_exec_max_inflight_requests, bucket_size_collectives, "
-            "exec_timeout, compress_replica_groups, fuse_softmax, environment, vocab_size, alignment",
+            "unknown key neuron.zzz; its keys are " + ", ".join(NeuronConfig.model_fields),
         ),
         ({"neuron_rt_exec_timeout": 1}, "unknown key neuron.neuron_rt_exec_timeout; did you mean exec_timeout?"),
         (
@@ -59,6 +57,8 @@ def test_it_is_frozen():
             {"environment": {"A": [1]}},
             "neuron.environment.A=[1] is wrong (input should be a valid string)",
         ),
+        ({"alignment": {"dpo": {"kl_bta": 0.1}}}, "unknown key neuron.alignment.dpo.kl_bta; did you mean kl_beta?"),
+        ({"vocab_size": 0}, "neuron.vocab_size=0 is wrong (input should be greater than or equal to 1)"),
         ({"runtime": "gpu"}, "neuron.runtime=gpu is not a lane; use auto, cpu, xla or neuron"),
         ({"strict_keys": "maybe"}, "neuron.strict_keys=maybe is wrong (input should be a valid boolean)"),
         (
