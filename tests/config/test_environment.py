@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -257,3 +260,11 @@ def test_a_variable_that_makes_the_run_wrong():
         "XLA_USE_BF16=1 turns every float32 tensor into bf16, main parameters and losses too; "
         "unset it: trainer.precision and neuron.precision choose dtypes tensor by tensor"
     ]
+
+
+def test_the_page_is_of_this_table():
+    root = Path(__file__).resolve().parents[2]
+    page = subprocess.run(
+        [sys.executable, str(root / "tools" / "environment.py")], capture_output=True, text=True, check=True
+    ).stdout
+    assert (root / "docs" / "environment.md").read_text(encoding="utf-8") == page

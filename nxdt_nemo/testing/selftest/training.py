@@ -29,7 +29,7 @@ class Runs:
             self._corpus = write_corpus(self.folder / "corpus")
         return self._corpus
 
-    def train(self, name: str, *overrides: str, lane: str = "", seconds: int = 240) -> Run:
+    def train(self, name: str, *overrides: str, lane: str = "", seconds: int = 300) -> Run:
         """A run on this lane (or another) that logs to the folder `name`."""
         folder = self.folder / name
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]
