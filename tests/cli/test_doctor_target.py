@@ -51,7 +51,7 @@ def test_a_configuration_on_a_target(conf):
     found = json.loads(said("doctor", "--target", "trn2.48xlarge", "--json", conf, "+neuron.lnc=1"))
     values = {row["variable"]: (row["value"], row["by"]) for row in found["environment"]}
     assert values["NEURON_RT_EXEC_TIMEOUT"] == ("900", "neuron.exec_timeout")
-    assert values["NEURON_LOGICAL_NC_CONFIG"] == ("1", "Trainium2")
+    assert values["NEURON_LOGICAL_NC_CONFIG"] == ("1", "neuron.lnc")
     assert next(row["instance"] for row in found["target"] if row["what"] == "ranks") == "128 at LNC 1"
 
 
@@ -63,7 +63,7 @@ def test_the_table_is_markdown():
 
 
 WRONG = [  # words, the line
-    (["doctor", "--target", "trn2"], "--target: trn2 is not a known instance; did you mean trn2u.48xlarge?"),
+    (["doctor", "--target", "trn2.48xl"], "--target: trn2.48xl is not a known instance; did you mean trn2.48xlarge?"),
     (["doctor", "CONF"], "nxdt-nemo doctor: CONF needs --target; name an instance type"),
     (["compile"], "nxdt-nemo compile: which configuration?; name a YAML file, or use --list"),
     (["compile", "CONF", "--script", "no.py"], "--script no.py: no such script"),
@@ -74,18 +74,15 @@ WRONG = [  # words, the line
      "rehearses"),
     (["launch", "CONF", "--on", "parallelcluster", "--target", "trn2.48xlarge"], "--on parallelcluster: writes "
      "tiny.sbatch and cluster.yaml; name a folder with -o"),
-    (["launch", "CONFS"], "CONFS: there is no such file; did you mean CONF?"),
+    (["launch", "CONFx"], "CONFx: there is no such file; did you mean CONF?"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("words, line", WRONG)
 def test_a_mistake_is_one_line(conf, words, line):
-    given = [word.replace("CONF", conf).replace(".yamlS", ".yam") for word in words]
-    expected = line.replace("CONFS", conf.replace(".yaml", ".yam")).replace("CONF", conf)
     with pytest.raises(UserError) as caught:
-        CliRunner().invoke(app, given, catch_exceptions=False)
-    near = str(caught.value)
-    assert near == expected or (words[1:] == ["--target", "trn2"] and "did you mean trn2" in near)
+        CliRunner().invoke(app, [word.replace("CONF", conf) for word in words], catch_exceptions=False)
+    assert str(caught.value) == line.replace("CONF", conf)
 
 
 def test_launch_prints_what_it_would_write(conf, tmp_path):
