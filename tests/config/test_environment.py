@@ -164,6 +164,11 @@ WRONG = [  # keys, what the line says
         "neuron.compiler_cache_url: NEURON_COMPILE_CACHE_URL=gs://bucket is not a folder or an s3:// address",
     ),
     (
+        {"compiler_flags": "--a 'b"},
+        "neuron.compiler_flags: NEURON_CC_FLAGS=--a 'b has a quotation mark too many",
+    ),
+    ({"environment": {"A B": "1"}}, "neuron.environment: 'A B' is no name of a variable"),
+    (
         {"environment": {"NEURON_RT_EXEC_TIMEOUT": "soon"}},
         "neuron.environment: NEURON_RT_EXEC_TIMEOUT=soon is not a number of seconds",
     ),
@@ -234,6 +239,12 @@ def test_what_the_user_exported_stays():
         "--auto-cast all --verbose info --model-type transformer --distribution-strategy llm-training"
     )
     assert environ["NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"] == "3"
+
+
+def test_a_quotation_that_the_user_left_open_is_not_ours_to_judge():
+    environ = {"NEURON_CC_FLAGS": "--a 'b"}
+    apply(settings(Job()), environ)
+    assert environ["NEURON_CC_FLAGS"].startswith("--a 'b --model-type transformer")
 
 
 def test_a_key_comes_before_what_the_user_exported():
