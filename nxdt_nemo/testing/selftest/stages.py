@@ -115,7 +115,7 @@ def resume(bench: _Bench) -> str:
     if bench.first is None:
         raise Failed("the run to compare with did not end")
     half = f"trainer.val_check_interval={SAVED}"
-    _losses(bench.runs.train("resumed", f"trainer.max_steps={SAVED}", half), SAVED)
+    _losses(bench.runs.train("resumed", half, stop=SAVED), SAVED)
     resumed = bench.runs.train("resumed", half)
     found, whole = _losses(resumed, STEPS), _losses(bench.first, STEPS)
     if not resumed.resumed_from:

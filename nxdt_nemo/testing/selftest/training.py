@@ -29,9 +29,10 @@ class Runs:
             self._corpus = write_corpus(self.folder / "corpus")
         return self._corpus
 
-    def train(self, name: str, *overrides: str, lane: str = "", seconds: int = 300) -> Run:
-        """A run on this lane (or another) that logs to the folder `name`."""
+    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: int = 300) -> Run:
+        """A run on this lane (or another) that logs to the folder `name` and ends before step `stop`, if given."""
         folder = self.folder / name
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]
         environment = self.environment | {"NXDT_NEMO_RUNTIME": lane or self.lane, "HF_HUB_OFFLINE": "1"}
+        environment |= {"SELFTEST_STOP": str(stop)}
         return run(SCRIPT, words, folder, seconds=seconds, environment=environment, cwd=self.folder)
