@@ -11,7 +11,38 @@ from nxdt_nemo.testing.script_run import Run, run, tiny, write_corpus
 
 __all__ = ["Runs"]
 
-SCRIPT = Path(__file__).with_name("script.py")
+# Upstream's calls in upstream's order, as a NeMo user writes them; a file of its own, since a module would be imported.
+SCRIPT = '''\
+import os
+
+from lightning.pytorch import Callback
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.core.config import hydra_runner
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig
+
+
+class Stops(Callback):
+    """Ends the run before step SELFTEST_STOP, with the schedule and the data of all its steps."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step != int(os.environ.get("SELFTEST_STOP", "-1")):
+            return None
+        trainer.should_stop = True
+        return -1
+
+
+@hydra_runner(config_path=".", config_name="none")
+def main(cfg: DictConfig) -> None:
+    trainer = MegatronTrainerBuilder(cfg).create_trainer([Stops()])
+    exp_manager(trainer, cfg.exp_manager)
+    trainer.fit(MegatronGPTModel(cfg.model, trainer))
+
+
+if __name__ == "__main__":
+    main()
+'''
 STEPS, SAVED = 6, 3
 
 
@@ -35,4 +66,6 @@ class Runs:
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]
         environment = self.environment | {"NXDT_NEMO_RUNTIME": lane or self.lane, "HF_HUB_OFFLINE": "1"}
         environment |= {"SELFTEST_STOP": str(stop)}
-        return run(SCRIPT, words, folder, seconds=seconds, environment=environment, cwd=self.folder)
+        script = self.folder / "pretraining.py"
+        script.write_text(SCRIPT, encoding="utf-8")
+        return run(script, words, folder, seconds=seconds, environment=environment, cwd=self.folder)
