@@ -135,7 +135,8 @@ def main() -> None:
     print("\n".join(table))
     if given.write:
         RESULT.write_text("\n".join(table) + "\n", encoding="utf-8")
-    refused = [row for row in table[6:] if row.startswith("|") and not row.endswith("| ok |")]
+    header = next(at for at, row in enumerate(table) if row.startswith("|---"))
+    refused = [row for row in table[header + 1 :] if not row.endswith("| ok |")]
     sys.exit(f"{len(refused)} refused" if refused else 0)
 
 
