@@ -24,13 +24,11 @@ from omegaconf import DictConfig
 
 
 class Stops(Callback):
-    """Ends the run before step SELFTEST_STOP, with the schedule and the data of all its steps."""
+    """Ends the run after step SELFTEST_STOP, with the schedule and the data of all its steps."""
 
-    def on_train_batch_start(self, trainer, module, batch, index):
-        if trainer.global_step != int(os.environ.get("SELFTEST_STOP", "-1")):
-            return None
-        trainer.should_stop = True
-        return -1
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == int(os.environ.get("SELFTEST_STOP", "-1")):
+            trainer.should_stop = True
 
 
 @hydra_runner(config_path=".", config_name="none")
@@ -61,7 +59,7 @@ class Runs:
         return self._corpus
 
     def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: int = 300) -> Run:
-        """A run on this lane (or another) that logs to the folder `name` and ends before step `stop`, if given."""
+        """A run on this lane (or another) that logs to the folder `name` and ends after step `stop`, if given."""
         folder = self.folder / name
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]
         environment = self.environment | {"NXDT_NEMO_RUNTIME": lane or self.lane, "HF_HUB_OFFLINE": "1"}
