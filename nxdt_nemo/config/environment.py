@@ -64,6 +64,8 @@ class Variable:
         pattern, means = _MEANS[self.type]
         if not self.shell and re.fullmatch(pattern, value) is None:
             raise ConfigError(f"{self.name}={value} is not {means}", place=place)
+        if self.type == "flags" and _words(value) is None:
+            raise ConfigError(f"{self.name}={value} has a quotation mark too many", place=place)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def settings(job: Job, *where: Where) -> list[Setting]:
     extra = dict(job.keys.get("environment") or {})
     known = {variable.name: variable for variable in variables()}
     for name, given in extra.items():
+        if re.fullmatch(r"[A-Za-z_]\w*", name) is None:
+            raise ConfigError(f"{name!r} is no name of a variable", place="neuron.environment")
         variable = known.get(name, Variable(name, "text", "process", "the configuration says so", ""))
         value = str(int(given)) if isinstance(given, bool) else str(given)
         variable.check(value, "neuron.environment")
@@ -210,12 +214,20 @@ def joined(first: str, *others: str) -> str:
 def _options(line: str) -> list[list[str]]:
     """The words of a line, each option with the words that belong to it."""
     found: list[list[str]] = []
-    for word in shlex.split(line):
+    for word in _words(line) or line.split():
         if word.startswith("-") or not found:
             found.append([word])
         else:
             found[-1].append(word)
     return found
+
+
+def _words(line: str) -> list[str] | None:
+    """As a shell reads them; None where a quotation is not closed."""
+    try:
+        return shlex.split(line)
+    except ValueError:
+        return None
 
 
 _SAME = {"-lnc": "--logical-nc-config", "-O": "--optlevel"}

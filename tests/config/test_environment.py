@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -161,6 +164,11 @@ WRONG = [  # keys, what the line says
         "neuron.compiler_cache_url: NEURON_COMPILE_CACHE_URL=gs://bucket is not a folder or an s3:// address",
     ),
     (
+        {"compiler_flags": "--a 'b"},
+        "neuron.compiler_flags: NEURON_CC_FLAGS=--a 'b has a quotation mark too many",
+    ),
+    ({"environment": {"A B": "1"}}, "neuron.environment: 'A B' is no name of a variable"),
+    (
         {"environment": {"NEURON_RT_EXEC_TIMEOUT": "soon"}},
         "neuron.environment: NEURON_RT_EXEC_TIMEOUT=soon is not a number of seconds",
     ),
@@ -233,6 +241,12 @@ def test_what_the_user_exported_stays():
     assert environ["NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"] == "3"
 
 
+def test_a_quotation_that_the_user_left_open_is_not_ours_to_judge():
+    environ = {"NEURON_CC_FLAGS": "--a 'b"}
+    apply(settings(Job()), environ)
+    assert environ["NEURON_CC_FLAGS"].startswith("--a 'b --model-type transformer")
+
+
 def test_a_key_comes_before_what_the_user_exported():
     environ = {"NEURON_RT_EXEC_TIMEOUT": "7", "NEURON_CC_FLAGS": "-O2"}
     told = apply(settings(Job(keys={"exec_timeout": 9, "compiler_flags": "-O1"})), environ)
@@ -257,3 +271,11 @@ def test_a_variable_that_makes_the_run_wrong():
         "XLA_USE_BF16=1 turns every float32 tensor into bf16, main parameters and losses too; "
         "unset it: trainer.precision and neuron.precision choose dtypes tensor by tensor"
     ]
+
+
+def test_the_page_is_of_this_table():
+    root = Path(__file__).resolve().parents[2]
+    page = subprocess.run(
+        [sys.executable, str(root / "tools" / "environment.py")], capture_output=True, text=True, check=True
+    ).stdout
+    assert (root / "docs" / "environment.md").read_text(encoding="utf-8") == page

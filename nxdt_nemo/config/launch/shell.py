@@ -44,7 +44,8 @@ def environment(launch: Launch) -> list[str]:
         f'export NXDT_NEMO_RUNTIME="${{NXDT_NEMO_RUNTIME:-{launch.job.lane}}}"',
     ]
     for setting in launch.settings:
-        lines += ["", *_why(setting), _export(setting)]
+        dollar = "$" in setting.value and not setting.variable.shell
+        lines += ["", *_why(setting), *(["# shellcheck disable=SC2016"] if dollar else []), _export(setting)]
     return lines
 
 

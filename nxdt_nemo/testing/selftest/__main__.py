@@ -32,14 +32,15 @@ def main() -> int:
         leave(error)
     print(f"lane {lane.name} ({reason})", flush=True)
     wanted = {name: stage for name, stage in STAGES.items() if given.only is None or name in given.only}
+    machine = list(report(examine(__version__, with_probes=False)))
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="nxdt-selftest-") as folder:
         for outcome in run(Path(folder), lane.name, wanted):
             outcomes.append(outcome)
             state = "passed" if outcome.ok else "FAILED"
             print(f"{state}  {outcome.stage:16}{outcome.seconds:5.0f} s  {outcome.found}", flush=True)
-    machine = list(report(examine(__version__, with_probes=False)))
-    given.output.write_text(markdown(outcomes, lane.name, machine), encoding="utf-8")
+            # After each stage: a machine that hangs in the next one leaves a report too.
+            given.output.write_text(markdown(outcomes, lane.name, machine), encoding="utf-8")
     print(f"report: {given.output}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

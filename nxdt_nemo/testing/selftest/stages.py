@@ -86,7 +86,8 @@ def collectives(bench: _Bench) -> str:
 
 def one_step(bench: _Bench) -> str:
     """NeMo trains a tiny Llama for one step, optimizer and logging included."""
-    done = bench.runs.train("step", "trainer.max_steps=1", *NO_CHECKPOINTS)
+    alone = ("trainer.max_steps=1", "trainer.val_check_interval=1", "exp_manager.create_checkpoint_callback=false")
+    done = bench.runs.train("step", *alone)
     losses = _losses(done, 1)
     return f"loss {losses[0]:.4f}"
 
@@ -114,7 +115,7 @@ def resume(bench: _Bench) -> str:
     if bench.first is None:
         raise Failed("the run to compare with did not end")
     half = f"trainer.val_check_interval={SAVED}"
-    _losses(bench.runs.train("resumed", f"trainer.max_steps={SAVED}", half), SAVED)
+    _losses(bench.runs.train("resumed", half, stop=SAVED), SAVED)
     resumed = bench.runs.train("resumed", half)
     found, whole = _losses(resumed, STEPS), _losses(bench.first, STEPS)
     if not resumed.resumed_from:
