@@ -99,9 +99,14 @@ def _file(path: Path) -> Path:
     ours = folder("configs") / path.with_suffix(".yaml").name
     if path.parent == Path() and ours.is_file():
         return ours
-    near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    fix = f"beside it: {', '.join(file.name for file in near[:5])}" if near else "see nxdt-nemo configs list"
-    raise UserError("no such file", place=str(path), fix=fix)
+    from difflib import get_close_matches
+
+    beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    near = get_close_matches(path.name, beside, n=1)
+    fix = f"beside it: {', '.join(beside[:5])}" if beside else "see nxdt-nemo configs list"
+    raise UserError(
+        "there is no such file", place=str(path), fix=f"did you mean {path.parent / near[0]}?" if near else fix
+    )
 
 
 def _has_defaults(path: Path) -> bool:

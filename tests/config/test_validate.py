@@ -59,7 +59,7 @@ def test_a_file_that_is_no_configuration(tmp_path, text, line):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="there is no such file"):
         validate(tmp_path / "no.yaml")
 
 
