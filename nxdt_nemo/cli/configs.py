@@ -1,6 +1,6 @@
 """`nxdt-nemo configs`: the configurations that come with the package.
 
-Room cli/. Imports neither torch nor NeMo; hydra where a configuration is shown. Proof: tests/cli/test_configs.py.
+Room cli/. Imports neither torch nor NeMo; hydra where a configuration is shown. Proof: tests/cli/test_validate.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def show(chosen: _Chosen = None) -> None:
 
     given = chosen or []
     _check(given)
-    cfg = read(folder("configs") / f"{PRIMARY}.yaml", given or ["+hydra=null"])
+    cfg = read(folder("configs") / f"{PRIMARY}.yaml", given)
     typer.echo(f"# nxdt-nemo configs show {' '.join(given)}".rstrip())
     typer.echo(OmegaConf.to_yaml(cfg), nl=False)
 

@@ -1,6 +1,6 @@
 """`nxdt-nemo launch`: the script or manifest that starts a configuration on several nodes.
 
-Room cli/. Parses and prints; config/launch writes. Proof: tests/cli/test_launch.py.
+Room cli/. Parses and prints; config/launch writes. Proof: tests/cli/test_doctor_target.py.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_nemo.config.keys import load, names_in
-from nxdt_nemo.config.report import Report, Unknown
+from nxdt_nemo.config.report import Report, Unknown, or_list
 from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
@@ -313,10 +313,23 @@ def _missing(entry: Entry, error: BaseException) -> ConfigError:
     files = sorted(file.stem for file in entry.folder.glob("*.y*ml"))
     stem = Path(entry.name).stem
     if stem in files or "primary config" not in str(error).lower():
-        return ConfigError(_flat(error).split(" Config search path")[0], place=entry.place)
+        return _missing_option(entry, _flat(error))
     near = difflib.get_close_matches(stem, files, n=1)
     fix = f"did you mean --config-name={near[0]}?" if near else "see --config-path and --config-name"
     return ConfigError(f"there is no such file in {entry.folder}", place=entry.place, fix=fix)
+
+
+def _missing_option(entry: Entry, said: str) -> ConfigError:
+    """A file of a config group, with the group's nearest one. said: hydra's words."""
+    found = re.search(
+        r"Could not find '(.+)/([^/']+)' Available options in '[^']*': (.*?)(?: Config search path|$)", said
+    )
+    if found is None:
+        return ConfigError(said.split(" Config search path")[0], place=entry.place)
+    group, name, options = found[1], found[2], found[3].split()
+    near = difflib.get_close_matches(name, options, n=1)
+    fix = f"did you mean {near[0]}?" if near else f"use {or_list(options)}"
+    return ConfigError(f"{group}={name} is not there", place=entry.place, fix=fix)
 
 
 def _bad_override(entry: Entry, error: Exception, search: list[str]) -> ConfigError:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "Ignored", "Report", "Unknown", "or_list"]
 
+FOREIGN = 3  # keys of another product in a config of that product; fewer are left over
+
 
 @dataclass(frozen=True)
 class Change:
@@ -88,6 +90,13 @@ class Report:
     to_be_set: list[str] = field(default_factory=list)
     neuron: NeuronConfig | None = None
     job: Job | None = None
+
+    @property
+    def foreign(self) -> str:
+        """What the config is written for, when several keys are of another product; "" else."""
+        sources = [key.source for key in self.unknown if key.source]
+        product = max(sources, key=sources.count, default="")
+        return product if sources.count(product) >= FOREIGN else ""
 
     def raise_first(self) -> None:
         """Raise the first error, if there is one."""

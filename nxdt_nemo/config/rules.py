@@ -166,6 +166,9 @@ def _judge_unknown(report: Report, view: View, also: frozenset[str], strict: boo
         report.errors += found
     else:
         report.warnings += [str(doubt) for doubt in found]
+    if report.foreign:
+        said = f"is written for {report.foreign}; nxdt-nemo migrate makes NeMo's of it"
+        report.warnings.insert(0, f"{view.place}: {said}" if view.place else f"this configuration {said}")
 
 
 def _device_count(report: Report, view: View) -> Iterator[str]:

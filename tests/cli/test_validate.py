@@ -88,6 +88,26 @@ def test_show_prints_one_file_that_validates(tmp_path):
     assert ours("validate", "--strict", str(file)).exit_code == 0
 
 
+def test_show_without_a_choice_is_the_default_composition():
+    done = ours("configs", "show")
+    assert done.exit_code == 0
+    assert "# nxdt-nemo configs show\ntrainer:\n" in done.stdout
+
+
+def test_what_another_product_reads_is_told_to_migrate(tmp_path):
+    file = tmp_path / "theirs.yaml"
+    file.write_text("model_source: hf\ndistributed_strategy: {zero1: true}\nprecision: {type: bf16SR}\nmodel: {}\n")
+    line = "theirs.yaml: is written for neuronx-distributed-training; nxdt-nemo migrate makes NeMo's of it"
+    assert f"warning  {line}" in ours("validate", str(file)).stdout
+    done = ours("launch", str(file), "--target", "cpu")
+    assert "is written for neuronx-distributed-training; nxdt-nemo migrate" in str(done.exception)
+
+
+def test_an_option_of_a_group_that_is_not_there():
+    done = ours("validate", "train", "model=llama3_8")
+    assert str(done.exception) == "train.yaml: model=llama3_8 is not there; did you mean llama3_8b?"
+
+
 @pytest.mark.parametrize(
     "argument, fix",
     [

@@ -103,6 +103,8 @@ def plan(
 
     view = View(cfg, place=config.name)
     report = check(cfg, place=config.name)
+    if report.foreign:
+        raise view.error(f"is written for {report.foreign}", f"nxdt-nemo migrate {config} -o NEW.yaml, and launch that")
     if report.job is None:
         raise view.error("trainer.accelerator=cpu runs without this backend", "use trainer.accelerator=neuron")
     kind = _target(view, report, target)
