@@ -23,6 +23,9 @@ from nxdt_nemo.errors import ConfigError, HereError, PendingError, UserError
 
 __all__ = ["Verdict", "read", "validate", "validate_config"]
 
+# Ends of the top-level keys of NeMo's scripts that restore a model, and so need no `model:`.
+RESTORES = ("inference", "model_file", "model_path")
+
 
 @dataclass
 class Verdict:
@@ -168,7 +171,8 @@ def validate_config(
 
 def _sections(view: View) -> Iterable[ConfigError]:
     """Without these nothing else can be judged."""
-    for name in ("trainer", "model"):
+    restores = any(key.endswith(RESTORES) for key in view.plain)
+    for name in ("trainer",) if restores else ("trainer", "model"):
         if name not in view.forgotten and not isinstance(view.raw(name), dict):
             yield view.error(f"{name} is not a section", f"write {name}: and its keys below it")
 

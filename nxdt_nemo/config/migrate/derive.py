@@ -378,6 +378,8 @@ def data_files(m: Migration) -> None:
         return
     if _aligns(m):
         _alignment_files(m, folder, held)
+        if not _prefers(m):
+            _tuning_data(m)
     elif m.has("data.train_dir"):
         m.drop("data.train_dir", "")
         m.forget("data.train_dir")
@@ -400,11 +402,37 @@ def _alignment_files(m: Migration, folder: Any, held: Any) -> None:
             continue
         if value is None:
             m.drop(key, "no file")
+            m.ask(f"model.data.{section}.file_names", "NeMo's tuning wants jsonl files for both sets")
             continue
         m.put(f"model.data.{section}.file_names", [value], "NeMo takes a list of jsonl files", key=key)
         for name in ("global_batch_size", "micro_batch_size"):
             m.put(f"model.data.{section}.{name}", f"${{model.{name}}}", "NeMo reads it there")
         m.put(f"model.data.{section}.max_seq_length", "${model.encoder_seq_length}", "NeMo reads it there")
+
+
+# What NeMo 2.4's megatron_gpt_sft_model.py reads without a default, as its megatron_gpt_finetuning_config.yaml has it.
+TUNING_DATA: dict[str, dict[str, Any]] = {
+    "train_ds": {"shuffle": True, "num_workers": 0, "pin_memory": True, "drop_last": True},
+    "validation_ds": {
+        "shuffle": False,
+        "num_workers": 0,
+        "pin_memory": True,
+        "drop_last": True,
+        "metric.name": "loss",
+        "metric.average": None,
+        "metric.num_classes": None,
+    },
+}
+
+
+def _tuning_data(m: Migration) -> None:
+    for section, keys in TUNING_DATA.items():
+        for name, value in keys.items():
+            m.put(f"model.data.{section}.{name}", value, "NeMo's tuning reads it without a default")
+
+
+def _prefers(m: Migration) -> bool:
+    return any(m.has(f"model_alignment_strategy.{method}") for method in ("dpo", "orpo"))
 
 
 def _aligns(m: Migration) -> bool:
@@ -446,9 +474,16 @@ LORA_DROPPED = {
 def peft(m: Migration) -> None:
     """LoRA under NeMo's model.peft."""
     base = "model_alignment_strategy.peft"
-    if not m.has(base):
+    lora = m.has(base)
+    if lora:
+        m.put("model.peft.peft_scheme", "lora", f"{base} is LoRA; {PENDING}", level="warning")
+    elif _aligns(m) and not _prefers(m):
+        m.put("model.peft.peft_scheme", None, "all weights are tuned")
+    if lora or (_aligns(m) and not _prefers(m)):
+        m.put("model.peft.restore_from_path", None, "NeMo's tuning reads it without a default")
+    if not lora:
         return
-    m.put("model.peft.peft_scheme", "lora", f"{base} is LoRA; {PENDING}", level="warning")
+    m.put("model.peft.lora_tuning.weight_tying", False, "NeMo's LoRA reads it without a default")
     for theirs, ours in LORA.items():
         key = f"{base}.{theirs}"
         if m.has(key):
@@ -481,6 +516,8 @@ def resuming(m: Migration) -> None:
         elif m.has(resume):
             m.keep(resume, "NeMo 2.4 reads it")
         m.drop(weights, "model.restore_from_path says it" if value is not None else "no checkpoint is named")
+        if _aligns(m):
+            m.ask("model.restore_from_path", "tuning begins from a model: a .nemo file, or its folder")
         return
     old = "trainer.resume_from_checkpoint"
     if m.has(old):

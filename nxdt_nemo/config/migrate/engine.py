@@ -15,8 +15,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nxdt_nemo.config.checks import ERRORS, data_files, trains
-from nxdt_nemo.config.exp_manager import ERRORS as EXPERIMENT_ERRORS
 from nxdt_nemo.config.instances import INSTANCES
 from nxdt_nemo.config.keys import load
 from nxdt_nemo.config.migrate.report import Action, Entry, Level, MigrationReport
@@ -25,7 +23,7 @@ from nxdt_nemo.config.migrate.tree import Document, Node
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.config.rules import rules as backend_rules
 from nxdt_nemo.config.view import View
-from nxdt_nemo.errors import ConfigError, UserError
+from nxdt_nemo.errors import UserError
 
 __all__ = ["TARGETS", "Migration", "Options", "Result", "dialect_of", "migrate", "parse_overrides"]
 
@@ -408,37 +406,29 @@ class Migration:
         return path if self.document.find(path) is not None or not self.before.has(path) else None
 
     def _findings(self) -> None:
-        """What the checks of a run say about the result, but for files of another machine."""
+        """What `nxdt-nemo validate` says of the result, but for keys and files that are still to be given."""
+        from nxdt_nemo.config.compose import settle
+        from nxdt_nemo.config.validate import validate_config
+
         cfg = _config(self.document)
-        view = View(cfg, place="")
-        view.training = trains(view)
-        view.world_size = _ranks(view)
-        local = {data_files, *(rule for rule in EXPERIMENT_ERRORS if rule.__name__ in _LOCAL)}
-        for rule in ERRORS:
-            if rule not in local:
-                found: list[ConfigError] = list(rule(view))
-                self.report.findings += [("error", str(error)) for error in found]
-        if view.get("neuron") is not None:
-            from nxdt_nemo.config.neuron import neuron_section
-
-            try:
-                neuron_section(cfg)
-            except ConfigError as error:
+        settle(cfg)
+        found = validate_config(cfg)
+        own = {entry.to for entry in self.report.entries if entry.level == "error"}
+        for error in found.errors:
+            key = re.split(r"[= ]", error.reason, maxsplit=1)[0]
+            if key not in own and not (key.endswith(_FILES) and OmegaConf.select(cfg, key) is None):
                 self.report.findings.append(("error", str(error)))
+        self.report.findings += [("warning", f"pending: {line}") for line in found.pending]
 
 
-_LOCAL = ("loggers", "checkpoint_to_resume", "best_ones_of_before")
+# What whoever starts a run names: a configuration is for more than one data set.
+_FILES = (".data_prefix", ".file_names", ".restore_from_path")
 
 
 def _config(document: Document) -> DictConfig:
     cfg = OmegaConf.create(document.render()) if document.root.children else OmegaConf.create({})
     assert isinstance(cfg, DictConfig)
     return cfg
-
-
-def _ranks(view: View) -> int | None:
-    devices = view.number("trainer.devices")
-    return devices * view.size("trainer.num_nodes") if devices is not None and devices > 1 else None
 
 
 def _included(document: Document) -> list[str]:
