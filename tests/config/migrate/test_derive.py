@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from nxdt_nemo.config.migrate import Options, migrate
+from nxdt_nemo.config.validate import validate
 from nxdt_nemo.errors import ConfigError, UserError
 
 NXDT, NNM = (
@@ -16,6 +18,7 @@ NXDT, NNM = (
 )
 OPTIM = {"model.optim.name": "adamw"}
 ABSENT = object()
+DATA = Path(__file__).parent / "data"
 
 
 def nest(flat):
@@ -189,3 +192,35 @@ ERRORS = [  # dialect, their keys, the key that is an error
 def test_what_cannot_be_is_an_error_at_its_key(base, keys, wrong):
     _, report = run(base, keys)
     assert [entry.key for entry in report.entries if entry.level == "error"] == [wrong]
+
+
+FILES = {"data.train_dir": "/x/train.jsonl", "data.val_dir": "/x/held.jsonl"}
+TUNED = [  # their keys, what validate says is pending, what is left to a person
+    ({"model_alignment_strategy.sft.packing": False, **FILES}, "", ["model.restore_from_path"]),
+    (
+        {"model_alignment_strategy.peft.lora_rank": 8, "model_alignment_strategy.peft.lora_dropout": 0.1, **FILES},
+        "model.peft.peft_scheme=lora",
+        ["model.restore_from_path"],
+    ),
+    (
+        {"model_alignment_strategy.dpo.kl_beta": 0.1, "data.train_dir": "/x/train.jsonl", "data.val_dir": None},
+        "neuron.alignment.dpo",
+        ["model.data.validation_ds.file_names", "model.restore_from_path"],
+    ),
+    ({"model_alignment_strategy.orpo.beta": 0.1, **FILES}, "neuron.alignment.orpo", ["model.restore_from_path"]),
+]
+
+
+@pytest.mark.parametrize("keys, pending, asked", TUNED, ids=["sft", "lora", "dpo", "orpo"])
+def test_tuning_validates(keys, pending, asked, tmp_path):
+    theirs = OmegaConf.load(DATA / "small_nxdt.yaml")
+    for key, value in keys.items():
+        OmegaConf.update(theirs, key, value)
+    found = migrate(OmegaConf.to_yaml(theirs))
+    assert found.report.errors == []
+    (tmp_path / "tuning.yaml").write_text(found.text)
+    said = validate(tmp_path / "tuning.yaml", strict=True)
+    assert [str(error) for error in said.errors] == []
+    assert [line.reason.split(" is ")[0] for line in said.pending] == ([pending] if pending else [])
+    assert set(asked) <= set(said.to_be_set)
+    assert migrate(found.text).text == found.text
