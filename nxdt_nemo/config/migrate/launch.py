@@ -67,7 +67,7 @@ class Launch:
 
     def show(self, form: str) -> str:
         """The report as text, json or markdown."""
-        changed = [line for line in self.lines if line.what != "kept"]
+        changed = [line for line in self.lines if line.what != "kept" or line.why]
         if form == "json":
             whole = {"file": self.place, "from": self.dialect, "lines": [asdict(line) for line in changed]}
             return json.dumps(whole | {"text": self.text}, indent=2)
@@ -130,7 +130,8 @@ def _line(launch: Launch, number: int, raw: str) -> list[str]:
         launch.lines.append(Line(number, "dropped", bare, why="nothing here needs root"))
         return [f"# {bare}"]
     if bare.startswith(("sbatch", "scontrol", "srun")) or SHELL.match(bare) or re.match(r"^\./\S+\.sh", bare):
-        launch.lines.append(Line(number, "kept", bare))
+        other = re.match(r"^((sbatch|srun)\s.*)?(?<!\S)\S+\.(sh|slurm)\b", bare)
+        launch.lines.append(Line(number, "kept", bare, why="a script of its own: migrate it too" if other else ""))
         return raw.split("\n")
     launch.lines.append(
         Line(number, "unknown", " ".join(bare.split()), why="stays as it is: look whether it is needed")

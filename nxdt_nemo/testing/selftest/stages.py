@@ -52,7 +52,7 @@ class _Bench:
     def ranks(self, world: int, piece: str) -> list[dict[str, object]]:
         """piece() in `world` ranks of the lane."""
         environment = self.environment | {"NXDT_NEMO_RUNTIME": self.lane, "NXDT_NEMO": "0"}
-        with RankPool(world, env=environment, init=ACTIVE, group=False, timeout=150) as pool:
+        with RankPool(world, env=environment, init=ACTIVE, group=False, timeout=600) as pool:
             return pool.run(f"{PIECES}:{piece}")
 
 

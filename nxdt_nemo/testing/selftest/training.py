@@ -42,6 +42,7 @@ if __name__ == "__main__":
     main()
 '''
 STEPS, SAVED = 6, 3
+SECONDS = 1800  # a run whose graphs nobody compiled before takes many minutes
 
 
 class Runs:
@@ -58,7 +59,7 @@ class Runs:
             self._corpus = write_corpus(self.folder / "corpus")
         return self._corpus
 
-    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: int = 300) -> Run:
+    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: int = SECONDS) -> Run:
         """A run on this lane (or another) that logs to the folder `name` and ends after step `stop`, if given."""
         folder = self.folder / name
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]

@@ -61,6 +61,14 @@ def test_nnm():
     assert "\nfrobnicate --all\n" in found.text
 
 
+@pytest.mark.parametrize("line", ["./test.sh", "srun --nodes 2 ./train.sh --now", "sbatch job.slurm"])
+def test_a_script_that_is_started_is_to_be_migrated_too(line):
+    found = translate(f"{line}\nsrun hostname\n")
+    assert found.text == f"{line}\nsrun hostname\n"
+    assert "(a script of its own: migrate it too)" in found.show("table").splitlines()[0]
+    assert len(found.show("table").splitlines()) == 2
+
+
 def test_nxdt():
     text = "source ./train_setup.sh\ntorchrun $DISTRIBUTED_ARGS training_orchestrator.py --config-path=conf \\\n"
     found = translate(f"{text}  --config-name=$CONF_FILE data.micro_batch_size=2 compiler_flags=-O1\n")
