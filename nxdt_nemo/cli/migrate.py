@@ -102,12 +102,15 @@ def job_arguments(
     """
     from nxdt_nemo.config import migrate as room
     from nxdt_nemo.config.migrate.engine import parse_overrides
+    from nxdt_nemo.config.validate import find
 
+    config = find(config)
+    hydras = [word for word in words if word.startswith(("hydra", "~", "-")) or _is_group(config, word)]
     options = room.Options(
         dialect=dialect,
         training_precision=_precision(train_setup),
         model_config=model_config,
-        overrides=parse_overrides([word for word in words if not word.startswith(("hydra", "~", "-"))]),
+        overrides=parse_overrides([word for word in words if word not in hydras]),
         findings=False,  # the run's own checks come after hydra
     )
     migrated = room.migrate(_read(config), options, place=config.name)
@@ -120,11 +123,17 @@ def job_arguments(
     if "defaults" in migrated.text:
         arguments.append(f"--config-dir={config.resolve().parent}")
     arguments += [f"++{key}={value}" for key, value in migrated.rest]
-    arguments += [word for word in words if word.startswith(("hydra", "~", "-"))]
+    arguments += hydras
     import nxdt_nemo
 
     script = Path(str(nxdt_nemo.__file__)).parent / "nemo" / "examples" / "megatron_pretraining.py"
     return str(script), tuple(arguments)
+
+
+def _is_group(config: Path, word: str) -> bool:
+    """True if an override chooses a file of a hydra group: there is a folder of its name beside the configuration."""
+    name = word.partition("=")[0].lstrip("+")
+    return bool(name) and (config.resolve().parent / name).is_dir()
 
 
 def _say(report: MigrationReport) -> None:

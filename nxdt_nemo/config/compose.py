@@ -11,6 +11,7 @@ import ast
 import contextlib
 import difflib
 import io
+import logging
 import os
 import re
 import warnings
@@ -242,12 +243,15 @@ def _clean_hydra(entry: Entry) -> Iterator[None]:
 
     instances = Singleton._instances
     kept = {kind: instances.pop(kind) for kind in (GlobalHydra, VersionBase) if kind in instances}
+    disabled = logging.root.manager.disable
+    logging.disable()  # a plugin of hydra's that is not for these files logs a traceback
     try:
         with _resolvers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             initialize_config_dir(str(entry.folder), version_base=entry.version_base)
             yield
     finally:
+        logging.disable(disabled)
         for kind in (GlobalHydra, VersionBase):
             instances.pop(kind, None)
         instances.update(kept)
@@ -278,7 +282,7 @@ def compose_entry(entry: Entry) -> DictConfig:
             cfg: DictConfig = compose(entry.name, [*entry.overrides, *search])
         except MissingConfigException as error:
             raise _missing(entry, error) from None
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra's own for a group's number
             raise _bad_override(entry, error, search) from None
         except YAMLError as error:
             raise ConfigError(f"not readable as YAML: {_flat(error)}", place=entry.place) from None

@@ -21,7 +21,7 @@ from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError, HereError, PendingError, UserError
 
-__all__ = ["Verdict", "read", "validate", "validate_config"]
+__all__ = ["Verdict", "find", "read", "validate", "validate_config"]
 
 # Ends of the top-level keys of NeMo's scripts that restore a model, and so need no `model:`.
 RESTORES = ("inference", "model_file", "model_path")
@@ -90,13 +90,14 @@ def validate(path: Path, overrides: Sequence[str] = (), *, strict: bool | None =
 
 def read(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed configuration; a name of ours (`train`) stands for the file in configs/."""
-    path = _file(path)
+    path = find(path)
     if not overrides and not _has_defaults(path):
         return _plain(path)
     return compose_entry(Entry(folder=path.resolve().parent, name=path.stem, overrides=tuple(overrides)))
 
 
-def _file(path: Path) -> Path:
+def find(path: Path) -> Path:
+    """A file, or the one of ours that has this name (`train`). Raises UserError when there is neither."""
     if path.is_file():
         return path
     ours = folder("configs") / path.with_suffix(".yaml").name

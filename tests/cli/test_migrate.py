@@ -118,6 +118,16 @@ def test_fine_tuning_is_refused_in_one_line(type_):
     assert line.startswith("nxdt-nemo: small_nxdt.yaml: neuron.alignment.dpo.kl_beta: fine-tuning is checked")
 
 
+def test_run_config_takes_our_compositions(caplog):
+    from nxdt_nemo.config.compose import compose_for
+
+    words = ["model=bert", "target=cpu", "model.num_layers=3"]
+    script, arguments = job_arguments(Path("train"), words, "auto", None, None)
+    cfg = compose_for(Path(script), list(arguments))
+    assert (cfg.model.mcore_bert, cfg.model.num_layers, cfg.trainer.devices) == (True, 3, 2)
+    assert caplog.records == []  # a plugin of hydra's logs a traceback when it looks for files
+
+
 def test_hydra_finds_what_the_file_includes(tmp_path):
     from nxdt_nemo.config.compose import compose_for
 

@@ -103,9 +103,15 @@ def test_what_another_product_reads_is_told_to_migrate(tmp_path):
     assert "is written for neuronx-distributed-training; nxdt-nemo migrate" in str(done.exception)
 
 
-def test_an_option_of_a_group_that_is_not_there():
-    done = ours("validate", "train", "model=llama3_8")
-    assert str(done.exception) == "train.yaml: model=llama3_8 is not there; did you mean llama3_8b?"
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("model=llama3_8", "model=llama3_8 is not there; did you mean llama3_8b?"),
+        ("model=3", "Config group override must be a string or a list. Got int"),
+    ],
+)
+def test_an_option_of_a_group_that_is_not_there(option, said):
+    assert str(ours("validate", "train", option).exception) == f"train.yaml: {said}"
 
 
 @pytest.mark.parametrize(
