@@ -1,11 +1,11 @@
-"""Every composition of configs/, checked, and trained three steps on two ranks of the cpu lane, shrunk by overrides only.
+"""Every composition of configs/, checked, and trained three steps on two ranks, shrunk by overrides only.
 
     python tools/configs.py                       # all of it; writes docs/results/configs.md
     python tools/configs.py --check               # checks only, a minute
     python tools/configs.py --only model=bert     # some of it; prints only
 
-Compositions that are the same when they are shrunk are trained once: what sets trn1 and trn2 apart is sizes. Exit code 1
-when one is not good. Runs that were done are kept in --folder and not done again.
+Compositions that are the same when they are shrunk are trained once: what sets trn1 and trn2 apart is sizes. Exit
+code 1 when one is not good. Runs that were done are kept in --folder and not done again.
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ class Trainer:
 
     def run(self, job: Composition) -> str:
         """One composition: its three losses, the line that refuses it, or the end of a failure."""
-        base = self.folder / f"{job.model}_{job.target}_{'lora' if job.workflow == 'lora' else 'base'}.nemo"
-        arguments = shrink.overrides(job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE"))
-        key = _same(arguments)
+        base = self.folder / f"{job.model}_{job.target}.nemo"
+        arguments = shrink.overrides(
+            job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE")
+        )
+        key = _same(arguments) + (job.workflow if job.workflow in PENDING else "")
         if key not in self.outcomes:
-            if job.workflow in ("sft", "lora") and not base.exists():
+            if job.workflow == "sft" and not base.exists():
                 first = Composition(job.model, job.target, "pretrain")
-                groups = [entry for entry in arguments if "num_query_groups" in entry]
-                self._train(first, "gpt", [*self._arguments(first, base), *groups], base)
+                self._train(first, "gpt", self._arguments(first, base), base)
             self.outcomes[key] = self._outcome(job, base)
             self.done.write_text(json.dumps(self.outcomes))
         return str(self.outcomes[key][0])
@@ -104,11 +105,13 @@ def markdown(rows: list[tuple[Composition, str, str, str]]) -> str:
     lines = "\n".join(f"| {job.model} | {job.target} | {job.workflow} | {a} | {b} | {c} |" for job, a, b, c in rows)
     return f"""# Configurations
 
-`python tools/configs.py`, {time.strftime("%Y-%m-%d")}; {versions}. Every composition of `configs/`: what `validate --strict`
-says of it as it is, what it needs of a NeuronCore (GiB, coarsely), and the losses of three steps on two ranks of the cpu
-lane, shrunk by overrides only (`tools/configs_lib/shrink.py`): two layers, hidden size 32, sequences of 64, a pipeline of
-two stages where the composition has one, else two tensor-parallel ranks, else two data-parallel ones. Where trn1 and trn2
-are the same configuration when shrunk, they are one run. Tuning begins from what the pretraining run of the same row saved.
+`python tools/configs.py`, {time.strftime("%Y-%m-%d")}; {versions}.
+Every composition of `configs/`: what `validate --strict` says of it as it is, what it needs of a NeuronCore (GiB,
+coarsely), and the losses of three steps on two ranks of the cpu lane, shrunk by overrides only
+(`tools/configs_lib/shrink.py`): two layers, hidden size 32, sequences of 64, a pipeline of two stages where the
+composition has one, else two tensor-parallel ranks, else two data-parallel ones. Where trn1 and trn2 are the same
+configuration when shrunk, they are one run. Tuning begins from what the pretraining run of the same model saved. A row
+without losses has not been trained yet.
 
 | model | target | workflow | validate | GiB a core | three steps |
 |---|---|---|---|---|---|
@@ -129,8 +132,8 @@ def main() -> int:
             print(f"{job}: {row[0]}; {row[1]}", flush=True)
     if not args.check:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        trainer = Trainer(args.folder or Path(tempfile.mkdtemp(prefix="configs-")))
         runs.preload()
+        trainer = Trainer(args.folder or Path(tempfile.mkdtemp(prefix="configs-")))
         for job in jobs:
             verdict, memory, _ = rows[job]
             rows[job] = (verdict, memory, trainer.run(job))

@@ -41,7 +41,13 @@ CONFIGS = (
     Composition("bert", "trn1", "pretrain"),
     Composition("t5", "trn2", "pretrain"),
 )
-STOCK = ("megatron_gpt_config", "megatron_llama_config", "megatron_falcon_config", "megatron_gemma_config", "megatron_bert_config")
+STOCK = (
+    "megatron_gpt_config",
+    "megatron_llama_config",
+    "megatron_falcon_config",
+    "megatron_gemma_config",
+    "megatron_bert_config",
+)
 
 
 @dataclass
@@ -86,7 +92,7 @@ def judge(row: Row, mutation: Mutation, verdict: Verdict, clean: set[str], place
     new = [str(error) for error in verdict.errors if str(error) not in clean]
     if new:
         row.errors += 1
-    elif mutation.kind == "deleted" and any(d.key == mutation.key for d in verdict.report.defaults):
+    elif mutation.kind == "deleted" and any(d.key == mutation.key and d.common for d in verdict.report.defaults):
         row.listed += 1
     else:
         row.silent.append(f"{place}: {mutation.text}")
@@ -101,7 +107,10 @@ def judge(row: Row, mutation: Mutation, verdict: Verdict, clean: set[str], place
 def fuzz(configs: dict[str, dict[str, Any]], count: int, seed: int = SEED) -> dict[str, Row]:
     """`count` mutations, evenly over configurations and kinds."""
     draw, rows, known = random.Random(seed), {kind: Row() for kind in KINDS}, load_keys().knows
-    before = {name: {str(e) for e in validate_config(OmegaConf.create(cfg), strict=True).errors} for name, cfg in configs.items()}
+    before = {
+        name: {str(e) for e in validate_config(OmegaConf.create(cfg), strict=True).errors}
+        for name, cfg in configs.items()
+    }
     names = list(configs)
     for number in range(count):
         name, kind = names[number % len(names)], KINDS[number // len(names) % len(KINDS)]
@@ -123,13 +132,15 @@ def fuzz(configs: dict[str, dict[str, Any]], count: int, seed: int = SEED) -> di
 def table(rows: dict[str, Row]) -> str:
     """Markdown."""
     lines = [
-        "| mutation | made | an error | its default is listed | accepted silently | exception | the right key is named |",
+        "| mutation | made | an error | its default is listed | accepted silently | exception | right key named |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind, row in rows.items():
         listed = str(row.listed) if kind == "deleted" else ""
         named = f"{100 * row.suggested / max(row.made, 1):.1f} %" if kind == "typo" else ""
-        lines.append(f"| {kind} | {row.made} | {row.errors} | {listed} | {len(row.silent)} | {len(row.raised)} | {named} |")
+        lines.append(
+            f"| {kind} | {row.made} | {row.errors} | {listed} | {len(row.silent)} | {len(row.raised)} | {named} |"
+        )
     return "\n".join(lines)
 
 
@@ -150,15 +161,16 @@ def markdown(rows: dict[str, Row], configs: dict[str, Any], count: int, seconds:
     return f"""# Fuzz
 
 `python tools/fuzz.py`, {time.strftime("%Y-%m-%d")}, seed {SEED}, {count:,} mutations in {seconds:.0f} s;
-omegaconf {version("omegaconf")}, pydantic {version("pydantic")}. What `validate --strict` says of each is compared with what it
-says of the configuration without the mistake.
+omegaconf {version("omegaconf")}, pydantic {version("pydantic")}. What `validate --strict` says of each is compared
+with what it says of the configuration without the mistake.
 
 {table(rows)}
 
-A typo is two letters swapped, one left out, doubled or changed, at any depth of `trainer`, `exp_manager` and `model`; the
-arguments of loggers (`*_kwargs`) are anybody's and not judged. A wrong type is a value of another YAML kind; out of range
-is a number far below its least, or above its most; a contradiction is one of the pairs in `tools/fuzz_lib/mutations.py`.
-The mutations are made without the tables that judge them.
+A typo is two letters swapped, one left out, doubled or changed, at any depth of `trainer`, `exp_manager` and `model`;
+the arguments of loggers (`*_kwargs`) are anybody's and not judged. A wrong type is a value of another YAML kind; out of
+range is a number far below its least, or above its most; a contradiction is one of the pairs in
+`tools/fuzz_lib/mutations.py`.
+The mutations are made without the tables that judge them, but for one question: whether a misspelt name is a key too.
 
 The configurations:
 

@@ -1,5 +1,5 @@
-"""Write configs/keys/nemo-<version>.json: every configuration key that the installed NeMo knows, and values-<version>.json:
-the kinds of value that each takes, and what it is when nobody writes it.
+"""Write configs/keys/nemo-<version>.json: every configuration key that the installed NeMo knows; and beside it
+values-<version>.json: the kinds of value that each takes, and what it is when nobody writes it.
 
     python tools/keys.py PATH_TO_NEMO_CHECKOUT [--output FILE]
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -29,11 +29,15 @@ from omegaconf import OmegaConf
 Sections = dict[str, set[str]]
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS_COUNT = 1000  # what one of ours writes is usual
 # Our own configurations, and the kind of model that writes what is in them.
 OURS = (
     *(("parts/base.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
     *((f"{part}.yaml", "gpt") for part in ("parts/gpt*", "parts/llama", "model/gpt*", "model/llama*", "model/mi*")),
-    *((f"{part}.yaml", "tuning") for part in ("parts/gpt*", "parts/llama", "parts/tuning", "workflow/sft", "workflow/lora")),
+    *(
+        (f"{part}.yaml", "tuning")
+        for part in ("parts/gpt*", "parts/llama", "parts/tuning", "workflow/sft", "workflow/lora")
+    ),
     *(("workflow/pretrain.yaml", model) for model in ("gpt", "bert", "t5")),
     *(("target/trn1.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
     ("model/llama*.yaml", "tuning"),
@@ -43,7 +47,7 @@ OURS = (
 )
 STOCK = ("examples/nlp/language_modeling/conf/*.yaml", "examples/nlp/language_modeling/tuning/conf/*.yaml")
 SCRIPTS = ("examples/nlp/language_modeling/*.py", "examples/nlp/language_modeling/tuning/*.py")
-READERS = ("nemo/collections/nlp/**/*.py", "nemo/core/**/*.py")
+READERS = ("nemo/collections/nlp/**/*.py", "nemo/core/**/*.py", "nemo/utils/callbacks/dist_ckpt_io.py")
 
 # Files whose `cfg` is the whole config or another section than `model`.
 ROOT_OF_FILE = {
@@ -256,16 +260,18 @@ def gets(tree: ast.AST, root: str) -> Iterator[tuple[tuple[str, str], v.Value]]:
 def values(checkout: Path, known: dict[str, list[str]]) -> dict[str, Any]:
     """What values the known keys take."""
     found: v.Found = defaultdict(v.Value)
+    yamls: Counter[str] = Counter()
     for file in sorted(file for pattern in STOCK for file in checkout.glob(pattern)):
         # As hydra reads it: 1e-4 is a number there, and a text for PyYAML.
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         if "trainer" in config:
+            yamls[v.model_of(config)] += 1
             v.of_stock(config, "", found, v.model_of(config))
     side = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "parts" / "t5_side.yaml"), resolve=False)
-    v.of_stock({"model": {"encoder": side, "decoder": side}}, "", found, "t5")
+    v.of_stock({"model": {"encoder": side, "decoder": side}}, "", found, "t5", OURS_COUNT)
     for pattern, model in OURS:
         for file in sorted((ROOT / "configs").glob(pattern)):
-            v.of_stock(OmegaConf.to_container(OmegaConf.load(file), resolve=False), "", found, model)
+            v.of_stock(OmegaConf.to_container(OmegaConf.load(file), resolve=False), "", found, model, OURS_COUNT)
     base = installed("nemo_toolkit", "")
     for file in sorted(file for pattern in READERS for file in base.glob(pattern)):
         for place, value in gets(parsed(file), ROOT_OF_FILE.get(str(file.relative_to(base)), "model")):
@@ -275,7 +281,7 @@ def values(checkout: Path, known: dict[str, list[str]]) -> dict[str, Any]:
             for node in classes(installed(name, path), wanted):
                 for key, value in members(node):
                     v.merge(found[section, key], value)
-    return v.dumped(found, known)
+    return v.dumped(found, known, yamls)
 
 
 def dump_values(made: dict[str, Any]) -> str:

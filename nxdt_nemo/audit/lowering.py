@@ -236,7 +236,7 @@ def _build(config: Any) -> tuple[Any, Any]:
 
     logging.set_verbosity(logging.ERROR)
 
-    class Model(MegatronGPTModel):  # type: ignore[misc]
+    class Model(MegatronGPTModel):
         def _build_tokenizer(self) -> None:
             self.tokenizer = _tokenizer(self._cfg, vocabulary)
 

@@ -1,6 +1,6 @@
 """`nxdt-nemo configs`: the configurations that come with the package.
 
-Room cli/. Imports neither torch nor NeMo; hydra where a configuration is shown. Proof: tests/cli/test_configs.py.
+Room cli/. Imports neither torch nor NeMo; hydra where a configuration is shown. Proof: tests/cli/test_validate.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ app = typer.Typer(help="Our configurations: list, show, path.", no_args_is_help=
 
 _Chosen = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[model=...] [target=...] [workflow=...]", help="Further overrides too.", show_default=False),
+    typer.Argument(
+        metavar="[model=...] [target=...] [workflow=...]", help="Further overrides too.", show_default=False
+    ),
 ]
 
 
@@ -32,7 +34,9 @@ def list_() -> None:
             note = " (checked, not trained yet)" if name in PENDING else ""
             typer.echo(f"  {name:16} {about(group, name)}{note}")
     models = [name for name in options("model") if not Composition(name, "trn1", "sft").fits]
-    typer.echo(f"{sum(1 for _ in compositions())} go together: all, but {' and '.join(models)} are for pretraining only")
+    typer.echo(
+        f"{sum(1 for _ in compositions())} go together: all, but {' and '.join(models)} are for pretraining only"
+    )
 
 
 @app.command()
@@ -46,7 +50,7 @@ def show(chosen: _Chosen = None) -> None:
 
     given = chosen or []
     _check(given)
-    cfg = read(folder("configs") / f"{PRIMARY}.yaml", given or ["+hydra=null"])
+    cfg = read(folder("configs") / f"{PRIMARY}.yaml", given)
     typer.echo(f"# nxdt-nemo configs show {' '.join(given)}".rstrip())
     typer.echo(OmegaConf.to_yaml(cfg), nl=False)
 
@@ -71,7 +75,15 @@ def _check(given: list[str]) -> None:
         name, known = chosen.get(group), options(group)
         if name is not None and name not in known:
             near = get_close_matches(name, known, n=1)
-            raise UserError("is not there", place=f"{group}={name}", fix=f"did you mean {near[0]}?" if near else f"use {or_list(known)}")
-    found = Composition(chosen.get("model", "llama3_8b"), chosen.get("target", "trn1"), chosen.get("workflow", "pretrain"))
+            raise UserError(
+                "is not there",
+                place=f"{group}={name}",
+                fix=f"did you mean {near[0]}?" if near else f"use {or_list(known)}",
+            )
+    found = Composition(
+        chosen.get("model", "llama3_8b"), chosen.get("target", "trn1"), chosen.get("workflow", "pretrain")
+    )
     if not found.fits:
-        raise UserError("is for decoders", place=f"workflow={found.workflow}", fix=f"{found.model} has workflow=pretrain")
+        raise UserError(
+            "is for decoders", place=f"workflow={found.workflow}", fix=f"{found.model} has workflow=pretrain"
+        )

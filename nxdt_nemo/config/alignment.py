@@ -42,7 +42,7 @@ class Dpo(_Section):
 
 
 class Orpo(_Section):
-    """Odds ratio preference optimization: Hong et al. 2024, arXiv:2403.07691. beta: the paper's lambda; the rest as DPO's."""
+    """Odds ratio preference optimization: Hong et al. 2024, arXiv:2403.07691. beta is the paper's lambda."""
 
     beta: Positive = 0.1
     max_prompt_length: Annotated[int, Field(ge=1)] = 2048

@@ -364,8 +364,8 @@ def position_table(view: View) -> Errors:
 def checkpoint_ranks(view: View) -> Errors:
     """A number of ranks, most often an interpolation of sizes that have rules of their own."""
     key = "exp_manager.checkpoint_callback_params.model_parallel_size"
-    value, sizes = view.get(key), [view.number(size, 1) or 0 for size in (TP, PP)]
-    if value is not None and min(sizes) > 0 and (view.number(key) or 0) < 1:
+    value, wrong = view.get(key), [size for size in (TP, PP) if view.has(size) and (view.number(size) or 0) < 1]
+    if value is not None and not wrong and (view.number(key) or 0) < 1:
         yield view.error(f"{key}={value} is not a number of ranks", "use the product of the model's parallel sizes")
 
 
@@ -376,7 +376,11 @@ def workflows(view: View) -> Errors:
         if view.training and isinstance(method, dict) and method.get(name) is not None:
             reason = f"neuron.alignment.{name} is checked and not trained yet"
             yield PendingError(reason, place=view.place, fix="leave neuron.alignment out, or wait for fine-tuning")
-    if view.get("model.peft.peft_scheme") == "lora" and view.training and not view.get("model.peft.lora_tuning"):
+    scheme = view.get("model.peft.peft_scheme", "none")
+    if view.training and scheme != "none":
+        reason = f"model.peft.peft_scheme={scheme} is checked and not trained yet"
+        yield PendingError(reason, place=view.place, fix="use null to tune all weights, or wait for fine-tuning")
+    if scheme == "lora" and view.training and not view.get("model.peft.lora_tuning"):
         yield view.error("model.peft.peft_scheme=lora without model.peft.lora_tuning", "write the section")
     encoder = view.get("model.mcore_bert") is not None or view.get("model.mcore_t5") is not None
     if encoder and view.get("model.data.train_ds") is not None and view.get("model.mcore_bert", False):
@@ -419,7 +423,9 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
 def sequence_parallel_alone(view: View) -> Errors:
     """Sequence parallelism cuts what tensor parallelism leaves whole."""
     if view.get("model.sequence_parallel", False) and view.size(TP) == 1:
-        yield view.error(f"model.sequence_parallel=True with {TP}=1, where NeMo turns it off", "use False, or more ranks")
+        yield view.error(
+            f"model.sequence_parallel=True with {TP}=1, where NeMo turns it off", "use False, or more ranks"
+        )
 
 
 def head_size(view: View) -> Errors:

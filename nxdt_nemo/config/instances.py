@@ -27,7 +27,7 @@ GIB = 2**30
 GB, TB, TFLOP = 10**9, 10**12, 10**12
 GBIT = 10**9 / 8
 
-GUIDE = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest"
+GUIDE = "https://awsdocs-neuron.readthedocs-hosted.com/en/v2.29.1"
 DOCS = f"{GUIDE}/about-neuron/arch"
 HARDWARE = f"{DOCS}/neuron-hardware"
 
@@ -174,7 +174,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType({chip.name: chip for chip in (TRAIN
 _TRN1 = f"{HARDWARE}/trn1-arch.html"
 _TRN2 = f"{HARDWARE}/trn2-arch.html"
 _EFA1 = f"{GUIDE}/frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.html"
-_EFA2 = f"{GUIDE}/deploy/eks/dra.html"
+_EFA2 = f"{GUIDE}/containers/neuron-dra.html"
 _ALL = (
     Instance("trn1.2xlarge", TRAINIUM, 1, 8, 32 * GIB, 0.0, 12.5 * GBIT, 0, f"{_TRN1}, {_EFA1}"),
     Instance("trn1.32xlarge", TRAINIUM, 16, 128, 512 * GIB, 384 * GB, 800 * GBIT, 8, f"{_TRN1}, {_EFA1}"),

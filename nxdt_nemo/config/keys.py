@@ -113,7 +113,11 @@ def load(where: Path | None = None) -> KeyTable:
 
 
 def unknown_keys(
-    cfg: DictConfig, *, section: str = "", also: frozenset[str] = frozenset(), table: KeyTable | None = None
+    cfg: DictConfig | dict[str, Any],
+    *,
+    section: str = "",
+    also: frozenset[str] = frozenset(),
+    table: KeyTable | None = None,
 ) -> list[Unknown]:
     """The keys of a config that nobody reads, outermost only, in the order of the config.
 
@@ -121,7 +125,7 @@ def unknown_keys(
     also      names that somebody else reads, such as the user's own script
     """
     table = table or load()
-    raw = OmegaConf.to_container(cfg, resolve=False)
+    raw = cfg if isinstance(cfg, dict) else OmegaConf.to_container(cfg, resolve=False)
     unknown = (found for found in _walk(raw, section, table) if found[0].rpartition(".")[2] not in also)
     return [table.nearest(path, written) for path, written in unknown]
 

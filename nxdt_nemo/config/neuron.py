@@ -1,6 +1,7 @@
 """Our own section of a configuration, `neuron:`, beside NeMo's keys.
 
-Room config/ (leaf). Stands in for nothing upstream. May import pydantic, omegaconf and nxdt_nemo.errors.
+Room config/ (leaf). Stands in for the keys of NxD Training that are not NeMo's. May import pydantic, omegaconf and
+nxdt_nemo.errors.
 Proof: tests/config/test_neuron.py.
 """
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, Sft
+from nxdt_nemo.config.environment import variables
 from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
@@ -30,6 +32,20 @@ class NeuronConfig(BaseModel):
     strict_keys   a key that nobody reads is an error, not a warning
     stochastic_rounding   sets NEURON_RT_STOCHASTIC_ROUNDING_EN to 1 or 0; None leaves it to the environment. NxD
                           Training's precision.type mixed_precision_SR, with megatron_amp_O2
+    precision     NxD Training's precision.type; None takes it from trainer.precision and model.megatron_amp_O2
+    lnc           physical cores of a rank on trn2, 1 or 2; None takes it from trainer.devices, else the chip's default
+    sdk           the Neuron SDK's version, as in 2.29
+
+    Each of these is a variable of configs/environment.toml, NxD Training's key in brackets:
+
+    compiler_flags                     options of neuronx-cc [compiler_flags]
+    compiler_cache_url                 folder or s3:// address of compiled graphs [compiler_cache_url]
+    async_exec_max_inflight_requests   graphs handed over ahead [aync_exec_max_inflight_requests]
+    bucket_size_collectives            MB of a gradient bucket of torch-xla's [bucket_size_collectives]
+    exec_timeout                       seconds that a graph may take [neuron_rt_exec_timeout]
+    compress_replica_groups            short replica groups [neuron_experimental_compress_rg]
+    fuse_softmax                       softmax as one operation [model.fusions.softmax]
+    environment                        further variables, by name
     vocab_size    the tokenizer's pieces, for what is computed where the tokenizer is not at hand: memory
     alignment     preference training, see alignment.py
     targets       packages whose classes a `_target_` may name, beside those of targets.py
@@ -41,9 +57,20 @@ class NeuronConfig(BaseModel):
     instance: str | None = None
     strict_keys: bool = False
     stochastic_rounding: bool | None = None
+    precision: Literal["bf16SR", "mixed_precision", "mixed_precision_SR", "autocast", "fp32", "manual"] | None = None
+    lnc: Literal[1, 2] | None = None
+    sdk: str | None = Field(default=None, pattern=r"^\d+(\.\d+){1,2}$", coerce_numbers_to_str=True)
+    compiler_flags: str | None = None
+    compiler_cache_url: str | None = None
+    async_exec_max_inflight_requests: int | None = Field(default=None, ge=0)
+    bucket_size_collectives: int | None = Field(default=None, ge=1)
+    exec_timeout: int | None = Field(default=None, ge=0)
+    compress_replica_groups: bool | None = None
+    fuse_softmax: bool | None = None
+    environment: dict[str, str | int | bool] | None = None
     vocab_size: Annotated[int, Field(ge=1)] | None = None
     alignment: Alignment | None = None
-    targets: tuple[str, ...] | list[str] = ()
+    targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
@@ -70,12 +97,12 @@ def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:
 
 
 def _example() -> str:
-    return f"write its keys: {or_list(f'neuron.{name}' for name in NeuronConfig.model_fields)}"
+    return f"its keys are {', '.join(NeuronConfig.model_fields)}"
 
 
 def _names(above: list[str]) -> list[str]:
     """The keys of neuron's section that is named by these."""
-    methods = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
+    methods: dict[str, type[BaseModel]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
     model: type[BaseModel] = NeuronConfig if not above else methods.get(above[-1], Alignment)
     return list(model.model_fields)
 
@@ -83,10 +110,12 @@ def _names(above: list[str]) -> list[str]:
 def _one_line(error: ValidationError, place: str) -> ConfigError:
     """The first finding of pydantic in our words."""
     first = error.errors()[0]
-    *above, name = (str(part) for part in first["loc"] if part not in ("tuple[str, ...]", "list[str]"))
+    path = [str(part) for part in first["loc"]]
+    *above, name = path[:2] if path[0] == "environment" else path  # below a variable come the types that it tried
     key = ".".join([*above, name])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, _names(above), n=1)
+        names = {variable.nxdt: variable.key for variable in variables() if variable.nxdt and variable.key}
+        near = [names[name]] if name in names else difflib.get_close_matches(name, _names(above), n=1)
         return ConfigError(
             f"unknown key neuron.{key}", place=place, fix=f"did you mean {near[0]}?" if near else _example()
         )

@@ -16,10 +16,13 @@ from nxdt_nemo import console
 from nxdt_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nxdt_nemo.config.job import Job
     from nxdt_nemo.config.neuron import NeuronConfig
     from nxdt_nemo.config.values import Default
 
 __all__ = ["Change", "Ignored", "Report", "Unknown", "or_list"]
+
+FOREIGN = 3  # keys of another product in a config of that product; fewer are left over
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Report:
     defaults   keys that such a model's config usually writes and this one does not, with what they are then
     to_be_set  keys whose value is `???`
     neuron     our own section, None when the config has none
+    job        what the environment of the run depends on; None when nothing of this backend applies
     """
 
     errors: list[ConfigError] = field(default_factory=list)
@@ -85,6 +89,14 @@ class Report:
     defaults: list[Default] = field(default_factory=list)
     to_be_set: list[str] = field(default_factory=list)
     neuron: NeuronConfig | None = None
+    job: Job | None = None
+
+    @property
+    def foreign(self) -> str:
+        """What the config is written for, when several keys are of another product; "" else."""
+        sources = [key.source for key in self.unknown if key.source]
+        product = max(sources, key=sources.count, default="")
+        return product if sources.count(product) >= FOREIGN else ""
 
     def raise_first(self) -> None:
         """Raise the first error, if there is one."""

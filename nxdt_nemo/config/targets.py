@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
@@ -26,7 +24,7 @@ def targets(view: View) -> Iterator[ConfigError]:
     """Every `_target_`, at any depth, is of a package that is allowed, or that neuron.targets adds."""
     more = view.get("neuron.targets", [])
     allowed = (*ALLOWED, *(more if isinstance(more, list) else ()))
-    for path, target in _found(OmegaConf.to_container(view.cfg, resolve=False), view.section):
+    for path, target in _found(view.plain, view.section):
         if not any(str(target) == name or str(target).startswith(f"{name}.") for name in allowed):
             reason = f"{path}={target} is not of {or_list(ALLOWED)}"
             yield view.error(reason, "if you trust it, add its package: +neuron.targets=[...]")

@@ -1,7 +1,7 @@
 """`nxdt-nemo validate`: a YAML file with its overrides composed and checked, as a run would, and nothing started.
 
-Room config/ (leaf). Unlike a run it asks nothing of this machine: files and packages that are not here are warnings, and
-`???` is for whoever starts the run. Imports hydra only where there is something to compose.
+Room config/ (leaf). Unlike a run it asks nothing of this machine: files and packages that are not here are warnings,
+and `???` is for whoever starts the run. Imports hydra only where there is something to compose.
 Proof: tests/config/test_validate.py, tools/fuzz.py.
 """
 
@@ -21,7 +21,10 @@ from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError, HereError, PendingError, UserError
 
-__all__ = ["Verdict", "read", "validate", "validate_config"]
+__all__ = ["Verdict", "find", "read", "validate", "validate_config"]
+
+# Ends of the top-level keys of NeMo's scripts that restore a model, and so need no `model:`.
+RESTORES = ("inference", "model_file", "model_path")
 
 
 @dataclass
@@ -87,21 +90,27 @@ def validate(path: Path, overrides: Sequence[str] = (), *, strict: bool | None =
 
 def read(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed configuration; a name of ours (`train`) stands for the file in configs/."""
-    path = _file(path)
+    path = find(path)
     if not overrides and not _has_defaults(path):
         return _plain(path)
     return compose_entry(Entry(folder=path.resolve().parent, name=path.stem, overrides=tuple(overrides)))
 
 
-def _file(path: Path) -> Path:
+def find(path: Path) -> Path:
+    """A file, or the one of ours that has this name (`train`). Raises UserError when there is neither."""
     if path.is_file():
         return path
     ours = folder("configs") / path.with_suffix(".yaml").name
     if path.parent == Path() and ours.is_file():
         return ours
-    near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    fix = f"beside it: {', '.join(file.name for file in near[:5])}" if near else "see nxdt-nemo configs list"
-    raise UserError("no such file", place=str(path), fix=fix)
+    from difflib import get_close_matches
+
+    beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    near = get_close_matches(path.name, beside, n=1)
+    fix = f"beside it: {', '.join(beside[:5])}" if beside else "see nxdt-nemo configs list"
+    raise UserError(
+        "there is no such file", place=str(path), fix=f"did you mean {path.parent / near[0]}?" if near else fix
+    )
 
 
 def _has_defaults(path: Path) -> bool:
@@ -143,10 +152,10 @@ def validate_config(
     view = View(cfg, place=place)
     ranks = world_size(cfg, environ or {}, view=view)
     try:
-        report = check(cfg, world_size=ranks, place=place, strict=strict)
-    except ConfigError as error:  # a broken `neuron:`: the rest is checked without it
+        report = check(cfg, world_size=ranks, place=place, strict=strict, view=view)
+    except ConfigError as broken:  # a broken `neuron:`: the rest is checked without it
         report = check(_without_neuron(cfg), world_size=ranks, place=place, strict=strict)
-        report.errors.insert(0, error)
+        report.errors.insert(0, broken)
     if strict is None:
         strict = report.neuron is not None and report.neuron.strict_keys
     found = Verdict(place, cfg, report, ranks, strict)
@@ -163,8 +172,9 @@ def validate_config(
 
 def _sections(view: View) -> Iterable[ConfigError]:
     """Without these nothing else can be judged."""
-    for name in ("trainer", "model"):
-        if not isinstance(view.raw(name), dict):
+    restores = any(key.endswith(RESTORES) for key in view.plain)
+    for name in ("trainer",) if restores else ("trainer", "model"):
+        if name not in view.forgotten and not isinstance(view.raw(name), dict):
             yield view.error(f"{name} is not a section", f"write {name}: and its keys below it")
 
 

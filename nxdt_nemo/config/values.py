@@ -1,5 +1,5 @@
-"""What value a key takes: its kind, its range, its names; which keys a model cannot do without; what the others are when
-nobody writes them.
+"""What value a key takes: its kind, its range, its names; which keys a model cannot do without, and what the others
+are when nobody writes them.
 
 Room config/ (leaf). Stands in for what NeMo, megatron-core and Lightning raise from many places, or do not notice. The
 tables are data: configs/keys/values-*.json is written by tools/keys.py from upstream's source, values.toml and
@@ -13,7 +13,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -26,7 +26,7 @@ from nxdt_nemo.config.report import or_list, shown
 from nxdt_nemo.config.view import MISSING, View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["ERRORS", "Default", "ValueTable", "defaults", "kind_of_model", "load", "to_be_set"]
+__all__ = ["ERRORS", "RESTORED", "Default", "ValueTable", "defaults", "kind_of_model", "load", "to_be_set"]
 
 Errors = Iterator[ConfigError]
 
@@ -38,15 +38,20 @@ WORDS = {
     "list": "a list",
     "dict": "a section",
 }
+RESTORED = "as in model.restore_from_path"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
 class Default:
-    """A key that the config does not write, and what it is then. Both as YAML would write them."""
+    """A key that the config does not write, and what it is then: as YAML would write it, or in words.
+
+    common  whether most configs of such a model do write it
+    """
 
     key: str
     value: Any
+    common: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class ValueTable:
     defaults   path -> value when it is not written
     required   kind of model -> path -> why
     usual      kind of model -> the keys that NeMo's stock YAMLs of it, or ours, write
+    common     kind of model -> those of them that many do
     """
 
     kinds: dict[str, tuple[str, ...]]
@@ -67,6 +73,7 @@ class ValueTable:
     defaults: dict[str, Any]
     required: dict[str, dict[str, str]]
     usual: dict[str, frozenset[str]]
+    common: dict[str, frozenset[str]]
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def find(self, table: str, path: str) -> Any:
@@ -111,6 +118,7 @@ def load() -> ValueTable:
     known: dict[str, Any] = {}
     choices: dict[str, tuple[str, ...]] = {}
     usual: dict[str, set[str]] = {}
+    common: dict[str, set[str]] = {}
     for file in sorted(where.glob("values-*.json")):
         for section, keys in json.loads(file.read_text(encoding="utf-8")).items():
             for name, entry in keys.items():
@@ -123,6 +131,8 @@ def load() -> ValueTable:
                     choices[path] = tuple(entry["choices"])
                 for model in entry.get("in", ()):
                     usual.setdefault(model, set()).add(path)
+                for model in entry.get("common", ()):
+                    common.setdefault(model, set()).add(path)
     hand = tomllib.loads((where / "values.toml").read_text(encoding="utf-8"))
     needed = tomllib.loads((where / "required.toml").read_text(encoding="utf-8"))
     kinds |= {path: tuple(names) for path, names in hand["kinds"].items()}
@@ -136,15 +146,17 @@ def load() -> ValueTable:
         defaults=known,
         required=needed,
         usual={model: frozenset(paths) for model, paths in usual.items()},
+        common={model: frozenset(paths) for model, paths in common.items()},
     )
 
 
 def kind_of_model(view: View) -> str:
-    """gpt, bert, t5 or tuning: which of NeMo's classes on megatron-core reads this config; "" where it is none of these."""
+    """gpt, bert, t5 or tuning: which of NeMo's classes on megatron-core reads this config; "" for none of these."""
     if view.has("model.retro") or view.get("neuron.alignment.dpo") or view.get("neuron.alignment.orpo"):
         return ""
     if view.get("model.data.train_ds") is not None:
-        return "tuning" if view.has("model.peft") and not view.has("quantization") else ""
+        tuned = view.has("model.peft") or (view.get("model.mcore_gpt", False) and view.has("model.restore_from_path"))
+        return "tuning" if tuned and not view.has("quantization") else ""
     return next((kind for kind in ("gpt", "bert", "t5") if view.get(f"model.mcore_{kind}", False)), "")
 
 
@@ -185,7 +197,7 @@ def _is_one(value: Any, wanted: tuple[str, ...]) -> bool:
         case int():
             return numeric or "str" in wanted or ("bool" in wanted and value in (0, 1))
         case float():
-            return "float" in wanted or "str" in wanted or ("int" in wanted and value.is_integer())
+            return "float" in wanted or "str" in wanted
         case str():
             return "str" in wanted or (numeric and NUMBER.fullmatch(value.strip()) is not None)
         case list():
@@ -253,7 +265,25 @@ def choices(view: View) -> Errors:
         if names is None or value.lower() in (name.lower() for name in names):
             continue
         near = get_close_matches(value, names, n=1)
-        yield view.error(f"{path}={value} is not known", f"did you mean {near[0]}?" if near else f"use {or_list(names)}")
+        yield view.error(
+            f"{path}={value} is not known", f"did you mean {near[0]}?" if near else f"use {or_list(names)}"
+        )
+
+
+def devices(view: View) -> Errors:
+    """A number, a list of them, or auto."""
+    value = view.get("trainer.devices")
+    if isinstance(value, str) and value != "auto" and NUMBER.fullmatch(value.strip()) is None:
+        yield view.error(f"trainer.devices={value} is not a number of devices", "use a number, or auto")
+
+
+def splits(view: View) -> Errors:
+    """Shares of training, validation and test."""
+    key = "model.data.splits_string"
+    value = view.get(key)
+    shares = value if isinstance(value, list) else str(value).split(",")
+    if value is not None and not all(_number(str(share)) and float(share) >= 0 for share in shares):
+        yield view.error(f"{key}={shown(value)} is not shares of the data", "write 980,10,10")
 
 
 # --- what has to be there -----------------------------------------------------------------------------------------
@@ -266,8 +296,8 @@ def missing(view: View) -> Errors:
     for path, why in load().required.get(kind_of_model(view), {}).items():
         if view.has(path) and (view.raw(path) is not None or why.endswith("may be null")):
             continue
-        if view.unresolved(path):
-            continue
+        if path in view.forgotten or view.unresolved(path):
+            continue  # said already
         section = _section(path)
         if section and not isinstance(view.raw(section), dict):
             continue  # said once, for the section, where that is required
@@ -289,10 +319,10 @@ def defaults(view: View) -> list[Default]:
         if view.has(path) or (section and not isinstance(view.raw(section), dict)):
             continue
         if model == "tuning" and section == "model":
-            found.append(Default(path, "as in model.restore_from_path"))
+            found.append(Default(path, RESTORED, common=path in table.common[model]))
         elif (default := table.default(path)) is not None:
-            found.append(default)
+            found.append(replace(default, common=path in table.common[model]))
     return found
 
 
-ERRORS = (kinds, ranges, betas, choices, missing)
+ERRORS = (kinds, ranges, betas, devices, splits, choices, missing)

@@ -49,8 +49,8 @@ class View:
         self._values: dict[str, Any] = {}
         self._dangling: dict[str, str] = {}
         self._written: dict[str, Any] = {}
-        raw = OmegaConf.to_container(cfg, resolve=False)
-        self._raw = raw
+        raw: Any = OmegaConf.to_container(cfg, resolve=False)
+        self.plain: dict[str, Any] = raw  # as written
         if section:
             self._values[section] = raw
         self._walk(raw, section)
@@ -84,7 +84,7 @@ class View:
     def _plain(self, written: Any) -> Any:
         """What `${a.b}` stands for, where that is a plain value: omegaconf's grammar takes a hundred times as long."""
         reference = _REFERENCE.fullmatch(written) if isinstance(written, str) and not self.section else None
-        node: Any = self._raw if reference else None
+        node: Any = self.plain if reference else None
         for name in reference[1].split(".") if reference else ():
             if not isinstance(node, dict) or name not in node:
                 return _ELSEWHERE

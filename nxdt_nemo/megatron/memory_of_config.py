@@ -73,7 +73,9 @@ def doubts(view: View, ranks: int | None) -> Iterator[ConfigError]:
     """States that fit, and a step that does not, by a coarse formula."""
     found = need(view, ranks)
     if found is not None and found.fixed <= found.has < found.fixed + found.activations:
-        yield view.error(f"memory: needs {found}", "recompute (activations_checkpoint_granularity=full) or use more ranks")
+        yield view.error(
+            f"memory: needs {found}", "recompute (activations_checkpoint_granularity=full) or use more ranks"
+        )
 
 
 def _job(view: View, ranks: int) -> Job | None:
@@ -85,7 +87,7 @@ def _job(view: View, ranks: int) -> Job | None:
     if not dp or heads % tp or seq % (cp * tp):
         return None
     whole = view.number("model.global_batch_size") or micro * dp
-    unit = tp * view.size("model.make_vocab_size_divisible_by")
+    unit = tp * (view.number("model.make_vocab_size_divisible_by") or 128)
     vocab = -(-(view.number("neuron.vocab_size") or VOCABULARY) // unit) * unit
     half = bool(view.get("model.megatron_amp_O2", False))
     recompute: Recompute = {"full": "full", "selective": "selective"}.get(  # type: ignore[assignment]

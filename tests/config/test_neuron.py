@@ -7,7 +7,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from nxdt_nemo.config import NeuronConfig, neuron_section
-from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
 
 
@@ -43,8 +42,20 @@ def test_it_is_frozen():
         ({"runtme": "cpu"}, "unknown key neuron.runtme; did you mean runtime?"),
         (
             {"zzz": 1},
-            "unknown key neuron.zzz; write its keys: "
-            + or_list(f"neuron.{name}" for name in NeuronConfig.model_fields),
+            "unknown key neuron.zzz; its keys are " + ", ".join(NeuronConfig.model_fields),
+        ),
+        ({"neuron_rt_exec_timeout": 1}, "unknown key neuron.neuron_rt_exec_timeout; did you mean exec_timeout?"),
+        (
+            {"aync_exec_max_inflight_requests": 1},
+            "unknown key neuron.aync_exec_max_inflight_requests; did you mean async_exec_max_inflight_requests?",
+        ),
+        (
+            {"exec_timeout": -1},
+            "neuron.exec_timeout=-1 is wrong (input should be greater than or equal to 0)",
+        ),
+        (
+            {"environment": {"A": [1]}},
+            "neuron.environment.A=[1] is wrong (input should be a valid string)",
         ),
         ({"alignment": {"dpo": {"kl_bta": 0.1}}}, "unknown key neuron.alignment.dpo.kl_bta; did you mean kl_beta?"),
         ({"vocab_size": 0}, "neuron.vocab_size=0 is wrong (input should be greater than or equal to 1)"),

@@ -20,6 +20,7 @@ from nxdt_nemo._resources import folder as resource
 from nxdt_nemo.config.compositions import PRIMARY
 
 SECONDS = 900
+REFUSED = "nxdt-nemo: "
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ def run(kind: str, arguments: list[str], folder: Path, save_to: Path | None = No
     ranks = {_start(rank, port, kind, arguments, folder, save_to): rank for rank in range(2)}
     failed = _wait(ranks, time.monotonic() + SECONDS)
     said = (folder / "rank0.log").read_text(errors="replace").splitlines()
-    refused = [line for line in said if line.startswith("REFUSED ")]
+    refused = [line for line in said if line.startswith(REFUSED)]
     if refused:
-        return Outcome(refused=refused[-1].removeprefix("REFUSED "))
+        return Outcome(refused=refused[-1].removeprefix(REFUSED))
     if failed:
         logs = "\n".join((folder / f"rank{rank}.log").read_text(errors="replace") for rank in failed)
         return Outcome(failed="\n".join(logs.splitlines()[-12:]))
@@ -141,8 +142,6 @@ def preload() -> None:
 def _train(kind: str, arguments: list[str], save_to: Path | None) -> None:
     from nemo.core.config import hydra_runner
 
-    from nxdt_nemo.errors import UserError
-
     def main(cfg: Any) -> None:
         model = SCRIPTS[kind](cfg)
         if save_to is not None:
@@ -154,9 +153,6 @@ def _train(kind: str, arguments: list[str], save_to: Path | None) -> None:
     except SystemExit as left:
         if left.code:
             raise
-    except UserError as error:
-        print(f"REFUSED {error}", flush=True)
-        raise
 
 
 def _gpt(cfg: Any) -> Any:

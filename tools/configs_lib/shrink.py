@@ -66,8 +66,10 @@ def _sizes(job: Composition, view: View) -> list[str]:
 
 def _tokenizer(job: Composition, corpus: Path) -> list[str]:
     if job.model == "bert":
-        return ["model.tokenizer.library=huggingface", f"model.tokenizer.type={corpus / 'bert'}"] + [
-            "model.tokenizer.vocab_file=null"
+        return [
+            "model.tokenizer.library=huggingface",
+            f"model.tokenizer.type={corpus / 'bert'}",
+            "model.tokenizer.vocab_file=null",
         ]
     merges = ["model.tokenizer.merge_file=null"] if job.model.startswith("gpt3") or job.model == "t5" else []
     return [
@@ -82,6 +84,10 @@ def _tokenizer(job: Composition, corpus: Path) -> list[str]:
 def _data(job: Composition, corpus: Path, base: Path) -> list[str]:
     if job.workflow == "pretrain":
         text = corpus / ("bert_document" if job.model == "bert" else "text_document")
-        return [f"model.data.data_prefix=[1.0,{text}]", "model.data.num_workers=0", "model.data.splits_string='80,10,10'"]
+        return [
+            f"model.data.data_prefix=[1.0,{text}]",
+            "model.data.num_workers=0",
+            "model.data.splits_string='80,10,10'",
+        ]
     files = [f"model.data.{split}.file_names=[{corpus / 'tuning.jsonl'}]" for split in ("train_ds", "validation_ds")]
     return [*files, f"model.restore_from_path={base}"]

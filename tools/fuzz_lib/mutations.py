@@ -1,10 +1,10 @@
 """Seeded mistakes in a configuration. What each must lead to is decided here, without the tables that judge it.
 
-    typo           a key with two letters swapped, one left out, doubled or changed: an error that names the right key
-    wrong type     a value of another kind: an error
-    out of range   a number far below or above what it can be: an error
-    deleted        a key left out: an error, or its default is listed
-    contradiction  two keys that exclude each other: an error
+typo           a key with two letters swapped, one left out, doubled or changed: an error that names the right key
+wrong type     a value of another kind: an error
+out of range   a number far below or above what it can be: an error
+deleted        a key left out: an error, or its default is listed
+contradiction  two keys that exclude each other: an error
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ FREE = ("_kwargs", "hydra")
 SECTIONS = ("trainer", "exp_manager", "model")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FAR = 1_000_003
-# Keys whose value may be almost anything of YAML's.
-ANY_KIND = {
-    "name": (str, int, float, bool),
-    "exp_manager.name": (str, int, float, bool),
-}
-FRACTIONS = ("dropout", "_prob", "rotary_percentage", "init_method_std", "layernorm_epsilon", "lr", "min_lr", "weight_decay")
+# A list is no mistake there: the devices by number.
+NOT_WRONG = {"trainer.devices": list}
+FRACTIONS = (
+    "dropout",
+    "_prob",
+    "rotary_percentage",
+    "init_method_std",
+    "layernorm_epsilon",
+    "lr",
+    "min_lr",
+    "weight_decay",
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ def _wrong_type(config: dict[str, Any], draw: random.Random, _: Callable[[str], 
             wrong = draw.choice([7, "text", [1, 2]])
         case _:
             wrong = draw.choice([["text"], {"text": 1}])
+    if path in NOT_WRONG and isinstance(wrong, NOT_WRONG[path]):
+        return None
     node[name] = wrong
     return Mutation("wrong type", path, f"{path}={wrong!r}")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 KINDS = {
     **{name: name for name in ("bool", "int", "float", "str", "list", "dict")},
-    **{name: "list" for name in ("List", "Tuple", "tuple", "Sequence", "Iterable", "set", "Set")},
-    **{name: "dict" for name in ("Dict", "Mapping", "DictConfig")},
-    **{name: "str" for name in ("Path", "_PATH", "LiteralString")},
+    **dict.fromkeys(("List", "Tuple", "tuple", "Sequence", "Iterable", "set", "Set"), "list"),
+    **dict.fromkeys(("Dict", "Mapping", "DictConfig"), "dict"),
+    **dict.fromkeys(("Path", "_PATH", "LiteralString"), "str"),
 }
 UNKNOWN = object()  # no default that the syntax tree shows
 
@@ -30,7 +30,7 @@ class Value:
 
     kinds: set[str] = field(default_factory=set)
     choices: set[str] = field(default_factory=set)
-    models: set[str] = field(default_factory=set)
+    models: Counter[str] = field(default_factory=Counter)
     defaults: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, source: str, default: Any) -> None:
@@ -85,7 +85,9 @@ def annotated(node: ast.AST | None, into: Value) -> None:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             annotated(left, into)
             annotated(right, into)
-        case ast.Subscript(value=ast.Name(id="Optional" | "Union") | ast.Attribute(attr="Optional" | "Union"), slice=inner):
+        case ast.Subscript(
+            value=ast.Name(id="Optional" | "Union") | ast.Attribute(attr="Optional" | "Union"), slice=inner
+        ):
             for part in inner.elts if isinstance(inner, ast.Tuple) else [inner]:
                 annotated(part, into)
         case ast.Subscript(value=ast.Name(id="Literal") | ast.Attribute(attr="Literal"), slice=inner):
@@ -116,7 +118,10 @@ def of_arguments(node: ast.ClassDef) -> Iterator[tuple[str, Value]]:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             given = statement.args
             plain = [None] * (len(given.args) - len(given.defaults)) + list(given.defaults)
-            for argument, default in [*zip(given.args, plain, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]:
+            for argument, default in [
+                *zip(given.args, plain, strict=True),
+                *zip(given.kwonlyargs, given.kw_defaults, strict=True),
+            ]:
                 value = Value()
                 known = literal(default)
                 if argument.annotation is None and known is not UNKNOWN and known is not None:
@@ -131,7 +136,7 @@ def merge(into: Value, other: Value) -> None:
     """Add what another source says."""
     into.kinds |= other.kinds
     into.choices |= other.choices
-    into.models |= other.models
+    into.models.update(other.models)
     for source, counted in other.defaults.items():
         into.defaults.setdefault(source, Counter()).update(counted)
 
@@ -148,23 +153,28 @@ def model_of(config: dict[str, Any]) -> str:
     return "gpt" if model.get("mcore_gpt") and "retro" not in model and "data" in model else ""
 
 
-def of_stock(node: object, section: str, found: Found, model: str = "") -> None:
-    """The kinds of the values that a parsed YAML has; an interpolation says nothing."""
+def of_stock(node: object, section: str, found: Found, model: str = "", weight: int = 1) -> None:
+    """The kinds of the values that a parsed YAML has; an interpolation says nothing. weight: how usual a key is."""
     if isinstance(node, dict):
         for key, value in node.items():
             if not isinstance(key, str) or key in ("hydra", "defaults"):
                 continue
             if not (isinstance(value, str) and ("${" in value or value == "???")):
                 found[section, key].kinds |= {kind_of(value)} - {""}
-            found[section, key].models |= {model} - {""}
-            of_stock(value, f"{section}.{key}" if section else key, found, model)
+            if model:
+                found[section, key].models[model] += weight
+            of_stock(value, f"{section}.{key}" if section else key, found, model, weight)
     elif isinstance(node, list):
         for value in node:
             of_stock(value, section, found)
 
 
-def dumped(found: Found, known: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """Section -> name -> {kinds, default, choices}, of the known keys; what is not found is left out."""
+def dumped(found: Found, known: dict[str, list[str]], yamls: Counter[str]) -> dict[str, dict[str, Any]]:
+    """Section -> name -> {kinds, default, choices, in, common} of the known keys; what is not found is left out.
+
+    in      kinds of model whose configs write the key
+    common  those of which a third of the `yamls` do
+    """
     made: dict[str, dict[str, Any]] = {}
     for (section, name), value in sorted(found.items()):
         if name not in known.get(section, ()):
@@ -179,6 +189,7 @@ def dumped(found: Found, known: dict[str, list[str]]) -> dict[str, dict[str, Any
             entry["choices"] = sorted(value.choices)
         if value.models:
             entry["in"] = sorted(value.models)
+            entry["common"] = sorted(m for m, count in value.models.items() if count >= yamls[m] / 3)
         if entry:
             made.setdefault(section, {})[name] = entry
     return made

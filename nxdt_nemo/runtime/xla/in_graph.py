@@ -70,13 +70,18 @@ class Replicas(Dialect):
         return whole
 
     def reduce_scatter(self, x: torch.Tensor, dim: int, groups: Groups) -> torch.Tensor:
-        return xm.reduce_scatter(xm.REDUCE_SUM, x, 1.0, dim, len(groups[0]), groups=groups, pin_layout=False)
+        part: torch.Tensor = xm.reduce_scatter(
+            xm.REDUCE_SUM, x, 1.0, dim, len(groups[0]), groups=groups, pin_layout=False
+        )
+        return part
 
     def all_to_all(self, x: torch.Tensor, group: Group, groups: Groups) -> torch.Tensor:
-        return xm.all_to_all(x, 0, 0, group.size, groups=groups, pin_layout=False)
+        rows: torch.Tensor = xm.all_to_all(x, 0, 0, group.size, groups=groups, pin_layout=False)
+        return rows
 
     def permute(self, x: torch.Tensor, pairs: Groups, group: Group) -> torch.Tensor:
-        return xm.collective_permute(x, pairs)
+        moved: torch.Tensor = xm.collective_permute(x, pairs)
+        return moved
 
     def place(self, group: Group, device: torch.device) -> torch.Tensor:
         key = (group.mesh, group.rank)
@@ -136,7 +141,8 @@ def in_graph(dialect: Dialect) -> Ops:
         if group.size == 1:
             return x
         dim = dim % x.dim()
-        return x.unflatten(dim, (group.size, part)).index_select(dim, dialect.place(group, x.device)).squeeze(dim)
+        mine: torch.Tensor = x.unflatten(dim, (group.size, part)).index_select(dim, dialect.place(group, x.device))
+        return mine.squeeze(dim)
 
     return Ops(all_reduce_, broadcast_, all_gather, reduce_scatter, all_to_all, permute, exchange, shard)
 

@@ -63,13 +63,15 @@ class Lift(Dialect):
     def enter(self, whole: Tensor) -> Tensor:
         """This rank's part [...] of [W, ...], in the step."""
         part = xs.enable_manual_sharding(whole, self._spec(whole.dim()), mesh=self._mesh)
-        return xs.xla_sharding.unwrap_sharded_tensor(part).reshape(whole.shape[1:])
+        mine: Tensor = xs.xla_sharding.unwrap_sharded_tensor(part)
+        return mine.reshape(whole.shape[1:])
 
     def leave(self, part: Tensor) -> Tensor:
         """[W, ...] of the ranks' parts [...], at the end of the step."""
         shape = (self.world, *part.shape)
-        whole = xs.disable_manual_sharding(part[None], self._spec(len(shape)), torch.Size(shape), mesh=self._mesh)
-        return xs.xla_sharding.unwrap_sharded_tensor(whole)
+        made = xs.disable_manual_sharding(part[None], self._spec(len(shape)), torch.Size(shape), mesh=self._mesh)
+        whole: Tensor = xs.xla_sharding.unwrap_sharded_tensor(made)
+        return whole
 
     def value(self, of_rank: Sequence[int]) -> Tensor:
         """int64 [1], another on each rank; within a step."""
@@ -117,22 +119,14 @@ class Lift(Dialect):
         return reduced
 
     def all_gather(self, x: Tensor, dim: int, groups: Groups) -> Tensor:
-        return xm.all_gather(
-            x, dim, groups=groups, pin_layout=False, channel_id=self._next(), use_global_device_ids=True
-        )
+        told = {"groups": groups, "pin_layout": False, "channel_id": self._next(), "use_global_device_ids": True}
+        whole: Tensor = xm.all_gather(x, dim, **told)
+        return whole
 
     def reduce_scatter(self, x: Tensor, dim: int, groups: Groups) -> Tensor:
-        return xm.reduce_scatter(
-            xm.REDUCE_SUM,
-            x,
-            1.0,
-            dim,
-            len(groups[0]),
-            groups=groups,
-            pin_layout=False,
-            channel_id=self._next(),
-            use_global_device_ids=True,
-        )
+        told = {"groups": groups, "pin_layout": False, "channel_id": self._next(), "use_global_device_ids": True}
+        part: Tensor = xm.reduce_scatter(xm.REDUCE_SUM, x, 1.0, dim, len(groups[0]), **told)
+        return part
 
     def all_to_all(self, x: Tensor, group: Group, groups: Groups) -> Tensor:
         rows = self.all_gather(x.unflatten(0, (group.size, -1))[None], 0, groups)  # [from, to, n, ..]

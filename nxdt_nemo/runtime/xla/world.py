@@ -87,7 +87,8 @@ class Recorder:
 
 def _subclasses(kind: type) -> Iterator[type]:
     yield kind
-    for one in type.__subclasses__(kind):
+    below: list[type] = type.__subclasses__(kind)
+    for one in below:
         yield from _subclasses(one)
 
 
