@@ -342,6 +342,7 @@ def _analytic(config: Any, lowered: Lowered) -> Count | None:
         gated="glu" in str(model.get("activation", "gelu")),
         vocab=lowered.vocab,
         head=stage == stages - 1,
+        reduced=tp > 1,
         block=BLOCK if seq >= LONG else 0,
         recompute="full" if asked == "full" else "selective" if asked == "selective" else "",
         recomputed_layers=(layers if every else min(some, layers)) if asked else 0,

@@ -21,6 +21,16 @@ def test_a_gpt_has_the_papers_flops() -> None:
     assert found.model == pytest.approx(count(GPT3).hardware)
 
 
+def test_what_nothing_reads_is_not_made_again() -> None:
+    """Of a layer's second forward the MLP's output, where no rank waits for it; of whole scores their product with V."""
+    alone = Decoder(**{**vars(GPT3), "recompute": "full", "recomputed_layers": 96})
+    tokens = 2048
+    less = count(alone).hardware - count(Decoder(**{**vars(alone), "reduced": False})).hardware
+    assert less == pytest.approx(96 * 2 * tokens * 12288 * 49152)
+    again = count(Decoder(**{**vars(alone), "recompute": "selective"}))
+    assert again.hardware - again.model == pytest.approx(96 * 2 * 96 * 128 * tokens * tokens)
+
+
 def test_causal_blocks_make_half_of_the_scores_and_make_them_twice() -> None:
     whole, blocks = count(GPT3), count(Decoder(**{**vars(GPT3), "block": 512}))
     pairs, skipped = 2048 * 2048, 2048 * (2048 + 512) / 2
