@@ -22,7 +22,7 @@ def test_a_gpt_has_the_papers_flops() -> None:
 
 
 def test_what_nothing_reads_is_not_made_again() -> None:
-    """Of a layer's second forward the MLP's output, where no rank waits for it; of whole scores their product with V."""
+    """Of a layer's second forward the MLP's output, if no rank waits for it; of whole scores the product with V."""
     alone = Decoder(**{**vars(GPT3), "recompute": "full", "recomputed_layers": 96})
     tokens = 2048
     less = count(alone).hardware - count(Decoder(**{**vars(alone), "reduced": False})).hardware

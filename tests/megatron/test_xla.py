@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nxdt_nemo.testing.matrix import recipe_of
-from nxdt_nemo.testing.ours import ACTIVE
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, forget_groups, gradients_of, set_up, update
 from nxdt_nemo.testing.parity import Parity, relative
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.recipe import Layout, Recipe
@@ -83,6 +83,33 @@ def test_processes_equal_the_cpu_lanes_ranks(
     assert all(relative(part.grad_norms, expected.grad_norms[:STEPS]) <= 1e-6 for part in parts)
 
 
+def eager(recipe: Recipe, weights: Any, fields: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Losses and norms of the same steps on the cpu lane."""
+    training = set_up(recipe, weights, Layout(), fields=fields)
+    losses, norms = [], []
+    for step in range(STEPS):
+        found = gradients_of(training, recipe, Layout(), step)
+        losses.append(sum(found) / len(found))
+        norms.append(update(training.optimizer, recipe, step))
+    forget_groups()
+    return losses, norms
+
+
+@pytest.mark.slow
+def test_experts_with_a_capacity_are_one_graph(parity: Parity, with_torch_xla: None, gloo: Callable[..., Any]) -> None:
+    """Tokens are dropped, on both lanes the same ones: without a capacity the losses are others."""
+    recipe = Recipe.of("mixtral")
+    weights, capacity = parity.weights(recipe), {"moe_expert_capacity_factor": 0.5}
+    with RankPool(1, env=TRACED_ENV, init=ACTIVE, group=False, timeout=600) as pool:
+        arguments = (recipe, weights, Layout(), STEPS, "", None, None, capacity)
+        [found] = pool.run("nxdt_nemo.testing.traced:train", *arguments)
+    [(losses, norms)] = gloo(1, eager, recipe, weights, capacity, init=ACTIVE, env=ACTIVE_ENV)
+    assert relative(found.losses, losses) <= 1e-6 and relative(found.grad_norms, norms) <= 1e-6
+    assert found.steps == [{"compiled": 1, "executed": 1}] * 2 + [{"executed": 1}] * (STEPS - 2)
+    [(dropless, _)] = gloo(1, eager, recipe, weights, {}, init=ACTIVE, env=ACTIVE_ENV)
+    assert relative(dropless, losses) > 1e-5
+
+
 def selective(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
@@ -103,7 +130,7 @@ def compiled_step(
     if not barred:
         lane.optimization_barrier_ = lambda tensors: None  # type: ignore[method-assign]
     try:
-        found = train(recipe, weights, Layout(), 2, DROPOUT | fields)
+        found = train(recipe, weights, Layout(), 2, fields=DROPOUT | fields)
     finally:
         vars(lane).pop("optimization_barrier_", None)
     step = max(set(Path(folder).glob(pattern)) - before, key=lambda path: (path.stat().st_size > 100_000, path.name))
@@ -119,7 +146,7 @@ def refused_recompute(recipe: Recipe, weights: Any) -> str:
     from nxdt_nemo.testing.traced import train
 
     try:
-        train(recipe, weights, Layout(), 1, selective("layernorm"))
+        train(recipe, weights, Layout(), 1, fields=selective("layernorm"))
     except UserError as error:
         return str(error)
     return ""
