@@ -32,7 +32,7 @@ def audit(
     target: Annotated[str, typer.Option("--target", help="An instance, for its memory and peaks.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Lower all layers and micro-batches, however many.")] = False,
-    on: Annotated[
+    otherwise: Annotated[
         list[str] | None,
         typer.Option(
             "--on", metavar="RANK:KEY=VALUE", help="What a rank was started with otherwise.", show_default=False
@@ -52,7 +52,9 @@ def audit(
     os.environ["NXDT_NEMO_RUNTIME"] = "xla"
     found = _composed(config, overrides or [])
     world = world or int(found.trainer.devices) * int(found.trainer.get("num_nodes") or 1)
-    elsewhere = {number: _composed(config, [*(overrides or []), *said]) for number, said in _said(on or []).items()}
+    elsewhere = {
+        number: _composed(config, [*(overrides or []), *said]) for number, said in _said(otherwise or []).items()
+    }
     chosen = _numbers(rank or ranks, world)
     out = sys.stdout
     try:
@@ -88,7 +90,7 @@ def _said(texts: Sequence[str]) -> dict[int, list[str]]:
     for text in texts:
         rank, colon, override = text.partition(":")
         if not (colon and rank.isdigit() and "=" in override):
-            raise ConfigError(f"{text!r} is no override of a rank", place="--on", fix="give RANK:KEY=VALUE")
+            raise ConfigError(f"{text!r} is no override of a rank", place="--except", fix="give RANK:KEY=VALUE")
         found.setdefault(int(rank), []).append(override)
     return found
 

@@ -90,3 +90,40 @@ def test_it_waits_for_nobody_and_makes_no_numbers_up(alone: Callable[..., Any]) 
     assert alone(_asks, "barrier") == ""
     assert "needs the other ranks" in alone(_asks, "sum on the host")
     assert "no fixed shape" in alone(_asks, "ragged")
+
+
+def _exchanged() -> list[list[float]]:
+    """What two neighbours get that send twice and receive twice, each in the order of its own calls."""
+    import torch
+
+    from nxdt_nemo.runtime import current
+    from nxdt_nemo.runtime.groups import Group
+    from nxdt_nemo.runtime.xla.in_graph import Replicas, in_graph
+
+    class Both(Replicas):
+        """All-gathers of two ranks that run one after the other: what the first gave, then what the second gave."""
+
+        def __init__(self, answers: list[torch.Tensor]) -> None:
+            super().__init__()
+            self.given: list[torch.Tensor] = []
+            self.answers = iter(answers)
+
+        def all_gather(self, x: torch.Tensor, dim: int, groups: list[list[int]]) -> torch.Tensor:
+            self.given.append(x)
+            return next(self.answers, torch.cat([x, x], dim))
+
+    def run(rank: int, answers: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        dialect = Both(answers)
+        ops = in_graph(dialect)
+        group: Any = Group("pp", ((0, 1),), (0, 1), rank, 2, None, ops)  # type: ignore[arg-type]
+        sends = [(torch.full((1,), value + rank, device=current().device()), 1 - rank) for value in (10.0, 20.0)]
+        receives = [((1,), torch.float32, 1 - rank)] * 2
+        return dialect.given, ops.exchange(sends, receives, group).wait()
+
+    given = [run(rank, [])[0] for rank in (0, 1)]
+    answers = [torch.cat(pair) for pair in zip(*given, strict=True)]
+    return [[float(one) for one in run(rank, answers)[1]] for rank in (0, 1)]
+
+
+def test_neighbours_that_send_before_they_receive_get_each_others(alone: Callable[..., Any]) -> None:
+    assert alone(_exchanged) == [[11.0, 21.0], [10.0, 20.0]]

@@ -145,9 +145,14 @@ class XlaLane(RanksLane):
 
     @cached_property
     def ops(self) -> Ops:
-        from nxdt_nemo.runtime.xla.ops import hosted, table, unavailable
+        """In the graph; XLA:CPU's client knows one rank only, so that there the graph is cut."""
+        if not self._on_host:
+            from nxdt_nemo.runtime.xla.in_graph import Replicas, in_graph
 
-        return table(hosted() if self._on_host else unavailable())
+            return in_graph(Replicas())
+        from nxdt_nemo.runtime.xla.ops import hosted, table
+
+        return table(hosted())
 
     def step_boundary(self) -> None:
         """Hand the graph over, and answer what was asked of the one before: it is done, or nearly."""

@@ -1,9 +1,9 @@
-"""The lane's collectives.
+"""The lane's collectives between processes on XLA:CPU.
 
 Room runtime/. Imports torch and torch_xla. Proof: tests/runtime/test_xla.py, tests/megatron/test_xla.py.
 
-A group of one rank needs none. Others, in processes on XLA:CPU, whose client sees a world of one: the graph is cut, and
-host copies go through the cpu lane's table. Collectives inside the graph are not there yet.
+A group of one rank needs none. Others, since XLA:CPU's client sees a world of one: the graph is cut, and host copies go
+through the cpu lane's table. Collectives inside the graph, which a device has: in_graph.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 
-from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime import gloo
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.ops import Arriving, Ops, Receive, Send
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["cut", "hand_over", "hosted", "table", "unavailable"]
+__all__ = ["cut", "hand_over", "hosted", "table"]
 
 
 def hand_over(instead: Callable[[], None] | None) -> None:
@@ -75,15 +74,6 @@ def table(between: Ops) -> Ops:
 
 def _group(arguments: tuple[Any, ...]) -> Group:
     return next(one for one in arguments if isinstance(one, Group))
-
-
-def unavailable() -> Ops:
-    """No rank but this one can be reached: each raises LaneError."""
-
-    def no(*_: Any) -> Any:
-        raise LaneError("collectives between NeuronCores are not in this release yet", fix="use one rank")
-
-    return Ops(no, no, no, no, no, no, no, no)
 
 
 def hosted() -> Ops:
