@@ -14,8 +14,10 @@ from nxdt_nemo.errors import NxdtError
 if os.environ.get("NXDT_NEMO", "") not in ("", "0"):
     try:
         from nxdt_nemo._activation import activate
+        from nxdt_nemo.cli.early import plain_start
         from nxdt_nemo.cli.run import install_hook
 
+        plain_start(sys.orig_argv)
         activate()
         install_hook()
     except NxdtError as error:

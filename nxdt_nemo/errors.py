@@ -3,6 +3,8 @@
 NxdtError
 +-- UserError          the user can fix it: one line, exit code 2, no traceback
 |   +-- ConfigError    a key or value in a YAML file or an override
+|   |   +-- HereError      fine in itself, and not on this machine: a file, a package
+|   |   +-- PendingError   fine in itself, and not trained by this release
 |   +-- LaneError      a runtime lane that cannot be used on this machine
 |   +-- LayoutError    a parallel layout that the ranks or the instance cannot take
 +-- PatchError         an upstream target moved, or two records claim it: fails closed
@@ -11,7 +13,17 @@ NxdtError
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "LaneError", "LayoutError", "NotOnNeuron", "NxdtError", "PatchError", "UserError"]
+__all__ = [
+    "ConfigError",
+    "HereError",
+    "LaneError",
+    "LayoutError",
+    "NotOnNeuron",
+    "NxdtError",
+    "PatchError",
+    "PendingError",
+    "UserError",
+]
 
 
 class NxdtError(Exception):
@@ -37,6 +49,14 @@ class UserError(NxdtError):
 
 class ConfigError(UserError):
     """A key or value of a configuration that cannot run."""
+
+
+class HereError(ConfigError):
+    """A file or package that the configuration names and this machine does not have."""
+
+
+class PendingError(ConfigError):
+    """A workflow that this release checks and does not train."""
 
 
 class LaneError(UserError):

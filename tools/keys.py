@@ -1,4 +1,5 @@
-"""Write configs/keys/nemo-<version>.json: every configuration key that the installed NeMo knows.
+"""Write configs/keys/nemo-<version>.json: every configuration key that the installed NeMo knows; and beside it
+values-<version>.json: the kinds of value that each takes, and what it is when nobody writes it.
 
     python tools/keys.py PATH_TO_NEMO_CHECKOUT [--output FILE]
 
@@ -15,20 +16,38 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from keys_lib import values as v
+from omegaconf import OmegaConf
 
 Sections = dict[str, set[str]]
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS_COUNT = 1000  # what one of ours writes is usual
+# Our own configurations, and the kind of model that writes what is in them.
+OURS = (
+    *(("parts/base.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
+    *((f"{part}.yaml", "gpt") for part in ("parts/gpt*", "parts/llama", "model/gpt*", "model/llama*", "model/mi*")),
+    *(
+        (f"{part}.yaml", "tuning")
+        for part in ("parts/gpt*", "parts/llama", "parts/tuning", "workflow/sft", "workflow/lora")
+    ),
+    *(("workflow/pretrain.yaml", model) for model in ("gpt", "bert", "t5")),
+    *(("target/trn1.yaml", model) for model in ("gpt", "bert", "t5", "tuning")),
+    ("model/llama*.yaml", "tuning"),
+    ("layout/trn*/*.yaml", "gpt"),
+    ("model/bert.yaml", "bert"),
+    ("model/t5.yaml", "t5"),
+)
 STOCK = ("examples/nlp/language_modeling/conf/*.yaml", "examples/nlp/language_modeling/tuning/conf/*.yaml")
 SCRIPTS = ("examples/nlp/language_modeling/*.py", "examples/nlp/language_modeling/tuning/*.py")
-READERS = ("nemo/collections/nlp/**/*.py", "nemo/core/**/*.py")
+READERS = ("nemo/collections/nlp/**/*.py", "nemo/core/**/*.py", "nemo/utils/callbacks/dist_ckpt_io.py")
 
 # Files whose `cfg` is the whole config or another section than `model`.
 ROOT_OF_FILE = {
@@ -219,6 +238,61 @@ def table(checkout: Path) -> dict[str, Any]:
     }
 
 
+def gets(tree: ast.AST, root: str) -> Iterator[tuple[tuple[str, str], v.Value]]:
+    """(section, key) and the default of each `cfg.get("key", default)`."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=value, attr="get"), args=[ast.Constant(value=str(key)), *rest]):
+                base = chain(value)
+            case _:
+                continue
+        if base is None or not key.isidentifier():
+            continue
+        section = (root if not base[1] or base[1][0] not in TOP else "") if base[0] is None else base[0]
+        found = v.Value()
+        default = v.literal(rest[0]) if rest else None
+        if default is not None and default is not v.UNKNOWN:
+            found.kinds.add(v.kind_of(default))
+        found.add("get", default)
+        yield (".".join([part for part in (section, *base[1]) if part]), key), found
+
+
+def values(checkout: Path, known: dict[str, list[str]]) -> dict[str, Any]:
+    """What values the known keys take."""
+    found: v.Found = defaultdict(v.Value)
+    yamls: Counter[str] = Counter()
+    for file in sorted(file for pattern in STOCK for file in checkout.glob(pattern)):
+        # As hydra reads it: 1e-4 is a number there, and a text for PyYAML.
+        config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        if "trainer" in config:
+            yamls[v.model_of(config)] += 1
+            v.of_stock(config, "", found, v.model_of(config))
+    side = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "parts" / "t5_side.yaml"), resolve=False)
+    v.of_stock({"model": {"encoder": side, "decoder": side}}, "", found, "t5", OURS_COUNT)
+    for pattern, model in OURS:
+        for file in sorted((ROOT / "configs").glob(pattern)):
+            v.of_stock(OmegaConf.to_container(OmegaConf.load(file), resolve=False), "", found, model, OURS_COUNT)
+    base = installed("nemo_toolkit", "")
+    for file in sorted(file for pattern in READERS for file in base.glob(pattern)):
+        for place, value in gets(parsed(file), ROOT_OF_FILE.get(str(file.relative_to(base)), "model")):
+            v.merge(found[place], value)
+    for table, members in ((DATACLASSES, v.of_fields), (CONSTRUCTORS, v.of_arguments)):
+        for name, path, wanted, section in table:
+            for node in classes(installed(name, path), wanted):
+                for key, value in members(node):
+                    v.merge(found[section, key], value)
+    return v.dumped(found, known, yamls)
+
+
+def dump_values(made: dict[str, Any]) -> str:
+    """JSON with one key a line."""
+    sections = []
+    for section, keys in made.items():
+        rows = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in keys.items())
+        sections.append(f"  {json.dumps(section)}: {{\n{rows}\n  }}")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
 def dump(value: dict[str, Any]) -> str:
     """JSON with one section a line, so that a diff shows what moved."""
     head = {key: item for key, item in value.items() if key != "sections"}
@@ -239,6 +313,8 @@ def main() -> None:
     nemo = made["versions"]["nemo_toolkit"].rsplit(".", 1)[0]
     output = options.output or ROOT / "configs" / "keys" / f"nemo-{nemo}.json"
     output.write_text(dump(made), encoding="utf-8")
+    other = output.with_name(output.name.replace("nemo-", "values-"))
+    other.write_text(dump_values(values(options.checkout, made["sections"])), encoding="utf-8")
     total = sum(len(keys) for keys in made["sections"].values())
     print(f"{output}: {len(made['sections'])} sections, {total} keys from {made['stock_yamls']} YAMLs and the sources")
 

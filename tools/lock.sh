@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=$(command -v uv || echo .venv/bin/uv)
-"$uv" pip compile pyproject.toml --quiet --all-extras --no-emit-index-url --python-version 3.11 -o requirements.lock
+# Every extra but `neuron`, whose packages are on AWS's index only.
+extras=(--extra nemo --extra xla --extra s3 --extra test --extra dev)
+"$uv" pip compile pyproject.toml --quiet "${extras[@]}" --no-emit-index-url --python-version 3.11 -o requirements.lock
 # The stack of the neuron lane (docs/neuron.md): the torch that TorchNeuron is released for, no torch-xla, and of all
 # else the versions of requirements.lock, which uv keeps where it finds them in the file.
 torch=2.14.0

@@ -1,4 +1,4 @@
-"""`nxdt-nemo doctor`: the state of an installation, as Markdown tables for a bug report.
+"""`nxdt-nemo doctor`: the state of an installation, a target's environment, a self-test; Markdown for a bug report.
 
 Room cli/. Parses and prints; audit/doctor collects. Proof: tests/cli/test_doctor.py.
 """
@@ -7,29 +7,61 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nxdt_nemo import __version__
+from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from nxdt_nemo.audit.doctor import Row
+    from nxdt_nemo.config.job import Job
 
-__all__ = ["doctor"]
+__all__ = ["doctor", "report"]
+
+SELF_TEST = "nxdt-nemo-selftest.md"
 
 
 def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="With --target: a YAML file whose keys count.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDE]...", help="Hydra's: key=value.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     no_probe: Annotated[bool, typer.Option("--no-probe", help="Import nothing; seconds.")] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Print an instance type's figures and the environment of a run there.", show_default=False),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --target: how many.")] = 2,
+    sdk: Annotated[str | None, typer.Option(help="With --target: the Neuron SDK.", show_default=False)] = None,
+    on_device: Annotated[
+        bool, typer.Option("--on-device", help="Test this machine in stages: from its device to a resumed run.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="With --on-device: the report.")] = Path(SELF_TEST),
 ) -> None:
     """Look at versions, lanes, traps and what is missing; exit code 1 if a run would go wrong.
 
     The output is Markdown, made to be pasted into a bug report: it holds no value of an environment variable
     but those of a short list of switches, and no host or user name.
     """
+    if on_device:
+        raise typer.Exit(_self_test(output))
+    if target is not None:
+        _target(target, config, overrides or [], nodes, sdk, as_json=as_json)
+        return
+    if config is not None:
+        raise UserError(f"{config} needs --target", place="nxdt-nemo doctor", fix="name an instance type")
     from nxdt_nemo.audit.doctor import examine
 
     rows = examine(__version__, with_probes=not no_probe)
@@ -40,6 +72,56 @@ def doctor(
         typer.echo("\n".join(report(rows)))
     if bad:
         raise typer.Exit(1)
+
+
+def _self_test(output: Path) -> int:
+    """The self-test's exit code. It uses the room testing/, which stands above this one: a process of its own."""
+    words = [sys.executable, "-P", "-m", "nxdt_nemo.testing.selftest", "--output", str(output)]
+    environment = {name: value for name, value in os.environ.items() if name != "NXDT_NEMO"}
+    return subprocess.run(words, env=environment, check=False).returncode
+
+
+def _target(
+    name: str, config: Path | None, overrides: list[str], nodes: int, sdk: str | None, *, as_json: bool
+) -> None:
+    """Print the figures and the environment of an instance type, or of a configuration there."""
+    from nxdt_nemo.audit.doctor.target import environment, figures
+    from nxdt_nemo.config.instances import instance
+    from nxdt_nemo.config.job import SDK, Job
+
+    kind = instance(name, place="--target")
+    job = Job() if config is None else _job(config, overrides)
+    job = dataclasses.replace(job, instance=kind, nodes=nodes, sdk=sdk or job.keys.get("sdk", SDK))
+    found: dict[str, Sequence[Any]] = {
+        "target": list(figures(kind, job.cores_a_rank)),
+        "environment": list(environment(job, all_modes=config is None)),
+    }
+    if as_json:
+        typer.echo(json.dumps({part: [row._asdict() for row in rows] for part, rows in found.items()}, indent=2))
+        return
+    typer.echo(f"{kind.name}, {nodes} of them, Neuron SDK {job.sdk}. Published figures; nothing was measured.\n")
+    for rows in found.values():
+        typer.echo("\n".join(_table(rows)) + "\n")
+
+
+def _job(config: Path, overrides: list[str]) -> Job:
+    from nxdt_nemo.config.job import job_of
+    from nxdt_nemo.config.neuron import neuron_section
+    from nxdt_nemo.config.validate import read
+    from nxdt_nemo.config.view import View
+
+    cfg = read(config, overrides)
+    return job_of(View(cfg, place=config.name), neuron_section(cfg, place=config.name))
+
+
+def _table(rows: Sequence[Any]) -> Iterator[str]:
+    """Named tuples as a Markdown table; columns but the last two are padded, to be read as text too."""
+    names = rows[0]._fields
+    cells = [[_cell(str(value)) for value in row] for row in rows]
+    widths = [max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(names)]
+    widths[-2:] = [len(name) for name in names[-2:]]
+    for row in [list(names), ["-" * width for width in widths], *cells]:
+        yield f"| {' | '.join(f'{value:{width}}' for value, width in zip(row, widths, strict=True))} |"
 
 
 def report(rows: Sequence[Row]) -> Iterator[str]:

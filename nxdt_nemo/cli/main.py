@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nxdt_nemo import __version__
-from nxdt_nemo.cli import ckpt, patches
+from nxdt_nemo.cli import ckpt, configs, patches
+from nxdt_nemo.cli.compile import compile_graphs
 from nxdt_nemo.cli.doctor import doctor
+from nxdt_nemo.cli.launch import launch
+from nxdt_nemo.cli.migrate import Dialect, ModelConfig, TrainSetup, job_arguments, migrate
 from nxdt_nemo.cli.run import Job, leave
+from nxdt_nemo.cli.validate import validate
 from nxdt_nemo.errors import UserError
 
 __all__ = ["app", "main"]
@@ -29,7 +34,12 @@ app = typer.Typer(
 )
 app.add_typer(patches.app, name="patches")
 app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(configs.app, name="configs")
 app.command("doctor")(doctor)
+app.command("migrate")(migrate)
+app.command("validate")(validate)
+app.command("launch")(launch)
+app.command("compile")(compile_graphs)
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,15 +62,29 @@ def _options(
 def _run(
     context: typer.Context,
     script: Annotated[
-        str, typer.Argument(metavar="SCRIPT", help="The script, or the module after -m.", show_default=False)
-    ],
+        str | None, typer.Argument(metavar="SCRIPT", help="The script, or the module after -m.", show_default=False)
+    ] = None,
     args: Annotated[
         list[str] | None, typer.Argument(metavar="ARGS", help="Passed on as they are.", show_default=False)
     ] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Pretrain from this YAML file; overrides in SCRIPT's place.")
+    ] = None,
+    dialect: Dialect = "auto",
+    train_setup: TrainSetup = None,
+    model_config: ModelConfig = None,
 ) -> None:
-    """Run SCRIPT as python would, with the backend active."""
-    context.obj.append(Job(script, tuple(args or ()), module))
+    """Run SCRIPT as python would, with the backend active; or --config FILE, of NeMo, NxD Training or NNM."""
+    words = [*([script] if script is not None else []), *(args or ())]
+    if config is not None:
+        if module:
+            raise UserError("there is no SCRIPT with --config", place="-m")
+        context.obj.append(Job(*job_arguments(config, words, dialect, train_setup, model_config)))
+    elif script is None:
+        raise UserError("nothing to run", place="nxdt-nemo run", fix="name a script, or --config FILE")
+    else:
+        context.obj.append(Job(script, tuple(args or ()), module))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

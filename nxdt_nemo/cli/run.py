@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.abc import InspectLoader
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -21,7 +22,8 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from nxdt_nemo import console
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.cli import early
+from nxdt_nemo.errors import ConfigError, UserError
 
 __all__ = ["Job", "install_hook", "leave", "run_job"]
 
@@ -100,24 +102,27 @@ def _activate(main: ModuleType) -> None:
 def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     """What can be checked before ranks and models exist: all findings, then exit code 2.
 
-    The lane that the configuration names, and how it rounds, are handed on in the environment, to children too.
+    The lane that the configuration names, and the environment that it needs, are handed on to children too.
     """
     from nxdt_nemo.config import precheck
-    from nxdt_nemo.runtime.select import VARIABLE
 
-    report = precheck(script, list(arguments), os.environ)
-    if report is None:
-        return
-    if report.neuron is not None and report.neuron.runtime is not None:
-        os.environ[VARIABLE] = report.neuron.runtime
-    if report.neuron is not None and report.neuron.stochastic_rounding is not None:
-        os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(report.neuron.stochastic_rounding))
-    if not report.errors:
+    report = precheck(script, list(arguments), os.environ, also_errors=_memory)
+    if report is None or not report.errors:
+        for line in early.prepare(report):
+            console.warn(line)
         return
     *first, last = report.errors
     for error in first:
         _say(error)
     raise last
+
+
+def _memory(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
+    """States that do not fit the instance that the configuration names."""
+    from nxdt_nemo.config.view import View
+    from nxdt_nemo.megatron.memory_of_config import errors
+
+    yield from errors(View(cfg, place=place), ranks)
 
 
 def _prepare_script(main: ModuleType, script: str) -> None:

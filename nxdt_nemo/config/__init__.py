@@ -8,6 +8,8 @@ rich only when they are needed; never torch, NeMo, Megatron or another room.
     checks    the rules that need more than one key, each with its message
     neuron    our own section `neuron:`
     compose   what hydra will compose for an unedited script, before that script runs
+    instances what a Trainium instance has; environment, job: the variables that a run there needs
+    launch    scripts and manifests that start a job
 
 Proof: tests/config/.
 """

@@ -15,10 +15,11 @@ from nxdt_nemo.config import exp_manager, layers, pipeline_layout
 from nxdt_nemo.config import experts as expert_rules
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import Change, or_list
+from nxdt_nemo.config.targets import targets
 from nxdt_nemo.config.view import View
-from nxdt_nemo.errors import ConfigError
+from nxdt_nemo.errors import ConfigError, PendingError
 
-__all__ = ["ACCELERATORS", "CHANGES", "ERRORS", "trains"]
+__all__ = ["ACCELERATORS", "CHANGES", "DOUBTS", "ERRORS", "trains"]
 
 Errors = Iterator[ConfigError]
 Changes = Iterator[Change]
@@ -57,7 +58,7 @@ def trains(view: View) -> bool:
 
 def divisors(number: int) -> list[int]:
     """The divisors of a number, ascending."""
-    return [part for part in range(1, number + 1) if number % part == 0]
+    return [part for part in range(1, max(1, number) + 1) if number % part == 0]
 
 
 def positive_sizes(view: View) -> Errors:
@@ -248,6 +249,14 @@ def names(view: View) -> Errors:
         yield view.error(f"model.optim.sched.name={sched} is no schedule", f"did you mean {near[0]}?")
 
 
+def names_of_others(view: View) -> Errors:
+    """Names that are not like any of NeMo's: of a script that registers them, or wrong."""
+    for key, known in (("model.optim.name", OPTIMIZERS), ("model.optim.sched.name", SCHEDULES)):
+        name = view.get(key) if view.training else None
+        if isinstance(name, str) and name not in (*known, *UNSAVED) and not get_close_matches(name, known):
+            yield view.error(f"{key}={name} is none of NeMo's", f"use {or_list(known)}, or a script that registers it")
+
+
 def sharded_optimizers(view: View) -> Errors:
     """What NeMo reads without a default, or not at all, when the optimizer is sharded."""
     name = view.get("model.optim.name") if view.training else None
@@ -327,8 +336,73 @@ def data_files(view: View) -> Errors:
         yield from prefix_errors(view)
 
 
+def heads(view: View) -> Errors:
+    """Query groups divide the attention heads."""
+    count, groups = view.number("model.num_attention_heads"), view.number("model.num_query_groups")
+    if count and groups and count % groups:
+        reason = f"model.num_query_groups={groups} does not divide model.num_attention_heads={count}"
+        yield view.error(reason, f"use {or_list(divisors(count))}")
+
+
+def learning_rates(view: View) -> Errors:
+    """A schedule goes down to its least rate, and not past the last step."""
+    if not view.training:
+        return
+    peak, least = _rate(view, "model.optim.lr"), _rate(view, "model.optim.sched.min_lr")
+    if peak is not None and least is not None and least > peak:
+        yield view.error(f"model.optim.sched.min_lr={least} is more than model.optim.lr={peak}", "use less")
+
+
+def _rate(view: View, key: str) -> float | None:
+    try:
+        return float(view.get(key))
+    except (TypeError, ValueError):
+        return None
+
+
+def position_table(view: View) -> Errors:
+    """Learned positions are as many as the sequence is long."""
+    length, most = view.number("model.encoder_seq_length"), view.number("model.max_position_embeddings")
+    learned = view.get("model.position_embedding_type", "learned_absolute") == "learned_absolute"
+    if learned and length and most and length > most:
+        reason = f"model.encoder_seq_length={length} is more than model.max_position_embeddings={most}"
+        yield view.error(reason, "raise model.max_position_embeddings")
+
+
+def checkpoint_ranks(view: View) -> Errors:
+    """A number of ranks, most often an interpolation of sizes that have rules of their own."""
+    key = "exp_manager.checkpoint_callback_params.model_parallel_size"
+    value, wrong = view.get(key), [size for size in (TP, PP) if view.has(size) and (view.number(size) or 0) < 1]
+    if value is not None and not wrong and (view.number(key) or 0) < 1:
+        yield view.error(f"{key}={value} is not a number of ranks", "use the product of the model's parallel sizes")
+
+
+def workflows(view: View) -> Errors:
+    """What this release checks and does not train yet."""
+    method = view.get("neuron.alignment", {})
+    for name in ("dpo", "orpo"):
+        if view.training and isinstance(method, dict) and method.get(name) is not None:
+            reason = f"neuron.alignment.{name} is checked and not trained yet"
+            yield PendingError(reason, place=view.place, fix="leave neuron.alignment out, or wait for fine-tuning")
+    scheme = view.get("model.peft.peft_scheme", "none")
+    if view.training and scheme != "none":
+        reason = f"model.peft.peft_scheme={scheme} is checked and not trained yet"
+        yield PendingError(reason, place=view.place, fix="use null to tune all weights, or wait for fine-tuning")
+    if scheme == "lora" and view.training and not view.get("model.peft.lora_tuning"):
+        yield view.error("model.peft.peft_scheme=lora without model.peft.lora_tuning", "write the section")
+    encoder = view.get("model.mcore_bert") is not None or view.get("model.mcore_t5") is not None
+    if encoder and view.get("model.data.train_ds") is not None and view.get("model.mcore_bert", False):
+        yield view.error("model.data.train_ds with model.mcore_bert: NeMo tunes decoders", "use a GPT")
+
+
 ERRORS: tuple[Callable[[View], Errors], ...] = (
     positive_sizes,
+    heads,
+    learning_rates,
+    position_table,
+    checkpoint_ranks,
+    targets,
+    workflows,
     accelerator,
     precision,
     not_here,
@@ -348,6 +422,67 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     *layers.ERRORS,
     *expert_rules.ERRORS,
     *exp_manager.ERRORS,
+)
+
+
+# --- what NeMo settles by itself, without a word or with one in a log that is long
+
+
+def sequence_parallel_alone(view: View) -> Errors:
+    """Sequence parallelism cuts what tensor parallelism leaves whole."""
+    if view.get("model.sequence_parallel", False) and view.size(TP) == 1:
+        yield view.error(
+            f"model.sequence_parallel=True with {TP}=1, where NeMo turns it off", "use False, or more ranks"
+        )
+
+
+def head_size(view: View) -> Errors:
+    """megatron-core rounds the size of a head down."""
+    hidden, count = view.number("model.hidden_size"), view.number("model.num_attention_heads")
+    if hidden and count and hidden % count and view.number("model.kv_channels") is None:
+        reason = f"model.num_attention_heads={count} does not divide model.hidden_size={hidden}"
+        yield view.error(reason, "set model.kv_channels, the size of a head")
+
+
+def warm_up(view: View) -> Errors:
+    """A warm-up that the run does not outlast."""
+    steps, most = view.number("model.optim.sched.warmup_steps"), view.number("trainer.max_steps")
+    if view.training and steps and most and most > 0 and steps > most:
+        yield view.error(f"model.optim.sched.warmup_steps={steps} of trainer.max_steps={most}", "warm up for less")
+
+
+def lengths(view: View) -> Errors:
+    """Data of another length than the model is told."""
+    model, data = view.number("model.encoder_seq_length"), view.number("model.data.seq_length")
+    if model and data and model != data:
+        reason = f"model.data.seq_length={data} with model.encoder_seq_length={model}"
+        yield view.error(reason, "use ${model.encoder_seq_length}")
+
+
+def recomputed_nothing(view: View) -> Errors:
+    """How to recompute, and nothing to recompute."""
+    for side in ("model",):
+        method = view.get(f"{side}.activations_checkpoint_method")
+        if method is not None and view.get(f"{side}.activations_checkpoint_granularity") is None:
+            key = f"{side}.activations_checkpoint_method"
+            yield view.error(f"{key}={method} without activations_checkpoint_granularity", "set both or neither")
+
+
+def dangling(view: View) -> Errors:
+    """Interpolations of a key that is not there."""
+    for key, why in view.dangling.items():
+        yield view.error(f"{key}={view.written(key)}: {why}")
+
+
+DOUBTS: tuple[Callable[[View], Errors], ...] = (
+    sequence_parallel_alone,
+    head_size,
+    warm_up,
+    lengths,
+    recomputed_nothing,
+    names_of_others,
+    exp_manager.consumed_samples,
+    dangling,
 )
 
 

@@ -11,10 +11,11 @@ import ast
 import contextlib
 import difflib
 import io
+import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_nemo.config.keys import load, names_in
-from nxdt_nemo.config.report import Report, Unknown
+from nxdt_nemo.config.report import Report, Unknown, or_list
 from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["compose_for", "precheck", "world_size"]
+__all__ = ["Entry", "compose_entry", "compose_for", "precheck", "settle", "world_size"]
 
 # NeMo's own resolvers by name: gpu_name asks NVIDIA's driver, which answers None without a GPU.
 RESOLVERS: dict[str, Callable[..., Any]] = {
@@ -69,12 +70,19 @@ def compose_for(script: Path | None, argv: list[str]) -> DictConfig | None:
     Raises ConfigError for a missing folder or file, an unknown override or a YAML that cannot be read.
     """
     entry = _entry(script, argv)
-    return None if entry is None else _compose(entry)
+    return None if entry is None else compose_entry(entry)
 
 
-def precheck(script: Path | None, argv: list[str], environ: Mapping[str, str] | None = None) -> Report | None:
+def precheck(
+    script: Path | None,
+    argv: list[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    also_errors: Callable[[DictConfig, int | None, str], Iterable[ConfigError]] | None = None,
+) -> Report | None:
     """check() on the config that a script will get, before it runs; None when there is no such config.
 
+    also_errors(cfg, ranks, place) is asked when the rules found none: what is computed above this room.
     The keys that the script itself names are not unknown. Raises ConfigError as compose_for does; all other findings
     are in the report, and nothing is changed.
     """
@@ -82,9 +90,12 @@ def precheck(script: Path | None, argv: list[str], environ: Mapping[str, str] | 
     entry = _entry(script, argv)
     if entry is None or script is None:
         return None
-    cfg = _compose(entry)
-    report = check(cfg, world_size=world_size(cfg, environ), place=entry.place, also=names_in(script))
+    cfg = compose_entry(entry)
+    ranks = world_size(cfg, environ)
+    report = check(cfg, world_size=ranks, place=entry.place, also=names_in(script))
     report.errors += _launcher(View(cfg), environ, entry.place)
+    if also_errors is not None and not report.errors:
+        report.errors += also_errors(cfg, ranks, entry.place)
     return report
 
 
@@ -101,13 +112,16 @@ def _launcher(view: View, environ: Mapping[str, str], place: str) -> Iterator[Co
         )
 
 
-def world_size(cfg: DictConfig, environ: Mapping[str, str]) -> int | None:
-    """Ranks of the run: what a launcher announced, else trainer.devices x trainer.num_nodes; None if neither says."""
+def world_size(cfg: DictConfig, environ: Mapping[str, str], *, view: View | None = None) -> int | None:
+    """Ranks of the run: what a launcher announced, else trainer.devices x trainer.num_nodes; None if neither says.
+
+    view    of cfg, where there is one already
+    """
     told = environ.get("WORLD_SIZE", "")
     # Lightning and torchrun count ranks there; some schedulers count nodes, and set no LOCAL_RANK.
     if told.isdigit() and "LOCAL_RANK" in environ:
         return int(told)
-    asked, tasks = _asked(View(cfg)), environ.get("SLURM_NTASKS", told)
+    asked, tasks = _asked(view or View(cfg)), environ.get("SLURM_NTASKS", told)
     return asked if asked is not None or not tasks.isdigit() else int(tasks)
 
 
@@ -229,23 +243,34 @@ def _clean_hydra(entry: Entry) -> Iterator[None]:
 
     instances = Singleton._instances
     kept = {kind: instances.pop(kind) for kind in (GlobalHydra, VersionBase) if kind in instances}
-    ours = [name for name in RESOLVERS if not OmegaConf.has_resolver(name)]
-    for name in ours:
-        OmegaConf.register_new_resolver(name, RESOLVERS[name], use_cache=False)
+    disabled = logging.root.manager.disable
+    logging.disable()  # a plugin of hydra's that is not for these files logs a traceback
     try:
-        with warnings.catch_warnings():
+        with _resolvers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             initialize_config_dir(str(entry.folder), version_base=entry.version_base)
             yield
     finally:
+        logging.disable(disabled)
         for kind in (GlobalHydra, VersionBase):
             instances.pop(kind, None)
         instances.update(kept)
+
+
+@contextlib.contextmanager
+def _resolvers() -> Iterator[None]:
+    """Stand-ins for those of NeMo's resolvers that are not registered."""
+    ours = [name for name in RESOLVERS if not OmegaConf.has_resolver(name)]
+    for name in ours:
+        OmegaConf.register_new_resolver(name, RESOLVERS[name], use_cache=False)
+    try:
+        yield
+    finally:
         for name in ours:
             OmegaConf.clear_resolver(name)
 
 
-def _compose(entry: Entry) -> DictConfig:
+def compose_entry(entry: Entry) -> DictConfig:
     """The composed config. Raises ConfigError in place of hydra's and YAML's exceptions."""
     from hydra import compose
     from hydra.errors import HydraException, MissingConfigException
@@ -257,19 +282,20 @@ def _compose(entry: Entry) -> DictConfig:
             cfg: DictConfig = compose(entry.name, [*entry.overrides, *search])
         except MissingConfigException as error:
             raise _missing(entry, error) from None
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra's own for a group's number
             raise _bad_override(entry, error, search) from None
         except YAMLError as error:
             raise ConfigError(f"not readable as YAML: {_flat(error)}", place=entry.place) from None
-        _settle(cfg)
+        settle(cfg)
     return cfg
 
 
-def _settle(cfg: DictConfig) -> None:
-    """Replace the interpolations that need a stand-in by their values, while the stand-ins are there."""
-    for path in _calls(OmegaConf.to_container(cfg, resolve=False)):
-        with contextlib.suppress(OmegaConfBaseException):
-            OmegaConf.update(cfg, path, OmegaConf.select(cfg, path))
+def settle(cfg: DictConfig) -> None:
+    """Replace the interpolations that call one of NeMo's resolvers by their values."""
+    with _resolvers():
+        for path in _calls(OmegaConf.to_container(cfg, resolve=False)):
+            with contextlib.suppress(OmegaConfBaseException):
+                OmegaConf.update(cfg, path, OmegaConf.select(cfg, path))
 
 
 def _calls(node: Any, path: str = "") -> Iterator[str]:
@@ -291,10 +317,23 @@ def _missing(entry: Entry, error: BaseException) -> ConfigError:
     files = sorted(file.stem for file in entry.folder.glob("*.y*ml"))
     stem = Path(entry.name).stem
     if stem in files or "primary config" not in str(error).lower():
-        return ConfigError(_flat(error).split(" Config search path")[0], place=entry.place)
+        return _missing_option(entry, _flat(error))
     near = difflib.get_close_matches(stem, files, n=1)
     fix = f"did you mean --config-name={near[0]}?" if near else "see --config-path and --config-name"
     return ConfigError(f"there is no such file in {entry.folder}", place=entry.place, fix=fix)
+
+
+def _missing_option(entry: Entry, said: str) -> ConfigError:
+    """A file of a config group, with the group's nearest one. said: hydra's words."""
+    found = re.search(
+        r"Could not find '(.+)/([^/']+)' Available options in '[^']*': (.*?)(?: Config search path|$)", said
+    )
+    if found is None:
+        return ConfigError(said.split(" Config search path")[0], place=entry.place)
+    group, name, options = found[1], found[2], found[3].split()
+    near = difflib.get_close_matches(name, options, n=1)
+    fix = f"did you mean {near[0]}?" if near else f"use {or_list(options)}"
+    return ConfigError(f"{group}={name} is not there", place=entry.place, fix=fix)
 
 
 def _bad_override(entry: Entry, error: Exception, search: list[str]) -> ConfigError:

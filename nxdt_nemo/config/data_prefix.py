@@ -81,4 +81,4 @@ def _file_errors(view: View, key: str, prefix: str) -> Iterator[ConfigError]:
         fix = f"leave the ending off: {path.with_suffix('')}"
     elif near := sorted(path.parent.glob(f"{path.name}*.idx")) if path.name else []:
         fix = f"did you mean {near[0].with_suffix('')}?"
-    yield view.error(f"{key}: {prefix}{absent[0]} does not exist", fix)
+    yield view.here(f"{key}: {prefix}{absent[0]} does not exist", fix)

@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nxdt_nemo.config.values import kind_of_model
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["ERRORS"]
+__all__ = ["ERRORS", "consumed_samples"]
 
 Errors = Iterator[ConfigError]
 
@@ -60,13 +61,13 @@ def loggers(view: View) -> Errors:
         if not view.get(key, False):
             continue
         if find_spec(module) is None:
-            yield view.error(f"{key}=True needs the package {module}, which is not installed", install)
+            yield view.here(f"{key}=True needs the package {module}, which is not installed", install)
         elif module in NAMED:
             kwargs = view.get(f"{EXP}.{module}_logger_kwargs", {})
             if "name" not in kwargs and "project" not in kwargs:
                 yield view.error(f"{key}=True needs {EXP}.{module}_logger_kwargs.project", "set it")
             elif module == "wandb" and not _wandb_can_start(kwargs):
-                yield view.error(f"{key}=True: no API key for wandb", "run `wandb login` or set WANDB_MODE=offline")
+                yield view.here(f"{key}=True: no API key for wandb", "run `wandb login` or set WANDB_MODE=offline")
     if view.get(f"{EXP}.create_mlflow_logger", False):
         reason = f"{EXP}.create_mlflow_logger=True: NeMo 2.4.1 passes run_name to it twice, which Python refuses"
         yield view.error(reason, "use create_wandb_logger or create_tensorboard_logger")
@@ -109,6 +110,20 @@ def absent_parts(view: View) -> Errors:
     for name in RESILIENCY:
         if view.get(f"{EXP}.{name}", False):
             yield view.error(f"{EXP}.{name}=True needs nvidia-resiliency-ext, which is for CUDA", "use False")
+
+
+def consumed_samples(view: View) -> Errors:
+    """NeMo reads from a checkpoint's name how far its data went, and begins anew when that is not there."""
+    anew = "NeMo reads there how far the data went, and would begin anew"
+    key, inserts = f"{SAVES}.filename", view.get(f"{SAVES}.auto_insert_metric_name", True)
+    name, wanted = view.get(key), "consumed_samples" if inserts else "consumed_samples="
+    if _saves(view) and kind_of_model(view) and isinstance(name, str) and wanted not in name:
+        fix = "end it with -{consumed_samples}" if inserts else "end it with -consumed_samples={consumed_samples}"
+        yield view.error(f"{key}={name} has no consumed_samples=: {anew}", fix)
+    key = f"{EXP}.resume_from_checkpoint"
+    path = view.get(key)
+    if kind_of_model(view) and isinstance(path, str) and "consumed_samples=" not in path:
+        yield view.error(f"{key}={path} has no consumed_samples=: {anew}", "name a checkpoint as NeMo names it")
 
 
 def times_of_saving(view: View) -> Errors:
@@ -198,10 +213,10 @@ def checkpoint_to_resume(view: View) -> Errors:
     named = view.get(f"{EXP}.resume_from_checkpoint")
     if named is not None and not Path(str(named)).is_dir():
         reason = f"{EXP}.resume_from_checkpoint={named} is no distributed checkpoint"
-        yield view.error(reason, "name its folder, without .ckpt")
+        yield view.here(reason, "name its folder, without .ckpt")
     if resumes and not view.get(f"{EXP}.resume_ignore_no_checkpoint", False):
         reason = f"{EXP}.resume_if_exists=True and no checkpoint in {folder}"
-        yield view.error(reason, f"set {EXP}.resume_ignore_no_checkpoint=True to start anew")
+        yield view.here(reason, f"set {EXP}.resume_ignore_no_checkpoint=True to start anew")
 
 
 def best_ones_of_before(view: View) -> Errors:
@@ -213,7 +228,7 @@ def best_ones_of_before(view: View) -> Errors:
     kept = [path for path in folder.glob(f"*{ranked}*") if path.is_dir() and not path.name.endswith("-last")]
     if kept and _saves(view):
         reason = f"{key}=0, and {folder} holds {kept[0].name}, which NeMo would delete and then stop"
-        yield view.error(reason, f"use {key}=1, or move the checkpoints of the run before")
+        yield view.here(reason, f"use {key}=1, or move the checkpoints of the run before")
 
 
 def _folder(view: View) -> Path | None:
@@ -229,7 +244,7 @@ def other_keys(view: View) -> Errors:
     """Files to copy are there; a log is on one rank of a host or of all."""
     for file in view.get(f"{EXP}.files_to_copy", []):
         if not os.path.isfile(str(file)):
-            yield view.error(f"{EXP}.files_to_copy: there is no file {file}")
+            yield view.here(f"{EXP}.files_to_copy: there is no file {file}")
     both = [f"{EXP}.{name}" for name in ("log_local_rank_0_only", "log_global_rank_0_only")]
     if all(view.get(key, False) for key in both):
         yield view.error(f"{both[0]}=True with {both[1]}=True", "use one of them")

@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -53,18 +53,40 @@ class KeyTable:
             return False
         return (section != "" and self.is_free(section)) or name in self.sections[section]
 
-    def nearest(self, path: str) -> Unknown:
-        """An unknown key with the key that was probably meant."""
+    def nearest(self, path: str, written: Collection[str] = ()) -> Unknown:
+        """An unknown key with the key that was probably meant: rather one that its section does not write."""
         section, _, name = path.rpartition(".")
         if path in self.elsewhere:
             source, here = self.elsewhere[path]
             return Unknown(path, here, source)
-        near = difflib.get_close_matches(name, self.sections.get(section, ()), n=1, cutoff=0.8)
-        if near:
-            return Unknown(path, near[0])
+        if near := _closest(name, self.sections.get(section, ()), written):
+            return Unknown(path, near)
         homes = [other for other, names in self.sections.items() if name in names and other != section]
         home = min(homes, key=lambda other: (other.count("."), other != "model", other), default=None)
         return Unknown(path, "" if home is None else f"{home}.{name}".lstrip("."))
+
+
+def _closest(name: str, known: Collection[str], written: Collection[str]) -> str:
+    """The known name that a misspelt one is closest to, rather one that is not written; "" if none is close."""
+    near = difflib.get_close_matches(name, known, n=12, cutoff=0.6)
+    ranked = sorted((_slips(name, other) + 0.75 * (other in written), at) for at, other in enumerate(near))
+    if not ranked or ranked[0][0] > max(1.75, len(name) / 4):
+        return ""
+    return near[ranked[0][1]]
+
+
+def _slips(name: str, other: str) -> int:
+    """Letters left out, added, changed, or swapped with their neighbour (optimal string alignment)."""
+    rows = [list(range(len(other) + 1))]
+    for i, letter in enumerate(name, 1):
+        row = [i]
+        for j, meant in enumerate(other, 1):
+            steps = [rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != meant)]
+            if i > 1 and j > 1 and letter == other[j - 2] and name[i - 2] == meant:
+                steps.append(rows[-2][j - 2] + 1)
+            row.append(min(steps))
+        rows.append(row)
+    return rows[-1][-1]
 
 
 @cache
@@ -91,7 +113,11 @@ def load(where: Path | None = None) -> KeyTable:
 
 
 def unknown_keys(
-    cfg: DictConfig, *, section: str = "", also: frozenset[str] = frozenset(), table: KeyTable | None = None
+    cfg: DictConfig | dict[str, Any],
+    *,
+    section: str = "",
+    also: frozenset[str] = frozenset(),
+    table: KeyTable | None = None,
 ) -> list[Unknown]:
     """The keys of a config that nobody reads, outermost only, in the order of the config.
 
@@ -99,8 +125,9 @@ def unknown_keys(
     also      names that somebody else reads, such as the user's own script
     """
     table = table or load()
-    raw = OmegaConf.to_container(cfg, resolve=False)
-    return [table.nearest(path) for path in _walk(raw, section, table) if path.rpartition(".")[2] not in also]
+    raw = cfg if isinstance(cfg, dict) else OmegaConf.to_container(cfg, resolve=False)
+    unknown = (found for found in _walk(raw, section, table) if found[0].rpartition(".")[2] not in also)
+    return [table.nearest(path, written) for path, written in unknown]
 
 
 def names_in(script: Path) -> frozenset[str]:
@@ -121,8 +148,8 @@ def names_in(script: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def _walk(node: Any, section: str, table: KeyTable) -> Iterator[str]:
-    """Paths of unknown keys in and below a section that the table has."""
+def _walk(node: Any, section: str, table: KeyTable) -> Iterator[tuple[str, Collection[str]]]:
+    """Unknown keys in and below a section that the table has, each with the names beside it."""
     if isinstance(node, list):
         for entry in node:
             yield from _walk(entry, section, table)
@@ -131,6 +158,6 @@ def _walk(node: Any, section: str, table: KeyTable) -> Iterator[str]:
     for key, value in node.items():
         path = f"{section}.{key}" if section else str(key)
         if str(key) not in table.sections[section]:
-            yield path
+            yield path, node.keys()
         elif not table.is_free(path):
             yield from _walk(value, path, table)

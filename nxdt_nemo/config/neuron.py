@@ -1,29 +1,26 @@
 """Our own section of a configuration, `neuron:`, beside NeMo's keys.
 
-Room config/ (leaf). Stands in for nothing upstream. May import pydantic, omegaconf and nxdt_nemo.errors.
+Room config/ (leaf). Stands in for the keys of NxD Training that are not NeMo's. May import pydantic, omegaconf and
+nxdt_nemo.errors.
 Proof: tests/config/test_neuron.py.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, Sft
+from nxdt_nemo.config.environment import variables
+from nxdt_nemo.config.instances import INSTANCES, instance
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["DEVICES", "NeuronConfig", "neuron_section"]
+__all__ = ["NeuronConfig", "neuron_section"]
 
-# Devices that torch sees on an instance; trn2 groups its cores by two (LNC 2, its default) or not at all (LNC 1).
-DEVICES: dict[str, tuple[int, ...]] = {
-    "trn1.2xlarge": (2,),
-    "trn1.32xlarge": (32,),
-    "trn1n.32xlarge": (32,),
-    "trn2.48xlarge": (64, 128),
-}
 LANES = ("auto", "cpu", "xla", "neuron")
 
 
@@ -35,6 +32,23 @@ class NeuronConfig(BaseModel):
     strict_keys   a key that nobody reads is an error, not a warning
     stochastic_rounding   sets NEURON_RT_STOCHASTIC_ROUNDING_EN to 1 or 0; None leaves it to the environment. NxD
                           Training's precision.type mixed_precision_SR, with megatron_amp_O2
+    precision     NxD Training's precision.type; None takes it from trainer.precision and model.megatron_amp_O2
+    lnc           physical cores of a rank on trn2, 1 or 2; None takes it from trainer.devices, else the chip's default
+    sdk           the Neuron SDK's version, as in 2.29
+
+    Each of these is a variable of configs/environment.toml, NxD Training's key in brackets:
+
+    compiler_flags                     options of neuronx-cc [compiler_flags]
+    compiler_cache_url                 folder or s3:// address of compiled graphs [compiler_cache_url]
+    async_exec_max_inflight_requests   graphs handed over ahead [aync_exec_max_inflight_requests]
+    bucket_size_collectives            MB of a gradient bucket of torch-xla's [bucket_size_collectives]
+    exec_timeout                       seconds that a graph may take [neuron_rt_exec_timeout]
+    compress_replica_groups            short replica groups [neuron_experimental_compress_rg]
+    fuse_softmax                       softmax as one operation [model.fusions.softmax]
+    environment                        further variables, by name
+    vocab_size    the tokenizer's pieces, for what is computed where the tokenizer is not at hand: memory
+    alignment     preference training, see alignment.py
+    targets       packages whose classes a `_target_` may name, beside those of targets.py
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -43,10 +57,24 @@ class NeuronConfig(BaseModel):
     instance: str | None = None
     strict_keys: bool = False
     stochastic_rounding: bool | None = None
+    precision: Literal["bf16SR", "mixed_precision", "mixed_precision_SR", "autocast", "fp32", "manual"] | None = None
+    lnc: Literal[1, 2] | None = None
+    sdk: str | None = Field(default=None, pattern=r"^\d+(\.\d+){1,2}$", coerce_numbers_to_str=True)
+    compiler_flags: str | None = None
+    compiler_cache_url: str | None = None
+    async_exec_max_inflight_requests: int | None = Field(default=None, ge=0)
+    bucket_size_collectives: int | None = Field(default=None, ge=1)
+    exec_timeout: int | None = Field(default=None, ge=0)
+    compress_replica_groups: bool | None = None
+    fuse_softmax: bool | None = None
+    environment: dict[str, str | int | bool] | None = None
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    alignment: Alignment | None = None
+    targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     def devices(self) -> tuple[int, ...]:
         """The device counts that the instance can have; empty when no instance is named."""
-        return DEVICES[self.instance] if self.instance else ()
+        return INSTANCES[self.instance].ranks if self.instance else ()
 
 
 def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:
@@ -63,23 +91,31 @@ def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:
         found = NeuronConfig.model_validate(OmegaConf.to_container(section, resolve=True))
     except ValidationError as error:
         raise _one_line(error, place) from None
-    if found.instance is not None and found.instance not in DEVICES:
-        near = difflib.get_close_matches(found.instance, DEVICES, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"use {or_list(DEVICES)}"
-        raise ConfigError(f"neuron.instance={found.instance} is not a known instance", place=place, fix=fix)
+    if found.instance is not None:
+        instance(found.instance, key="neuron.instance", place=place)
     return found
 
 
 def _example() -> str:
-    return f"write its keys: {or_list(f'neuron.{name}' for name in NeuronConfig.model_fields)}"
+    return f"its keys are {', '.join(NeuronConfig.model_fields)}"
+
+
+def _names(above: list[str]) -> list[str]:
+    """The keys of neuron's section that is named by these."""
+    methods: dict[str, type[BaseModel]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo}
+    model: type[BaseModel] = NeuronConfig if not above else methods.get(above[-1], Alignment)
+    return list(model.model_fields)
 
 
 def _one_line(error: ValidationError, place: str) -> ConfigError:
     """The first finding of pydantic in our words."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    path = [str(part) for part in first["loc"]]
+    *above, name = path[:2] if path[0] == "environment" else path  # below a variable come the types that it tried
+    key = ".".join([*above, name])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, NeuronConfig.model_fields, n=1)
+        names = {variable.nxdt: variable.key for variable in variables() if variable.nxdt and variable.key}
+        near = [names[name]] if name in names else difflib.get_close_matches(name, _names(above), n=1)
         return ConfigError(
             f"unknown key neuron.{key}", place=place, fix=f"did you mean {near[0]}?" if near else _example()
         )

@@ -16,9 +16,13 @@ from nxdt_nemo import console
 from nxdt_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nxdt_nemo.config.job import Job
     from nxdt_nemo.config.neuron import NeuronConfig
+    from nxdt_nemo.config.values import Default
 
 __all__ = ["Change", "Ignored", "Report", "Unknown", "or_list"]
+
+FOREIGN = 3  # keys of another product in a config of that product; fewer are left over
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ class Report:
     changes    values that sanitise() replaces
     ignored    values without a meaning here that differ from NeMo's own defaults
     unknown    keys that nobody reads
+    doubts     what NeMo takes without a word and nobody can have meant; among the warnings, or the errors when strict
+    defaults   keys that such a model's config usually writes and this one does not, with what they are then
+    to_be_set  keys whose value is `???`
     neuron     our own section, None when the config has none
+    job        what the environment of the run depends on; None when nothing of this backend applies
     """
 
     errors: list[ConfigError] = field(default_factory=list)
@@ -77,7 +85,18 @@ class Report:
     changes: list[Change] = field(default_factory=list)
     ignored: list[Ignored] = field(default_factory=list)
     unknown: list[Unknown] = field(default_factory=list)
+    doubts: list[ConfigError] = field(default_factory=list)
+    defaults: list[Default] = field(default_factory=list)
+    to_be_set: list[str] = field(default_factory=list)
     neuron: NeuronConfig | None = None
+    job: Job | None = None
+
+    @property
+    def foreign(self) -> str:
+        """What the config is written for, when several keys are of another product; "" else."""
+        sources = [key.source for key in self.unknown if key.source]
+        product = max(sources, key=sources.count, default="")
+        return product if sources.count(product) >= FOREIGN else ""
 
     def raise_first(self) -> None:
         """Raise the first error, if there is one."""

@@ -15,7 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nxdt_nemo._resources import folder
-from nxdt_nemo.config import checks
+from nxdt_nemo.config import checks, values
+from nxdt_nemo.config.environment import settings
+from nxdt_nemo.config.job import job_of
 from nxdt_nemo.config.keys import unknown_keys
 from nxdt_nemo.config.report import Change, Ignored, Report
 from nxdt_nemo.config.view import View
@@ -75,6 +77,8 @@ def check(
     section: str = "",
     place: str = "",
     also: frozenset[str] = frozenset(),
+    strict: bool | None = None,
+    view: View | None = None,
 ) -> Report:
     """All that the rules find in a config, which stays as it is.
 
@@ -83,11 +87,15 @@ def check(
     section      path of cfg within the whole config: "model" when it is the model's own section
     place        the file that errors name
     also         names of keys that the user's own script reads
+    strict       what NeMo would take without a word is an error too: unknown keys, contradictions that it settles by
+                 itself, interpolations of nothing; None leaves it to neuron.strict_keys
+    view         of cfg with the same section and place, where there is one already; it is used up
 
     trainer.accelerator=cpu gives an empty report: nothing of this backend applies then.
     Raises ConfigError only for a broken `neuron:` section.
     """
-    view = View(cfg, section=section, place=place, world_size=world_size)
+    view = view or View(cfg, section=section, place=place)
+    view.world_size = world_size
     report = Report()
     if view.get("trainer.accelerator") == "cpu":
         return report
@@ -96,8 +104,15 @@ def check(
         from nxdt_nemo.config.neuron import neuron_section
 
         report.neuron = neuron_section(cfg, place=place)
-    report.errors = [error for rule in checks.ERRORS for error in rule(view)]
-    _judge_unknown(report, cfg, view, also)
+    if strict is None:
+        strict = report.neuron is not None and report.neuron.strict_keys
+    report.errors = [error for rule in values.ERRORS for error in rule(view)]
+    report.errors += [e for rule in checks.ERRORS for e in rule(view) if e.reason.split("=")[0] not in view.forgotten]
+    report.errors += _judge_environment(report, view)
+    report.doubts = [doubt for rule in checks.DOUBTS for doubt in rule(view)]
+    report.defaults = values.defaults(view)
+    report.to_be_set = values.to_be_set(view)
+    _judge_unknown(report, view, also, strict)
     report.warnings += _device_count(report, view)
     table, ignored = rules()
     report.changes = [change for rule in checks.CHANGES for change in rule(view)]
@@ -133,14 +148,27 @@ def sanitise(
     return report
 
 
-def _judge_unknown(report: Report, cfg: DictConfig, view: View, also: frozenset[str]) -> None:
-    """Unknown keys: warnings, or errors with neuron.strict_keys."""
-    report.unknown = unknown_keys(cfg, section=view.section, also=also)
-    if report.neuron is not None and report.neuron.strict_keys:
-        report.errors += [ConfigError(str(key), place=view.place) for key in report.unknown]
+def _judge_environment(report: Report, view: View) -> Iterator[ConfigError]:
+    """Keys of `neuron:` that contradict others, or have a value that their variable cannot take."""
+    try:
+        report.job = job_of(view, report.neuron)
+        if report.neuron is not None:
+            settings(report.job)
+    except ConfigError as error:
+        yield error if error.place == view.place else view.error(str(error))
+
+
+def _judge_unknown(report: Report, view: View, also: frozenset[str], strict: bool) -> None:
+    """Unknown keys and doubts: warnings, or errors when strict."""
+    report.unknown = unknown_keys(view.plain, section=view.section, also=also)
+    found = [ConfigError(str(key), place=view.place) for key in report.unknown] + report.doubts
+    if strict:
+        report.errors += found
     else:
-        where = f"{view.place}: " if view.place else ""
-        report.warnings += [f"{where}{key}" for key in report.unknown]
+        report.warnings += [str(doubt) for doubt in found]
+    if report.foreign:
+        said = f"is written for {report.foreign}; nxdt-nemo migrate makes NeMo's of it"
+        report.warnings.insert(0, f"{view.place}: {said}" if view.place else f"this configuration {said}")
 
 
 def _device_count(report: Report, view: View) -> Iterator[str]:

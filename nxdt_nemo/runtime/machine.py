@@ -17,6 +17,7 @@ __all__ = [
     "installed",
     "neuron_devices",
     "process_memory",
+    "product_name",
     "ranks_placed_here",
     "reset_process_peak",
     "text",
@@ -47,6 +48,11 @@ def ranks_placed_here() -> int:
 def distribution(name: str) -> Distribution | None:
     """The installed distribution of that name, from the path alone."""
     return next(iter(MetadataPathFinder.find_distributions(DistributionFinder.Context(name=name))), None)
+
+
+def product_name() -> str:
+    """What the host's firmware calls it, which on EC2 is the instance type; "" where there is none to ask."""
+    return text("/sys/devices/virtual/dmi/id/product_name").strip()
 
 
 def host_memory() -> int:

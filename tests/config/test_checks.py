@@ -35,12 +35,6 @@ WRONG = [  # overrides, ranks, the line
         f"{TP}=4 neither divides model.num_query_groups=6 nor is a multiple of it; use 1, 2, 3, 6, 12 or 24",
     ),
     (
-        [f"{TP}=4", "model.num_query_groups=2", "+model.peft.peft_scheme=lora"],
-        4,
-        f"model.peft.peft_scheme=lora with copies of KV heads ({TP}=4, model.num_query_groups=2) is not supported; "
-        f"use {TP} 1 or 2",
-    ),
-    (
         [f"{TP}=4", "model.ffn_hidden_size=130"],
         4,
         f"{TP}=4 does not divide model.ffn_hidden_size=130; use a multiple of 4",
@@ -317,3 +311,18 @@ def test_the_bytes_of_a_bucket_become_elements(gpt, overrides, elements):
     found = [change.new for change in sanitise(cfg).changes if change.key == "model.optim.ddp_bucket_size"]
     assert found == ([] if elements is None else [elements])
     assert cfg.model.optim.get("ddp_bucket_size") == (7 if "ddp_bucket_size" in "".join(overrides) else elements)
+
+
+def test_adapters_are_checked_and_pending(errors):
+    pending = (
+        "tiny_gpt.yaml: model.peft.peft_scheme=lora is checked and not trained yet; "
+        "use null to tune all weights, or wait for fine-tuning"
+    )
+    lora = ("+model.peft.peft_scheme=lora", "+model.peft.lora_tuning.alpha=1")
+    assert errors(*lora) == [pending]
+    copies = (
+        f"tiny_gpt.yaml: model.peft.peft_scheme=lora with copies of KV heads ({TP}=4, model.num_query_groups=2) "
+        f"is not supported; use {TP} 1 or 2"
+    )
+    assert errors(f"{TP}=4", "model.num_query_groups=2", *lora, world_size=4) == [pending, copies]
+    assert errors("+model.peft.peft_scheme=null") == []

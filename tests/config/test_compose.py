@@ -172,7 +172,7 @@ def test_a_missing_config_names_the_near_one(script):
 def test_a_missing_option_of_a_group(script):
     line = said(script, "overlap@model.ub_tp_comm_overlap_cfg=none", "+overlap@x=nope")
     assert line.startswith("tiny_gpt.yaml: ")
-    assert "overlap/nope" in line
+    assert "overlap=nope is not there; use" in line
     assert "search path" not in line
 
 

@@ -6,7 +6,7 @@ import pydantic
 import pytest
 from omegaconf import OmegaConf
 
-from nxdt_nemo.config import neuron_section
+from nxdt_nemo.config import NeuronConfig, neuron_section
 from nxdt_nemo.errors import ConfigError
 
 
@@ -42,9 +42,23 @@ def test_it_is_frozen():
         ({"runtme": "cpu"}, "unknown key neuron.runtme; did you mean runtime?"),
         (
             {"zzz": 1},
-            "unknown key neuron.zzz; write its keys: "
-            "neuron.runtime, neuron.instance, neuron.strict_keys or neuron.stochastic_rounding",
+            "unknown key neuron.zzz; its keys are " + ", ".join(NeuronConfig.model_fields),
         ),
+        ({"neuron_rt_exec_timeout": 1}, "unknown key neuron.neuron_rt_exec_timeout; did you mean exec_timeout?"),
+        (
+            {"aync_exec_max_inflight_requests": 1},
+            "unknown key neuron.aync_exec_max_inflight_requests; did you mean async_exec_max_inflight_requests?",
+        ),
+        (
+            {"exec_timeout": -1},
+            "neuron.exec_timeout=-1 is wrong (input should be greater than or equal to 0)",
+        ),
+        (
+            {"environment": {"A": [1]}},
+            "neuron.environment.A=[1] is wrong (input should be a valid string)",
+        ),
+        ({"alignment": {"dpo": {"kl_bta": 0.1}}}, "unknown key neuron.alignment.dpo.kl_bta; did you mean kl_beta?"),
+        ({"vocab_size": 0}, "neuron.vocab_size=0 is wrong (input should be greater than or equal to 1)"),
         ({"runtime": "gpu"}, "neuron.runtime=gpu is not a lane; use auto, cpu, xla or neuron"),
         ({"strict_keys": "maybe"}, "neuron.strict_keys=maybe is wrong (input should be a valid boolean)"),
         (
@@ -54,7 +68,7 @@ def test_it_is_frozen():
         (
             {"instance": "p5"},
             "neuron.instance=p5 is not a known instance; "
-            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge or trn2.48xlarge",
+            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge, trn2.48xlarge or trn2u.48xlarge",
         ),
     ],
 )

@@ -21,6 +21,13 @@ MISTAKES = [  # overrides, what the line must name
         ["model.optim.disable_distributed_parameters", "use model.optim.name=fused_adam"],
     ),
     (["model.mcore_gpt=false"], ["model.mcore_gpt"]),
+    (["model.hidden_size=wide"], ["model.hidden_size=wide", "whole number"]),
+    (
+        ["++neuron.instance=trn1.2xlarge", "trainer.devices=2", "model.hidden_size=32768", "model.num_layers=40"],
+        ["memory", "GiB a NeuronCore of trn1.2xlarge"],
+    ),
+    (["++neuron.alignment.orpo.beta=0.1"], ["neuron.alignment.orpo", "not trained yet"]),
+    (["++model.tokenizer._target_=os.system"], ["_target_=os.system"]),
 ]
 
 

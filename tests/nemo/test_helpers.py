@@ -1,66 +1,62 @@
-"""NeMo's index builders, found by upstream's own import lines, against upstream's Python; and a missing compiler."""
+"""NeMo's index builders, found by upstream's own import lines, against what upstream's Python and its C++ say."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nxdt_nemo.errors import UserError
 from nxdt_nemo.testing.parity import ACTIVE, ACTIVE_ENV
 
 pytestmark = pytest.mark.ranks
 
 SIZES = np.array([7, 30, 3, 12, 1, 25, 64, 5], dtype=np.int32)
+WEIGHTS = np.array([0.2, 0.5, 0.3])
 
 
-def sample_indices(compiling: list[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """By the builder, as blendable_dataset.py gets it: some ranks compile, all import; and upstream's Python."""
-    import torch.distributed as dist
+def blended(size: int) -> tuple[list[int], list[int]]:
+    """The greedy rule of helpers.cpp: the data set that lags most behind its weight is next."""
+    counts, which, where = [0] * len(WEIGHTS), [], []
+    for place in range(size):
+        lag = WEIGHTS * max(place, 1) - counts
+        which.append(int(lag.argmax()))
+        where.append(counts[which[-1]])
+        counts[which[-1]] += 1
+    return which, where
+
+
+def built() -> tuple[np.ndarray, ...]:
+    """Sample indices twice, by `helpers` and by upstream's Python; a blend as BlendableDataset asks for it."""
     from nemo.collections.nlp.data.language_modeling.megatron import gpt_dataset
     from nemo.collections.nlp.data.language_modeling.megatron.dataset_utils import compile_helper
 
-    if compiling[dist.get_rank()]:
-        compile_helper()
-    dist.barrier()
+    compile_helper()
     from nemo.collections.nlp.data.language_modeling.megatron import helpers
 
     documents = np.tile(np.arange(len(SIZES), dtype=np.int32), 3)
     arguments = (SIZES, documents, 16, 3, int(SIZES.sum()), True, 1)
-    return helpers.build_sample_idx(*arguments), gpt_dataset._build_sample_idx(*arguments)
+    which, where = np.zeros(100, dtype=np.uint8), np.zeros(100, dtype=np.int64)
+    helpers.build_blending_indices(which, where, WEIGHTS, len(WEIGHTS), 100, False)
+    return helpers.build_sample_idx(*arguments), gpt_dataset._build_sample_idx(*arguments), which, where
 
 
-def test_all_ranks_have_them_when_one_compiles(gloo):
-    found = gloo(2, sample_indices, [True, False], init=ACTIVE, env=ACTIVE_ENV)
-    for compiled, python in found:
-        assert compiled.shape == (28, 2)
-        np.testing.assert_array_equal(compiled, python)
+def test_samples_and_blends(gloo):
+    ((found, python, which, where),) = gloo(1, built, init=ACTIVE, env=ACTIVE_ENV)
+    assert found.shape == (28, 2)
+    np.testing.assert_array_equal(found, python)
+    assert (which.tolist(), where.tolist()) == blended(100)
 
 
-def no_compiler(folder: Path, fails: str | None) -> str:
-    import os
-    from unittest import mock
+def sentences() -> np.ndarray:
+    from nemo.collections.nlp.data.language_modeling.megatron import helpers
 
-    from nxdt_nemo.nemo.collections.nlp.data.language_modeling.megatron.helpers import compiled
-
-    with mock.patch.dict(os.environ, {"PATH": str(folder)} | ({"CXX": fails} if fails else {})):
-        try:
-            compiled(folder / "cache")
-        except UserError as error:
-            return str(error)
-    return "compiled"
+    documents = np.array([0, 3, 8], dtype=np.int64)
+    return helpers.build_mapping(documents, SIZES, 2, 100, 40, 0.0, 1234, False, 1)
 
 
-def test_without_a_compiler_one_line_says_so(gloo, tmp_path):
-    (said,) = gloo(1, no_compiler, tmp_path, None, init=ACTIVE, env=ACTIVE_ENV)
-    assert said == "helpers.cpp: no C++ compiler found for NeMo's index builders; install g++"
-
-
-def test_a_compiler_that_fails_leaves_nothing_behind(gloo, tmp_path):
-    failing = tmp_path / "failing"
-    failing.write_text("#!/bin/sh\necho 'helpers.cpp:1: error: odd headers' >&2\nexit 1\n")
-    failing.chmod(0o755)
-    (said,) = gloo(1, no_compiler, tmp_path, str(failing), init=ACTIVE, env=ACTIVE_ENV)
-    assert "do not compile: helpers.cpp:1: error: odd headers" in said
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+def test_sentences_of_a_document_are_packed(gloo):
+    """BERT's and T5's samples: [first sentence, behind the last, length], never over a document's end."""
+    (found,) = gloo(1, sentences, init=ACTIVE, env=ACTIVE_ENV)
+    assert len(found) > 0
+    for first, last, length in found:
+        assert (first < last <= 3) or (3 <= first < last <= 8)
+        assert length <= 40

@@ -43,11 +43,16 @@ def prepare(cfg: Any, script: Path | None = None) -> None:
     the mistakes found; the others are printed.
     """
     from nxdt_nemo.config import names_in, sanitise, world_size
+    from nxdt_nemo.config.view import View
+    from nxdt_nemo.megatron import memory_of_config
 
     if cfg.get("trainer") is None or cfg.get("model") is None:
         return
     also = names_in(script) if script is not None else frozenset()
-    report = sanitise(cfg, world_size=world_size(cfg, os.environ), also=also)
+    ranks = world_size(cfg, os.environ)
+    report = sanitise(cfg, world_size=ranks, also=also)
+    if not report.errors:
+        report.errors += memory_of_config.errors(View(cfg), ranks)
     if report.errors:
         *first, last = report.errors
         for error in first:

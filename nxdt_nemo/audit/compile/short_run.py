@@ -1,0 +1,68 @@
+"""The run that meets every graph of a configuration once, and what it said of them.
+
+Room audit/. Proof: tests/cli/test_compile.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from nxdt_nemo.config.view import View
+
+__all__ = ["STEPS", "Counts", "command", "overrides", "read_counts"]
+
+STEPS, VALIDATES = 6, 3
+"""Steps of the run, and after how many of them it validates: the first step, the second, one after a validation."""
+
+LOGGERS = ("tensorboard", "wandb", "mlflow", "dllogger", "clearml", "neptune")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of all ranks: graphs that were asked for, and those of them that the cache did not have."""
+
+    graphs: int = 0
+    missed: int = 0
+    unreadable: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Counts)))
+
+
+def overrides(view: View, folder: Path) -> list[str]:
+    """hydra's, after the user's own: few steps with a validation, nothing written but into `folder`."""
+    validates = bool(view.get("trainer.limit_val_batches", 1.0))
+    return [
+        f"++trainer.max_steps={STEPS}",
+        f"++trainer.val_check_interval={VALIDATES}",
+        f"++trainer.limit_val_batches={2 if validates else 0}",
+        "++trainer.log_every_n_steps=1",
+        *(f"++exp_manager.create_{name}_logger=false" for name in LOGGERS),
+        "++exp_manager.create_checkpoint_callback=false",
+        "++exp_manager.resume_if_exists=false",
+        f"++exp_manager.explicit_log_dir={folder}",
+    ]
+
+
+def command(script: str | None, config: Path, words: Sequence[str], ranks: int) -> list[str]:
+    """The command line: neuron_parallel_compile around it where Neuron's compiler is installed, torchrun for ranks."""
+    wrapper = [found] if (found := shutil.which("neuron_parallel_compile")) else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    if script is None:
+        program = ["-m", "nxdt_nemo", "run", "--config", str(config)]
+    else:
+        program = ["-m", "nxdt_nemo", "run", script, f"--config-path={config.parent}", f"--config-name={config.stem}"]
+    return [*wrapper, sys.executable, *torchrun, *program, *words]
+
+
+def read_counts(folder: Path) -> Counts:
+    """What the ranks wrote there when they ended."""
+    total = Counts()
+    for file in folder.glob("rank-*.json"):
+        total += Counts(**json.loads(file.read_text()))
+    return total

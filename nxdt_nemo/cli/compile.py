@@ -1,0 +1,164 @@
+"""`nxdt-nemo compile`: fill the compilation cache by a short run, or list what is in it.
+
+Room cli/. Parses, starts and prints; audit/compile knows the run and the cache. Proof: tests/cli/test_compile.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nxdt_nemo import console
+from nxdt_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from nxdt_nemo.audit.compile.cache import Graph
+    from nxdt_nemo.config.job import Job
+    from nxdt_nemo.config.view import View
+
+__all__ = ["compile_graphs"]
+
+DEFAULT_XLA = "nxdt-nemo-cache"
+
+
+def compile_graphs(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A NeMo YAML file.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDE]...", help="Hydra's: key=value.", show_default=False)
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option(help="Your training script. Default: this package's own.", show_default=False)
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Folder or s3:// address. Default: neuron.compiler_cache_url.", show_default=False),
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="List the cache; compile nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run CONFIG for a few steps, without checkpoints or loggers, so that each graph is in the cache.
+
+    Where AWS's neuron_parallel_compile is installed, graphs are extracted and compiled in parallel. On XLA:CPU,
+    torch-xla's own cache is filled: it tells which graphs a later start has not met, but cannot spare it compiling.
+    """
+    if listing:
+        _list(cache or _asked(config, overrides or []), as_json=as_json)
+        return
+    if config is None:
+        raise UserError("which configuration?", place="nxdt-nemo compile", fix="name a YAML file, or use --list")
+    raise typer.Exit(_compile(config, overrides or [], script, cache, as_json=as_json))
+
+
+def _asked(config: Path | None, overrides: Sequence[str]) -> str:
+    """The cache that a configuration names, else the environment's, else Neuron's default."""
+    from nxdt_nemo.audit.compile.cache import DEFAULT
+
+    found = None if config is None else _job(config, overrides)[0].keys.get("compiler_cache_url")
+    return found or os.environ.get("NEURON_COMPILE_CACHE_URL") or DEFAULT
+
+
+def _job(config: Path, overrides: Sequence[str]) -> tuple[Job, View]:
+    """What a configuration asks for, and the configuration."""
+    from nxdt_nemo.config.job import job_of
+    from nxdt_nemo.config.neuron import neuron_section
+    from nxdt_nemo.config.validate import read
+    from nxdt_nemo.config.view import View
+
+    cfg = read(config, overrides)
+    view = View(cfg, place=config.name)
+    return job_of(view, neuron_section(cfg, place=config.name)), view
+
+
+def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: str | None, *, as_json: bool) -> int:
+    """Run, and say how many graphs there were and how many the cache did not have. The run's exit code."""
+    from nxdt_nemo.audit.compile.short_run import command, read_counts
+    from nxdt_nemo.audit.compile.short_run import overrides as short
+
+    if script is not None and not Path(script).is_file():
+        raise UserError("no such script", place=f"--script {script}")
+    job, view = _job(config, overrides)
+    ranks = view.number("trainer.devices") or 1
+    neuron = bool(os.path.exists("/dev/neuron0"))
+    url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
+    if not neuron and "://" in url:
+        raise UserError(f"{url} is not a folder", place="cache", fix="on XLA:CPU use a folder: --cache FOLDER")
+    with tempfile.TemporaryDirectory(prefix="nxdt-compile-") as made:
+        folder = Path(made)
+        words = [*overrides, *short(view, folder / "run")]
+        done = subprocess.run(
+            command(script, config.resolve(), words, ranks),
+            env=_environment(job, url, folder, neuron=neuron),
+            stdout=None if not as_json else subprocess.DEVNULL,
+            check=False,
+        )
+        counts = read_counts(folder)
+    if done.returncode:
+        console.notice(f"the run ended with exit code {done.returncode}: its graphs up to there are in the cache")
+    if as_json:
+        typer.echo(json.dumps({"cache": url, "ranks": ranks, "exit_code": done.returncode, **vars(counts)}))
+    elif not neuron:
+        typer.echo(f"{counts.graphs} graphs on {ranks} ranks, {counts.missed} of them not in {url} before")
+    return done.returncode
+
+
+def _environment(job: Job, url: str, folder: Path, *, neuron: bool) -> dict[str, str]:
+    """The run's: the lane that traces, the table's variables for compiling, and where counts and graphs go."""
+    import dataclasses
+
+    from nxdt_nemo.config.environment import apply, settings
+    from nxdt_nemo.runtime.select import VARIABLE
+
+    environ = dict(os.environ)
+    asked = environ.get(VARIABLE, "")
+    environ[VARIABLE] = asked if asked in ("xla", "neuron") else "xla"
+    keys = {**job.keys, "compiler_cache_url": url} if neuron and url else job.keys
+    for line in apply(settings(dataclasses.replace(job, keys=keys), "process", "compile"), environ):
+        console.warn(line)
+    environ["NXDT_NEMO_COMPILE_REPORT"] = str(folder)
+    if not neuron:
+        Path(url).mkdir(parents=True, exist_ok=True)
+        environ["XLA_PERSISTENT_CACHE_PATH"] = str(Path(url).resolve())
+    return environ
+
+
+def _list(url: str, *, as_json: bool) -> None:
+    from nxdt_nemo.audit.compile.cache import contents
+
+    graphs = contents(url)
+    if as_json:
+        typer.echo(json.dumps({"cache": url, "graphs": [vars(graph) for graph in graphs]}, indent=2))
+    else:
+        typer.echo("\n".join(_lines(url, graphs)))
+
+
+def _lines(url: str, graphs: Sequence[Graph]) -> Iterator[str]:
+    from nxdt_nemo.audit.compile.cache import counted
+
+    states = ", ".join(f"{number} {state}" for state, number in counted(graphs).items()) or "empty"
+    yield f"{url}: {len(graphs)} graphs, {_size(sum(graph.size for graph in graphs))}; {states}"
+    if graphs:
+        yield ""
+        yield "| graph | compiler | state | size | hours old |"
+        yield "|---|---|---|---|---|"
+    for graph in graphs:
+        cells = (graph.name, graph.compiler, graph.state, _size(graph.size), f"{graph.age / 3600:.1f}")
+        yield f"| {' | '.join(cells)} |"
+    if any(graph.state == "stale lock" for graph in graphs):
+        yield ""
+        yield "Where nobody compiles any more: neuron_parallel_compile --command clear-locks"
+    if any(graph.state == "failed" for graph in graphs):
+        yield ""
+        yield "Failed graphs are not tried again: add --retry_failed_compilation to neuron.compiler_flags for one run"
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.1f} KiB"

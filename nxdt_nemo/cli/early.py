@@ -1,0 +1,84 @@
+"""The environment of a run, set before the script starts: torch_xla and the Neuron runtime read it on import.
+
+Room cli/. Imports no torch. `nxdt-nemo run` calls prepare; a plain `NXDT_NEMO=1 python script.py` calls plain_start
+while Python itself starts, so that both have it. Proof: tests/cli/test_early.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nxdt_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from nxdt_nemo.config import Report
+
+__all__ = ["plain_start", "prepare", "script_of"]
+
+# Options of python that take the next word, and those after which there is no script.
+_WITH_VALUE = ("W", "X", "-check-hash-based-pycs")
+_NO_SCRIPT = ("c", "m")
+# A file without these words has no configuration that could be composed.
+_DECORATORS = (b"hydra_runner", b"hydra.main", b"from hydra")
+
+
+def prepare(report: Report | None) -> list[str]:
+    """Hand the lane that a configuration names, and the environment that its job needs, to this process and children.
+
+    report  what the check found; None when the script's configuration is not known: the lane's general values then
+    Returns lines to tell the user. Raises LaneError for a lane that this machine cannot run, ConfigError for an LNC
+    that it has not.
+    """
+    from nxdt_nemo.config.environment import apply, settings
+    from nxdt_nemo.config.instances import INSTANCES
+    from nxdt_nemo.config.job import Job
+    from nxdt_nemo.runtime.machine import product_name
+    from nxdt_nemo.runtime.select import VARIABLE, select
+    from nxdt_nemo.runtime.xla.graph_cache import watch
+
+    if report is not None and report.neuron is not None and report.neuron.runtime is not None:
+        os.environ[VARIABLE] = report.neuron.runtime
+    if report is not None and report.job is None:
+        return []
+    job = Job() if report is None or report.job is None else report.job
+    lane, _ = select()
+    watch()
+    job = dataclasses.replace(job, lane=lane.name, instance=job.instance or INSTANCES.get(product_name()))
+    told = apply(settings(job), os.environ)
+    return told if lane.name != "cpu" else []
+
+
+def plain_start(words: Sequence[str]) -> None:
+    """prepare() for the script that a starting interpreter is about to run, where it has a configuration.
+
+    words  sys.orig_argv
+    Silent: the configuration is checked again, and everything said, where the script hands it over.
+    """
+    from nxdt_nemo.config import precheck
+
+    script, arguments = script_of(words)
+    if script is None or not any(word in script.read_bytes() for word in _DECORATORS):
+        return
+    try:
+        report = precheck(script, list(arguments), os.environ)
+        if report is not None:
+            prepare(report)
+    except UserError:
+        return
+
+
+def script_of(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """The script in a command line of python's, and its arguments; None for -c, -m, a prompt or a folder."""
+    at = 1
+    while at < len(words) and words[at].startswith("-") and words[at] != "-":
+        letters = words[at][1:]
+        if not letters.startswith("-") and any(letter in letters for letter in _NO_SCRIPT):
+            return None, ()
+        at += 2 if letters in _WITH_VALUE else 1
+    if at >= len(words) or not words[at].endswith(".py") or not os.path.isfile(words[at]):
+        return None, ()
+    return Path(words[at]), words[at + 1 :]

@@ -1,0 +1,190 @@
+"""`nxdt-nemo validate`: a YAML file with its overrides composed and checked, as a run would, and nothing started.
+
+Room config/ (leaf). Unlike a run it asks nothing of this machine: files and packages that are not here are warnings,
+and `???` is for whoever starts the run. Imports hydra only where there is something to compose.
+Proof: tests/config/test_validate.py, tools/fuzz.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nxdt_nemo._resources import folder
+from nxdt_nemo.config.compose import Entry, compose_entry, settle, world_size
+from nxdt_nemo.config.report import Report
+from nxdt_nemo.config.rules import check
+from nxdt_nemo.config.view import View
+from nxdt_nemo.errors import ConfigError, HereError, PendingError, UserError
+
+__all__ = ["Verdict", "find", "read", "validate", "validate_config"]
+
+# Ends of the top-level keys of NeMo's scripts that restore a model, and so need no `model:`.
+RESTORES = ("inference", "model_file", "model_path")
+
+
+@dataclass
+class Verdict:
+    """What is to be said about a configuration.
+
+    place      the file
+    errors     what ends a run
+    warnings   what a run would say, and what is not on this machine
+    pending    workflows that this release checks and does not train
+    to_be_set  keys that whoever starts the run has to give
+    report     all that the rules found
+    ranks      of the run, None if the configuration does not say
+    """
+
+    place: str
+    cfg: DictConfig
+    report: Report
+    ranks: int | None = None
+    strict: bool = False
+    errors: list[ConfigError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    pending: list[ConfigError] = field(default_factory=list)
+
+    @property
+    def to_be_set(self) -> list[str]:
+        return self.report.to_be_set
+
+    @property
+    def good(self) -> bool:
+        """True when nothing would end a run but what is still to be given."""
+        return not self.errors
+
+    def judge(self, doubts: Iterable[ConfigError]) -> None:
+        """Doubts found elsewhere: errors when strict, as the rules' own."""
+        for doubt in doubts:
+            if self.strict:
+                self.errors.append(doubt)
+            else:
+                self.warnings.append(str(doubt))
+
+    def as_json(self) -> dict[str, Any]:
+        """For other programs; lines as text."""
+        return {
+            "place": self.place,
+            "good": self.good,
+            "errors": [str(error) for error in self.errors],
+            "warnings": self.warnings,
+            "pending": [str(line) for line in self.pending],
+            "to_be_set": self.to_be_set,
+            "unknown": [vars(key) for key in self.report.unknown],
+            "changes": [vars(change) for change in self.report.changes],
+            "ignored": [entry._asdict() for entry in self.report.ignored],
+            "defaults": {default.key: default.value for default in self.report.defaults},
+            "ranks": self.ranks,
+        }
+
+
+def validate(path: Path, overrides: Sequence[str] = (), *, strict: bool | None = None) -> Verdict:
+    """A file with hydra's overrides. Raises ConfigError when it cannot be read or composed."""
+    return validate_config(read(path, overrides), place=path.name, strict=strict)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The composed configuration; a name of ours (`train`) stands for the file in configs/."""
+    path = find(path)
+    if not overrides and not _has_defaults(path):
+        return _plain(path)
+    return compose_entry(Entry(folder=path.resolve().parent, name=path.stem, overrides=tuple(overrides)))
+
+
+def find(path: Path) -> Path:
+    """A file, or the one of ours that has this name (`train`). Raises UserError when there is neither."""
+    if path.is_file():
+        return path
+    ours = folder("configs") / path.with_suffix(".yaml").name
+    if path.parent == Path() and ours.is_file():
+        return ours
+    from difflib import get_close_matches
+
+    beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    near = get_close_matches(path.name, beside, n=1)
+    fix = f"beside it: {', '.join(beside[:5])}" if beside else "see nxdt-nemo configs list"
+    raise UserError(
+        "there is no such file", place=str(path), fix=f"did you mean {path.parent / near[0]}?" if near else fix
+    )
+
+
+def _has_defaults(path: Path) -> bool:
+    """True if hydra has something to compose. Read as text: a YAML parser costs more, and would say the same."""
+    return any(line.startswith(("defaults:", '"defaults"', "'defaults'")) for line in _text(path).splitlines())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("is not text in UTF-8", place=path.name) from None
+
+
+def _plain(path: Path) -> DictConfig:
+    """A file that stands alone."""
+    from yaml import YAMLError
+
+    _text(path)
+    try:
+        cfg = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ConfigError(f"not readable as YAML: {' '.join(str(error).split())}", place=path.name) from None
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError("is a list, not a configuration", place=path.name, fix="begin with trainer: and model:")
+    settle(cfg)
+    return cfg
+
+
+def validate_config(
+    cfg: DictConfig,
+    *,
+    place: str = "",
+    strict: bool | None = None,
+    environ: Mapping[str, str] | None = None,
+    more: Iterable[ConfigError] = (),
+) -> Verdict:
+    """A composed configuration. environ: a launcher's variables, none by default; more: errors found elsewhere."""
+    view = View(cfg, place=place)
+    ranks = world_size(cfg, environ or {}, view=view)
+    try:
+        report = check(cfg, world_size=ranks, place=place, strict=strict, view=view)
+    except ConfigError as broken:  # a broken `neuron:`: the rest is checked without it
+        report = check(_without_neuron(cfg), world_size=ranks, place=place, strict=strict)
+        report.errors.insert(0, broken)
+    if strict is None:
+        strict = report.neuron is not None and report.neuron.strict_keys
+    found = Verdict(place, cfg, report, ranks, strict)
+    for error in [*report.errors, *more, *_sections(view)]:
+        if isinstance(error, HereError):
+            found.warnings.append(f"on this machine: {error}")
+        elif isinstance(error, PendingError):
+            found.pending.append(error)
+        elif not _is_to_be_set(view, error):
+            found.errors.append(error)
+    found.warnings += report.warnings
+    return found
+
+
+def _sections(view: View) -> Iterable[ConfigError]:
+    """Without these nothing else can be judged."""
+    restores = any(key.endswith(RESTORES) for key in view.plain)
+    for name in ("trainer",) if restores else ("trainer", "model"):
+        if name not in view.forgotten and not isinstance(view.raw(name), dict):
+            yield view.error(f"{name} is not a section", f"write {name}: and its keys below it")
+
+
+def _is_to_be_set(view: View, error: ConfigError) -> bool:
+    """True for an error about a key that is `???`."""
+    key, _, rest = error.reason.partition(" ")
+    return rest.startswith("is not set") and view.raw(key) == "???"
+
+
+def _without_neuron(cfg: DictConfig) -> DictConfig:
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    return OmegaConf.create({key: value for key, value in plain.items() if key != "neuron"})

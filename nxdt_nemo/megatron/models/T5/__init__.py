@@ -1,0 +1,1 @@
+"""What stands in for megatron.core.models.T5."""

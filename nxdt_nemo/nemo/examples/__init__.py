@@ -1,0 +1,1 @@
+"""What NeMo has as scripts in its repository and not in its wheel."""

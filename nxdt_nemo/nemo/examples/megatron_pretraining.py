@@ -1,0 +1,63 @@
+"""Pretraining from YAML: what `nxdt-nemo run --config FILE` starts, as a script of its own.
+
+Room nemo/. Stands in for examples/nlp/language_modeling/megatron_{gpt,bert,t5}_pretraining.py, which are not in NeMo's
+wheel, and for the training scripts of NNM and NxD Training, which need their packages. Upstream's calls in upstream's
+order; which model is what the configuration says. Alone in its folder: Python puts a script's folder first on sys.path.
+Proof: tests/nemo/test_run_config.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.multiprocessing as mp
+from nemo.core.config import hydra_runner
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig
+
+from nxdt_nemo.errors import ConfigError
+
+# As upstream's scripts: data workers of a process with a device client are not forked.
+mp.set_start_method("spawn", force=True)
+
+
+@hydra_runner(config_path=".", config_name="--config-name")  # type: ignore[untyped-decorator]
+def main(cfg: DictConfig) -> None:
+    """Train the model of a configuration. Raises ConfigError for a workflow that is not pretraining."""
+    _refuse(cfg)
+    if cfg.model.get("mcore_t5", False):
+        from nemo.collections.nlp.models.language_modeling.megatron_t5_model import MegatronT5Model as Model
+        from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronT5TrainerBuilder as Builder
+    elif cfg.model.get("mcore_bert", False):
+        from nemo.collections.nlp.models.language_modeling.megatron_bert_model import MegatronBertModel as Model
+        from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronBertTrainerBuilder as Builder
+    else:
+        from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel as Model
+        from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder as Builder
+    trainer = Builder(cfg).create_trainer()
+    exp_manager(trainer, cfg.get("exp_manager"))
+    if cfg.model.get("restore_from_path") is not None:
+        raise ConfigError(
+            f"model.restore_from_path={cfg.model.restore_from_path}: this script starts from nothing or resumes",
+            fix="name a distributed checkpoint in model.restore_from_ckpt",
+        )
+    if cfg.model.get("restore_from_ckpt") is not None:
+        trainer.ckpt_path = Path(cfg.model.restore_from_ckpt)
+    trainer.fit(Model(cfg.model, trainer))
+
+
+def _refuse(cfg: DictConfig) -> None:
+    """Alignment and PEFT are checked by this release and not trained yet."""
+    section = cfg.get("neuron") or {}
+    asked = [f"neuron.alignment.{name}" for name in section.get("alignment") or {}]
+    if (cfg.model.get("peft") or {}).get("peft_scheme") not in (None, "none"):
+        asked.append("model.peft")
+    if asked:
+        raise ConfigError(
+            f"{' and '.join(asked)}: fine-tuning is checked by this release, and not trained yet",
+            fix="leave the section out to pretrain",
+        )
+
+
+if __name__ == "__main__":
+    main()

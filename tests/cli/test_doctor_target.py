@@ -1,0 +1,99 @@
+"""`nxdt-nemo doctor --target`, `compile` and `launch` as a user types them, in this process: they load no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from nxdt_nemo.cli.main import app
+from nxdt_nemo.errors import UserError
+
+CONF = """
+name: tiny
+trainer: {accelerator: neuron, precision: bf16, devices: 64, num_nodes: 1}
+exp_manager: {exp_dir: /shared}
+model: {megatron_amp_O2: true}
+neuron: {exec_timeout: 900}
+"""
+
+
+@pytest.fixture
+def conf(tmp_path):
+    (tmp_path / "conf.yaml").write_text(CONF)
+    return str(tmp_path / "conf.yaml")
+
+
+def said(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_target_and_its_modes():
+    found = json.loads(said("doctor", "--target", "trn2.48xlarge", "--json"))
+    ranks = {row["what"]: row["rank"] for row in found["target"]}
+    assert ranks["memory"] == "24 GiB"
+    assert ranks["peak bfloat16"] == "166.8 TFLOP/s"
+    rounding = {row["by"]: row["value"] for row in found["environment"] if "STOCHASTIC" in row["variable"]}
+    assert rounding == {
+        "precision bf16SR": "1",
+        "precision mixed_precision": "0",
+        "precision mixed_precision_SR": "1",
+        "precision autocast": "0",
+    }
+    assert all(row["reason"] and row["source"] for row in found["environment"])
+
+
+def test_a_configuration_on_a_target(conf):
+    found = json.loads(said("doctor", "--target", "trn2.48xlarge", "--json", conf, "+neuron.lnc=1"))
+    values = {row["variable"]: (row["value"], row["by"]) for row in found["environment"]}
+    assert values["NEURON_RT_EXEC_TIMEOUT"] == ("900", "neuron.exec_timeout")
+    assert values["NEURON_LOGICAL_NC_CONFIG"] == ("1", "neuron.lnc")
+    assert next(row["instance"] for row in found["target"] if row["what"] == "ranks") == "128 at LNC 1"
+
+
+def test_the_table_is_markdown():
+    text = said("doctor", "--target", "trn1.32xlarge")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count(" | ") for line in rows if "NEURON_RT_EXEC_TIMEOUT" in line} == {5}
+    assert "NEURON_LOGICAL_NC_CONFIG" not in text
+
+
+WRONG = [  # words, the line
+    (["doctor", "--target", "trn2.48xl"], "--target: trn2.48xl is not a known instance; did you mean trn2.48xlarge?"),
+    (["doctor", "CONF"], "nxdt-nemo doctor: CONF needs --target; name an instance type"),
+    (["compile"], "nxdt-nemo compile: which configuration?; name a YAML file, or use --list"),
+    (["compile", "CONF", "--script", "no.py"], "--script no.py: no such script"),
+    (["compile", "CONF", "--cache", "s3://b/c"], "cache: s3://b/c is not a folder; on XLA:CPU use a folder: --cache "
+     "FOLDER"),
+    (["compile", "--list", "--cache", "/no/cache"], "/no/cache: there is no cache; name one, or compile first"),
+    (["launch", "CONF"], "conf.yaml: on which instance?; use --target trn2.48xlarge, or neuron.instance; --target cpu "
+     "rehearses"),
+    (["launch", "CONF", "--on", "parallelcluster", "--target", "trn2.48xlarge"], "--on parallelcluster: writes "
+     "tiny.sbatch and cluster.yaml; name a folder with -o"),
+    (["launch", "CONFx"], "CONFx: there is no such file; did you mean CONF?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, line", WRONG)
+def test_a_mistake_is_one_line(conf, words, line):
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(app, [word.replace("CONF", conf) for word in words], catch_exceptions=False)
+    assert str(caught.value) == line.replace("CONF", conf)
+
+
+def test_launch_prints_what_it_would_write(conf, tmp_path):
+    words = ["launch", conf, "--script", "x.py", "--target", "trn2.48xlarge"]
+    printed = said(*words)
+    written = said(*words, "-o", str(tmp_path / "jobs"))
+    file = tmp_path / "jobs" / "tiny.sh"
+    assert written == f"{file}\n"
+    assert file.read_text() == printed
+    assert printed.startswith("#!/usr/bin/env bash\n# tiny: 1 x trn2.48xlarge, 64 ranks each.")
+
+
+def test_none_of_them_loads_torch():
+    assert sys.modules.get("torch_xla") is None

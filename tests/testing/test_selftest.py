@@ -1,0 +1,79 @@
+"""The self-test: what its stages say of a machine that is well and of one that is not, and its report."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from nxdt_nemo.testing.selftest import Outcome, run
+from nxdt_nemo.testing.selftest.report import markdown
+from nxdt_nemo.testing.selftest.stages import STAGES, Failed
+
+
+def outcomes(tmp_path, **stages):
+    return [(one.stage, one.ok, one.found) for one in run(tmp_path, "cpu", stages)]
+
+
+def fails(bench):
+    raise Failed("7 of 9", "the output")
+
+
+def hangs(bench):
+    raise subprocess.TimeoutExpired("x", 3, "half a line")
+
+
+def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
+    found = outcomes(tmp_path, dtypes=fails, collectives=hangs, parity=lambda bench: "well")
+    assert found == [
+        ("dtypes", False, "7 of 9"),
+        ("collectives", False, "not done after 3 s"),
+        ("parity", True, "well"),
+    ]
+
+
+def test_without_a_device_nothing_else_is_tried(tmp_path):
+    found = outcomes(tmp_path, device=fails, dtypes=lambda bench: "well")
+    assert found[1] == ("dtypes", False, "not tried: no device")
+
+
+@pytest.mark.ranks
+def test_a_lane_that_is_not_there_is_a_failed_stage(tmp_path):
+    (found,) = list(run(tmp_path, "neuron", {"device": STAGES["device"]}))
+    assert not found.ok
+    assert "torch" in found.found
+
+
+def test_the_report(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    made = [Outcome("device", True, "a | b", 1.2), Outcome("parity", False, "2e-1", 3.0, "in /home/somebody/x")]
+    text = markdown(made, "xla", ["| state |"])
+    assert text.startswith("# nxdt-nemo self-test: 1 of 2 stages failed\n")
+    assert "| device | passed | 1 | a \\| b |" in text
+    assert "in ~/x" in text
+    assert "somebody" not in text
+    assert text.rstrip().endswith("| state |")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("lane", ["cpu", "xla"])
+def test_this_machine(request, tmp_path, lane):
+    if lane == "xla":
+        request.getfixturevalue("with_torch_xla")
+    done = subprocess.run(
+        [sys.executable, "-m", "nxdt_nemo", "doctor", "--on-device"],
+        env=os.environ | {"NXDT_NEMO_RUNTIME": lane},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    states = re.findall(r"^(passed|FAILED)", done.stdout, re.MULTILINE)
+    assert states == ["passed"] * len(STAGES)
+    assert (tmp_path / "nxdt-nemo-selftest.md").read_text().startswith("# nxdt-nemo self-test: all 6 stages passed")
