@@ -249,6 +249,14 @@ def names(view: View) -> Errors:
         yield view.error(f"model.optim.sched.name={sched} is no schedule", f"did you mean {near[0]}?")
 
 
+def names_of_others(view: View) -> Errors:
+    """Names that are not like any of NeMo's: of a script that registers them, or wrong."""
+    for key, known in (("model.optim.name", OPTIMIZERS), ("model.optim.sched.name", SCHEDULES)):
+        name = view.get(key) if view.training else None
+        if isinstance(name, str) and name not in (*known, *UNSAVED) and not get_close_matches(name, known):
+            yield view.error(f"{key}={name} is none of NeMo's", f"use {or_list(known)}, or a script that registers it")
+
+
 def sharded_optimizers(view: View) -> Errors:
     """What NeMo reads without a default, or not at all, when the optimizer is sharded."""
     name = view.get("model.optim.name") if view.training else None
@@ -472,6 +480,8 @@ DOUBTS: tuple[Callable[[View], Errors], ...] = (
     warm_up,
     lengths,
     recomputed_nothing,
+    names_of_others,
+    exp_manager.consumed_samples,
     dangling,
 )
 

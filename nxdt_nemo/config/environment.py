@@ -136,6 +136,9 @@ def settings(job: Job, *where: Where) -> list[Setting]:
         variable = known.get(name, Variable(name, "text", "process", "the configuration says so", ""))
         value = str(int(given)) if isinstance(given, bool) else str(given)
         variable.check(value, "neuron.environment")
+        for one in refused():
+            if (name, value) == (one.name, one.when):
+                raise ConfigError(f"{name}={value} {one.reason}", place="neuron.environment", fix=one.instead)
         found = [one for one in found if one.name != name or variable.type == "flags"]
         found.append(Setting(variable, value, "neuron.environment", value))
     return found

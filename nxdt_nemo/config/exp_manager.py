@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nxdt_nemo.config.values import kind_of_model
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["ERRORS"]
+__all__ = ["ERRORS", "consumed_samples"]
 
 Errors = Iterator[ConfigError]
 
@@ -40,8 +41,10 @@ DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 
 
 def _saves(view: View) -> bool:
-    """True if NeMo's checkpoint callback is made."""
-    return view.get(EXP) is not None and bool(view.get(f"{EXP}.create_checkpoint_callback", True))
+    """True if NeMo's checkpoint callback is made, and there is a training for it to save."""
+    data = view.raw("model.data")
+    generates = isinstance(data, dict) and "test_ds" in data and "train_ds" not in data
+    return view.get(EXP) is not None and bool(view.get(f"{EXP}.create_checkpoint_callback", True)) and not generates
 
 
 def remote_folders(view: View) -> Errors:
@@ -109,6 +112,20 @@ def absent_parts(view: View) -> Errors:
     for name in RESILIENCY:
         if view.get(f"{EXP}.{name}", False):
             yield view.error(f"{EXP}.{name}=True needs nvidia-resiliency-ext, which is for CUDA", "use False")
+
+
+def consumed_samples(view: View) -> Errors:
+    """NeMo reads from a checkpoint's name how far its data went, and begins anew when that is not there."""
+    anew = "NeMo reads there how far the data went, and would begin anew"
+    key, inserts = f"{SAVES}.filename", view.get(f"{SAVES}.auto_insert_metric_name", True)
+    name, wanted = view.get(key), "consumed_samples" if inserts else "consumed_samples="
+    if _saves(view) and kind_of_model(view) and isinstance(name, str) and wanted not in name:
+        fix = "end it with -{consumed_samples}" if inserts else "end it with -consumed_samples={consumed_samples}"
+        yield view.error(f"{key}={name} has no consumed_samples=: {anew}", fix)
+    key = f"{EXP}.resume_from_checkpoint"
+    path = view.get(key)
+    if kind_of_model(view) and isinstance(path, str) and "consumed_samples=" not in path:
+        yield view.error(f"{key}={path} has no consumed_samples=: {anew}", "name a checkpoint as NeMo names it")
 
 
 def times_of_saving(view: View) -> Errors:

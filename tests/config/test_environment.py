@@ -169,6 +169,11 @@ WRONG = [  # keys, what the line says
     ),
     ({"environment": {"A B": "1"}}, "neuron.environment: 'A B' is no name of a variable"),
     (
+        {"environment": {"XLA_USE_BF16": True}},
+        "neuron.environment: XLA_USE_BF16=1 turns every float32 tensor into bf16, main parameters and losses too; "
+        "unset it: trainer.precision and neuron.precision choose dtypes tensor by tensor",
+    ),
+    (
         {"environment": {"NEURON_RT_EXEC_TIMEOUT": "soon"}},
         "neuron.environment: NEURON_RT_EXEC_TIMEOUT=soon is not a number of seconds",
     ),

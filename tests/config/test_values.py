@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from nxdt_nemo._resources import folder
 from nxdt_nemo.config import check
@@ -89,6 +89,33 @@ def test_doubts_are_warnings_and_errors_when_strict(gpt):
     assert check(cfg).errors == []
     assert any(line in str(error) for error in check(cfg, strict=True).errors)
     assert any(line in str(error) for error in check(gpt(*doubtful, "+neuron.strict_keys=True")).errors)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("run-{step}-{consumed_samples}", False),
+        ("run-{step}", True),
+        ("run-{consumed_samples} +exp_manager.checkpoint_callback_params.auto_insert_metric_name=False", True),
+    ],
+)
+def test_a_checkpoint_whose_name_says_nothing_of_its_data_is_a_doubt(gpt, name, said):
+    name, *more = name.split()
+    cfg = gpt("++exp_manager.create_checkpoint_callback=True", *more)
+    OmegaConf.update(cfg, "exp_manager.checkpoint_callback_params.filename", name, force_add=True)
+    found = [error.reason for error in check(cfg).doubts if "has no consumed_samples=" in error.reason]
+    assert bool(found) is said
+
+
+def test_a_name_that_is_like_none_of_nemos_is_a_doubt(gpt):
+    (found,) = check(gpt("model.optim.sched.name=Cosin")).doubts
+    assert found.reason == "model.optim.sched.name=Cosin is none of NeMo's"
+
+
+def test_a_checkpoint_to_resume_from_says_how_far_its_data_went(gpt):
+    for path, said in (("/x/a--consumed_samples=8.0", False), ("/x/a-last", True)):
+        cfg = gpt(f"++exp_manager.resume_from_checkpoint='{path}'")
+        assert any("begin anew" in str(doubt) for doubt in check(cfg).doubts) is said
 
 
 def test_an_interpolation_of_nothing_is_a_doubt(gpt):
