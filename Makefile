@@ -78,6 +78,10 @@ test-megatron: $(STAMP) ## megatron-core's own unit tests on 1, 2, 4 and 8 ranks
 test-xla-run: $(STAMP) ## the stock NeMo script on the xla lane: graphs compiled, tensors read back; writes docs/results/xla_run.md
 	@$(PY) tools/xla_run.py
 
+.PHONY: test-lift
+test-lift: $(STAMP) ## all ranks of a layout in one process on the xla lane, against the cpu lane's; writes docs/results/xla_lift.md
+	@$(PY) tools/lift.py
+
 .PHONY: test-audit
 test-audit: $(STAMP) ## nxdt-nemo audit of Llama-3 8B and 70B in worlds of 64 to 2,048 ranks; writes docs/results/audit.md
 	@$(PY) tools/audit.py

@@ -35,7 +35,7 @@ def audit(
     otherwise: Annotated[
         list[str] | None,
         typer.Option(
-            "--on", metavar="RANK:KEY=VALUE", help="What a rank was started with otherwise.", show_default=False
+            "--except", metavar="RANK:KEY=VALUE", help="What a rank was started with otherwise.", show_default=False
         ),
     ] = None,
     hlo: Annotated[Path | None, typer.Option("--hlo", help="Write each rank's step there, as HLO text.")] = None,
