@@ -334,14 +334,13 @@ OUT = """
     armed = changed(before)
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model as model
     from nemo.collections.nlp.parts import megatron_trainer_builder as builder, nlp_overrides
-    from nemo.utils import te_utils
     from megatron.core import utils as core
     import megatron.core.tensor_parallel.random as random
 
     def upstream():
         return {
             "strategy": nlp_overrides.NLPDDPStrategy.__module__, "by_value": builder.NLPDDPStrategy.__module__,
-            "specs": model.get_specs.__module__, "te": te_utils.te_version.__module__,
+            "specs": model.get_specs.__module__,
             "fork": random.CudaRNGStatesTracker.fork.__module__, "cuda": torch_of(core).cuda.is_available(),
         }
 

@@ -41,8 +41,10 @@ DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 
 
 def _saves(view: View) -> bool:
-    """True if NeMo's checkpoint callback is made."""
-    return view.get(EXP) is not None and bool(view.get(f"{EXP}.create_checkpoint_callback", True))
+    """True if NeMo's checkpoint callback is made, and there is a training for it to save."""
+    data = view.raw("model.data")
+    generates = isinstance(data, dict) and "test_ds" in data and "train_ds" not in data
+    return view.get(EXP) is not None and bool(view.get(f"{EXP}.create_checkpoint_callback", True)) and not generates
 
 
 def remote_folders(view: View) -> Errors:

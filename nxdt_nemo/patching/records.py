@@ -2,10 +2,10 @@
 
 Room patching/ (leaf). May import nxdt_nemo.errors and packaging. Proof: tests/patching/test_load.py.
 
-    [te-version]                                   # the id
-    target      = "nemo.utils.te_utils.te_version" # module and attribute path, naming the defining class
+    [dataset-norm]                                  # the id
+    target      = "nemo.data.sets.TextDataset.norm" # module and attribute path, naming the defining class
     kind        = "replace"                        # replace | wrap | stub | define
-    replacement = "nxdt_nemo.nemo.te_utils:te_version"
+    replacement = "nxdt_nemo.nemo.data.sets:norm"
     versions    = "nemo_toolkit>=2.4,<2.5"         # several: a list, or joined by " and "
     fingerprint = "sha256:..."                     # nxdt-nemo patches fingerprint TARGET
     why         = "..."
@@ -66,7 +66,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """`nemo.toml [te-version]`, how messages name it."""
+        """`nemo.toml [hydra-runner]`, how messages name it."""
         return f"{self.file} [{self.id}]"
 
 

@@ -12,6 +12,7 @@ import builtins
 import functools
 import importlib
 import importlib.machinery
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
@@ -219,7 +220,7 @@ class Views:
         raise PatchError(f"patches/views.toml: redirect {name!r} has unknown kind {kind!r}")
 
     def _importlib(self, real: ModuleType, scope: str) -> ModuleView:
-        """importlib, whose import_module (NeMo looks for TransformerEngine with it) answers as an import does."""
+        """importlib, which NeMo asks for TransformerEngine and its version: it answers as an import does."""
         redirects = self._redirects[scope]
 
         @functools.wraps(importlib.import_module)
@@ -230,7 +231,15 @@ class Views:
             found: ModuleType = redirect.answer(self._import, name, ("__name__",), "")
             return found
 
-        return ModuleView(real, {"import_module": import_module})
+        @functools.wraps(importlib.metadata.version)
+        def version(distribution_name: str) -> str:
+            redirect = redirects.get(distribution_name.replace("-", "_"))
+            if scope == "upstream" and self.active and isinstance(redirect, Absent):
+                return "0.0"  # NeMo asks whether it is new enough and has no case for none
+            return importlib.metadata.version(distribution_name)
+
+        metadata = ModuleView(importlib.metadata, {"version": version})
+        return ModuleView(real, {"import_module": import_module, "metadata": metadata})
 
     def grant(self, name: str, modules: Iterable[str], package: str) -> None:
         """Let `import name`, of something absent, yield `package` in these modules."""

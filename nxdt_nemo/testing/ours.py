@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ACTIVE", "ACTIVE_ENV", "Part", "assemble", "gradients_of", "our_specs", "set_up", "train", "update"]
+__all__ = [
+    "ACTIVE",
+    "ACTIVE_ENV",
+    "Part",
+    "assemble",
+    "gradients_of",
+    "load_checkpoint",
+    "our_specs",
+    "save_checkpoint",
+    "set_up",
+    "train",
+    "update",
+]
 
 Read = Callable[[Any], Any]
 
@@ -96,12 +108,14 @@ def _train(
     training = set_up(recipe, weights, layout, ddp)
     ranks, report = Ranks.here(), Part(Ranks.here().tp[0])
     if resume is not None:
-        _load(training.model, training.optimizer, resume, fault)
+        load_checkpoint(training.model, training.optimizer, resume, fault)
     with mistake(fault, training):
         _steps(report, recipe, layout, training, range(recipe.steps) if steps is None else steps)
     report.state_bytes = state_bytes(training.optimizer, training.model)
     if save is not None:
-        _save(training.model, training.optimizer, save)
+        save_checkpoint(training.model, training.optimizer, save)
+    for chunk in training.chunks if ddp.get("overlap_param_gather") else ():
+        chunk.start_param_sync(force_sync=True)  # else a next forward pass would
     report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in training.named]
     return report
 
@@ -281,7 +295,7 @@ def _parameters(model: list[Any]) -> dict[str, Any]:
     return {f"{i}.{name}": entry for i, chunk in enumerate(model) for name, entry in parameters_of(chunk).items()}
 
 
-def _save(model: list[Any], optimizer: Any, folder: Path) -> None:
+def save_checkpoint(model: list[Any], optimizer: Any, folder: Path) -> None:
     """As a plain megatron-core loop saves."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
@@ -293,7 +307,7 @@ def _save(model: list[Any], optimizer: Any, folder: Path) -> None:
     dist_checkpointing.save({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, str(folder))
 
 
-def _load(model: list[Any], optimizer: Any, folder: Path, fault: Fault) -> None:
+def load_checkpoint(model: list[Any], optimizer: Any, folder: Path, fault: Fault) -> None:
     """As a plain megatron-core loop resumes, or so that Adam's moments are zero."""
     from megatron.core import dist_checkpointing
 
@@ -304,7 +318,8 @@ def _load(model: list[Any], optimizer: Any, folder: Path, fault: Fault) -> None:
         mine = {name: tensor for name, tensor in found["model"].items() if name.startswith(f"{i}.")}
         chunk.load_state_dict({name.partition(".")[2]: tensor for name, tensor in mine.items()}, strict=False)
     if fault == "moments not resumed":
-        for moments in found["optimizer"]["state"].values():
+        inner = found["optimizer"].get("optimizer", found["optimizer"])  # with main parameters one level below
+        for moments in inner["state"].values():
             moments["exp_avg"].zero_()
             moments["exp_avg_sq"].zero_()
     optimizer.load_state_dict(found["optimizer"])

@@ -9,11 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nxdt_nemo.testing.ours import forget_groups, gradients_of, set_up, update
+from nxdt_nemo.testing.mistakes import Fault, mistake
+from nxdt_nemo.testing.ours import (
+    forget_groups,
+    gradients_of,
+    load_checkpoint,
+    save_checkpoint,
+    set_up,
+    update,
+)
 from nxdt_nemo.testing.pool import lane_here
 from nxdt_nemo.testing.recipe import Layout, Recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 __all__ = ["TRACED_ENV", "Traced", "train"]
@@ -30,25 +40,42 @@ class Traced:
     steps: list[dict[str, int]] = field(default_factory=list)
 
 
-def train(recipe: Recipe, weights: dict[str, torch.Tensor], layout: Layout, steps: int) -> Traced:
-    """One rank's part of some steps; losses on a last stage only."""
+def train(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor],
+    layout: Layout,
+    steps: int | range,
+    fault: Fault = "",
+    resume: Path | None = None,
+    save: Path | None = None,
+) -> Traced:
+    """One rank's part of some steps, counted from 0 or these; losses on a last stage only.
+
+    resume, save   megatron-core distributed checkpoints to begin with and to end with
+    """
     from nxdt_nemo.runtime.xla.metrics import counters, wait
 
     lane = lane_here()
     training = set_up(recipe, weights, layout)
+    if resume is not None:
+        load_checkpoint(training.model, training.optimizer, resume, "")
     lane.synchronize()
     report, kept = Traced(), []
     before = counters()
-    for step in range(steps):
-        losses = gradients_of(training, recipe, layout, step, read=lambda loss: loss.clone())
-        norm = update(training.optimizer, recipe, step, read=lambda found: found)
-        kept.append(([sum(losses) / len(losses)] if losses else [], norm))
-        lane.step_boundary()
-        wait()
-        now = counters()
-        report.steps.append({name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)})
-        before = now
+    with mistake(fault, training):
+        for step in range(steps) if isinstance(steps, int) else steps:
+            losses = gradients_of(training, recipe, layout, step, read=lambda loss: loss.clone())
+            norm = update(training.optimizer, recipe, step, read=lambda found: found)
+            kept.append(([sum(losses) / len(losses)] if losses else [], norm))
+            lane.step_boundary()
+            wait()
+            now = counters()
+            changed = {name: now[name] - before.get(name, 0) for name in now}
+            report.steps.append({name: count for name, count in changed.items() if count})
+            before = now
     report.losses = [float(loss) for losses, _ in kept for loss in losses]
     report.grad_norms = [float(norm) for _, norm in kept]
+    if save is not None:
+        save_checkpoint(training.model, training.optimizer, save)
     forget_groups()
     return report

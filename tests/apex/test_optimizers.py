@@ -234,6 +234,7 @@ def test_resume_is_bitwise(
     resumed = [nn.Parameter(p.detach().clone()) for p in saved["params"]]
     again = cls(resumed, **settings)
     again.load_state_dict(saved["optimizer"])
+    assert again.state_dict()["param_groups"] == saved["optimizer"]["param_groups"], "saved again, groups are the same"
     train(again, resumed, range(5, STEPS))
     for a, b in zip(whole, resumed, strict=True):
         assert torch.equal(a, b)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from nxdt_nemo.testing.matrix import recipe_of
-from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, assemble
 from nxdt_nemo.testing.parity import NO_CLIPPING, relative
 from nxdt_nemo.testing.pool import RankError
 from nxdt_nemo.testing.recipe import FAMILIES, Recipe, layout
@@ -87,6 +89,80 @@ def test_resumed_in_its_own_layout_to_the_bit(parity, saved, dtype):
     assert rest.losses == run.whole.losses[3:]
     assert rest.grad_norms == run.whole.grad_norms[3:]
     assert all(torch.equal(rest.weights[name], run.whole.weights[name]) for name in run.whole.weights)
+
+
+def train_from_what_would_be_saved(*arguments: Any) -> Any:
+    """ours.train, whose loop loads into what the optimizer would save: it never says is_loading.
+
+    Of a parameter that two ranks update one alone has the loaded tensors then, and the other's part comes from it.
+    """
+    from nxdt_nemo.megatron.optimizer.distrib_optimizer import DistributedOptimizer
+    from nxdt_nemo.testing import ours
+
+    given = DistributedOptimizer.sharded_state_dict
+
+    def as_for_saving(self: Any, model: Any, is_loading: bool = False, **others: Any) -> Any:
+        return given(self, model, **others)
+
+    with mock.patch.object(DistributedOptimizer, "sharded_state_dict", as_for_saving):
+        return ours.train(*arguments)
+
+
+def resumed_so(parity: Any, gloo: Any, recipe: Recipe, place: Any, steps: range, *files: Any, fault: str = "") -> Any:
+    """Parity.leg with it; files: the checkpoint to resume, and one to write."""
+    arguments = (recipe, parity.weights(recipe), place, fault, steps, *files)
+    ranks = gloo(place.world, train_from_what_would_be_saved, *arguments, init=ACTIVE, env=ACTIVE_ENV)
+    return assemble(ranks)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loaded_into_what_would_be_saved(parity, gloo, saved, dtype, tmp_path):
+    """To the bit, and written again the same; without the moments it shows."""
+    run, place = saved[dtype], layout("dp2+zero")
+    rest = resumed_so(parity, gloo, run.recipe, place, range(3, 6), run.folder)
+    assert (rest.losses, rest.grad_norms) == (run.whole.losses[3:], run.whole.grad_norms[3:])
+    assert all(torch.equal(rest.weights[name], run.whole.weights[name]) for name in run.whole.weights)
+    resumed_so(parity, gloo, run.recipe, place, range(0), run.folder, tmp_path / "again")
+    found, expected = read_tensors(tmp_path / "again"), read_tensors(run.folder)
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    other = resumed_so(parity, gloo, run.recipe, place, range(3, 6), run.folder, fault="moments not resumed")
+    assert relative(other.losses, run.whole.losses[3:]) > 1e-3
+
+
+LOADED_AS_FOR_SAVING_4 = [
+    ("llama", "dp4+zero", INSTANCES),
+    ("llama", "dp4+zero", OVERLAP),
+    ("gpt", "pp2dp2+zero", {}),
+    ("mixtral", "ep2dp4+zero", {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "name", "ddp"), LOADED_AS_FOR_SAVING_4)
+def test_loaded_into_what_would_be_saved_on_four_ranks(parity, gloo, tmp_path, family, name, ddp):
+    """Two instances of the optimizer, tied embeddings of two stages, and experts' groups beside the others'."""
+    recipe, place = recipe_of(family, name, steps=4)
+    whole = parity.leg(recipe, place, range(4), **ddp)
+    parity.leg(recipe, place, range(2), save=tmp_path / "saved", **ddp)
+    rest = resumed_so(parity, gloo, recipe, place, range(2, 4), tmp_path / "saved", None, ddp)
+    assert (rest.losses, rest.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
+
+
+def steps_of(folder: Path) -> list[int]:
+    """What a checkpoint's parameter groups say of it."""
+    common = torch.load(folder / "common.pt", weights_only=False)["optimizer"]
+    return [group["step"] for group in common.get("optimizer", common)["param_groups"]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_from_before_the_first_step(parity, saved, tmp_path, dtype):
+    """Its groups say that none was made, and a run from it is the run from the start."""
+    run, place = saved[dtype], layout("dp2+zero")
+    parity.leg(run.recipe, place, range(0), save=tmp_path / "start")
+    assert set(steps_of(tmp_path / "start")) == {0} and set(steps_of(run.folder)) == {3}
+    all_of_it = parity.leg(run.recipe, place, range(6), resume=tmp_path / "start")
+    assert (all_of_it.losses, all_of_it.grad_norms) == (run.whole.losses, run.whole.grad_norms)
 
 
 @pytest.mark.parametrize("name", [*LOADED_IN, *(pytest.param(name, marks=pytest.mark.slow) for name in LOADED_IN_4)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import importlib.metadata
 import pickle
 import sys
 import types
@@ -138,6 +139,29 @@ def test_absent(views):
     assert caught.value.name == "faketorchte.pytorch"
     with pytest.raises(ModuleNotFoundError, match="faketorchte"):
         seen(views, "import importlib\nimportlib.import_module('faketorchte.pytorch')")
+
+
+VERSIONS = [
+    "import importlib.metadata\nfound = importlib.metadata.version('faketorchte')",
+    "from importlib.metadata import version\nfound = version('FakeTorchTE'.lower())",
+    "from importlib import metadata\nfound = metadata.version('faketorchte')",
+]
+
+
+@pytest.mark.parametrize("code", VERSIONS)
+def test_what_is_absent_has_version_0_for_upstream(views, code):
+    """NeMo asks whether it is new enough, and has no case for none."""
+    assert seen(views, code)["found"] == "0.0"
+    with pytest.raises(importlib.metadata.PackageNotFoundError):  # a script may ask whether it is there
+        seen(views, code, "main")
+    views.active = False
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        seen(views, code)
+
+
+def test_other_versions_are_the_installed_ones(views):
+    code = "from importlib.metadata import version, metadata\nfound = version('pytest'), metadata('pytest')['Name']"
+    assert seen(views, code)["found"] == (pytest.__version__, "pytest")
 
 
 def test_an_installed_one_is_shadowed_with_one_notice_a_product(views, fakes, capsys):

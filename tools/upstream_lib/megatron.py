@@ -27,7 +27,7 @@ WORLDS = (1, 2, 4, 8)
 # The first three: no cache, no word of what is left out, upstream's own options (-x among them) not taken.
 OPTIONS = ("-p", "no:cacheprovider", "--no-header", "-o", "addopts=", "-q", "-W", "ignore", "--tb=short")
 OPTIONS += ("--continue-on-collection-errors", "-o", "consider_namespace_packages=true")
-VIEWS = ("tests", "tools")
+VIEWS = ("tests", "tools", "nvidia_resiliency_ext")
 # Imported once and not once a rank.
 PRELOAD = (
     "megatron.core.models.gpt.gpt_model",

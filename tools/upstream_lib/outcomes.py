@@ -28,10 +28,11 @@ __all__ = [
 
 Side = Literal["stock", "ours"]
 Status = Literal["passed", "failed", "error", "skipped"]
-Kind = Literal["not applicable", "upstream", "open", "removed"]
+Kind = Literal["not applicable", "upstream", "by design", "open", "removed"]
 KINDS: dict[str, str] = {
     "not applicable": "needs what is not there by design: a CUDA device, the network, another product's packages",
     "upstream": "fails whatever runs it: upstream's own mistake, or a dependency of another version",
+    "by design": "we do otherwise, and say why",
     "open": "ours to do",
     "removed": "fails on stock; through us it passes, or counts as unexplained",
 }

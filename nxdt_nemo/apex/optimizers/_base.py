@@ -40,8 +40,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[param][key] = value.to(param.device)
+        own = {name: value for name, value in self.defaults.items() if name != "differentiable"}  # torch adds it here
         for group in self.param_groups:
-            group.update({name: value for name, value in self.defaults.items() if name not in group})
+            group.update({name: value for name, value in own.items() if name not in group})
             states = [self.state[param] for param in group["params"] if "step" in self.state.get(param, {})]
             if steps := [int(state.pop("step")) for state in states]:
                 group["step"] = max(steps)

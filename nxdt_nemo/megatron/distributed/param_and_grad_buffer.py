@@ -3,11 +3,13 @@
 Room megatron/. Stands in for two classes of megatron.core.distributed.param_and_grad_buffer on traced lanes. Upstream's
 main_grad is a view of one flat tensor: traced, each write to a view is a copy of the flat tensor (430 to 820 ms a step
 against 122). Here a bucket is put together when it is reduced, and taken apart again; a group of one rank does neither.
-Proof: tests/megatron/test_xla.py.
+With a distributed optimizer that optimizer does both (optimizer/traced_zero.py), and parameters stay as they are too.
+Proof: tests/megatron/test_xla.py, test_xla_zero.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +20,13 @@ __all__ = ["_ParamAndGradBucketGroup", "_ParamAndGradBuffer"]
 
 
 class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
-    """Upstream's plan of buckets; no flat tensor of gradients."""
+    """Upstream's plan of buckets, without padding; no flat tensor of gradients, nor of parameters."""
 
     grad_data: Tensor
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, ddp_config: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(replace(ddp_config, use_distributed_optimizer=False), *arguments, **named)
+        self.ddp_config = ddp_config
         nothing: Tensor = torch.empty(0, dtype=self.grad_dtype, device=self.grad_data.device)
         self.grad_data = nothing
         for bucket in self.buckets:
@@ -46,22 +49,47 @@ class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
 
 
 class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
-    """Reduces what upstream reduces. Buckets are unsharded (zero.py refuses others here), and so without padding."""
+    """Reduces what upstream reduces; with a distributed optimizer nothing, and gathers nothing, which that does."""
 
     def start_grad_sync(self) -> None:
         asked = self.ddp_config
         checked = asked.check_for_nan_in_grad or asked.check_for_large_grads
+        if asked.use_distributed_optimizer:
+            if checked:
+                self._check()
+            return
         if self.data_parallel_group.size() == 1 and not (checked or asked.overlap_grad_reduce):
             for bucket in self.buckets:
                 if bucket.gradient_scaling_factor != 1.0:
                     torch._foreach_mul_([p.main_grad for p in bucket.params_list], bucket.gradient_scaling_factor)
             self.grad_reduce_handle = None
             return
-        for bucket in self.buckets:
-            bucket.grad_data = torch.cat([param.main_grad.flatten() for param in _ordered(bucket)])
+        self._put_together()
         super().start_grad_sync()
         for bucket in self.buckets:
             _take_apart(bucket)
+
+    def finish_grad_sync(self) -> None:
+        if not self.ddp_config.use_distributed_optimizer:
+            super().finish_grad_sync()
+        elif not self.ddp_config.overlap_grad_reduce:  # else begun when the last gradient was there
+            self.start_grad_sync()
+
+    def start_param_sync(self, force_sync: bool = False) -> None:
+        """Nothing: parameters are whole when the optimizer's step returns."""
+
+    def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
+        """Nothing, as start_param_sync."""
+
+    def _check(self) -> None:
+        self._put_together()
+        self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
+        for bucket in self.buckets:
+            bucket.grad_data = bucket.grad_data.new_empty(0)
+
+    def _put_together(self) -> None:
+        for bucket in self.buckets:
+            bucket.grad_data = torch.cat([param.main_grad.flatten() for param in _ordered(bucket)])
 
 
 def _ordered(bucket: Any) -> list[Any]:

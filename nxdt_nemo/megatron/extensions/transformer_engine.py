@@ -128,10 +128,12 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See the class."""
-        eps = self.config.layernorm_epsilon
-        x = normalized(input_, self.layer_norm_weight, self.layer_norm_bias, self.config, eps)
-        result: tuple[Tensor, Tensor | None] = super().forward(x, weight, runtime_gather_output)
+        result: tuple[Tensor, Tensor | None] = super().forward(self.norm(input_), weight, runtime_gather_output)
         return result
+
+    def norm(self, x: Tensor) -> Tensor:
+        """norm(x), [S, B, H]."""
+        return normalized(x, self.layer_norm_weight, self.layer_norm_bias, self.config, self.config.layernorm_epsilon)
 
 
 class TEDotProductAttention(DotProductAttention):

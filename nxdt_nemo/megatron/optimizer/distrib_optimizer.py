@@ -3,20 +3,21 @@
 Room megatron/. Stands in for megatron.core.optimizer.distrib_optimizer.DistributedOptimizer: same constructor and
 interface. Upstream's tells parameters apart by CUDA type strings, and saves its state by place in a buffer, or
 flattened; ours by name in the parameter's shape (docs/checkpoints.md). Reduce-scatter and all-gather are those of
-megatron-core's DistributedDataParallel. Proof: tests/megatron/test_zero.py.
+megatron-core's DistributedDataParallel; where steps are traced, those of traced_zero.py's buckets.
+Proof: tests/megatron/test_zero.py, test_xla_zero.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
 from nxdt_nemo.errors import NotOnNeuron
-from nxdt_nemo.megatron.optimizer.norms import counted
 from nxdt_nemo.megatron.optimizer.sharded_state import (
     Loaded,
     Tensors,
@@ -25,7 +26,9 @@ from nxdt_nemo.megatron.optimizer.sharded_state import (
     state_template,
     whole_states,
 )
-from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece, refuse_on_traced_lanes
+from nxdt_nemo.megatron.optimizer.traced_zero import TracedBucket, alike, on_host, to_device
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Part, Piece
+from nxdt_nemo.runtime.select import current
 
 __all__ = ["DistributedOptimizer"]
 
@@ -40,7 +43,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
     per_model_buffers   {model chunk: its buffers}, of DistributedDataParallel(use_distributed_optimizer=True)
     data_parallel_group_gloo   for checkpoints; None: the buffers' own group, where that is gloo
     Memory a rank, P parameters on d ranks: 8 P / d bytes of float32 state, and 4 P / d of main parameters where the
-    model's are bf16. Raises NotOnNeuron for what needs CUDA kernels.
+    model's are bf16 or steps are traced. Raises NotOnNeuron for what needs CUDA kernels.
     """
 
     def __init__(
@@ -63,30 +66,55 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self.distributed_optimizer_instance_id = distributed_optimizer_instance_id
         self.is_stub_optimizer = optimizer is None
         self.buffers = [] if optimizer is None else [x for found in per_model_buffers.values() for x in found]
-        self.buckets = [_bucket(bucket, buffer) for buffer in self.buffers for bucket in buffer.buckets]
+        self.buckets: list[Bucket | TracedBucket] = []
         self._steps = 0
         if optimizer is not None:
             _refuse(optimizer, config, self.ddp_config)
+            divided = self._traced_buckets if current().traced else self._eager_buckets
+            self.buckets += divided()
             self._adopt()
 
+    def _eager_buckets(self) -> Iterator[Bucket]:
+        """megatron-core's."""
+        for param in (param for group in self.optimizer.param_groups for param in group["params"]):
+            if param.requires_grad and param.dtype != torch.float32:  # upstream's mark
+                param.main_param, param.main_param_sharded = None, True
+        for buffer in self.buffers:
+            yield from (_bucket(bucket, buffer) for bucket in buffer.buckets)
+
+    def _traced_buckets(self) -> Iterator[TracedBucket]:
+        """megatron-core's, each divided into what is stepped and counted alike."""
+        place = {param: number for number, group in enumerate(self.optimizer.param_groups) for param in group["params"]}
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                instances = self._instances(bucket)
+                ranks = buffer.data_parallel_group.size() * (1 if instances is None else instances.size())
+                scale = bucket.gradient_scaling_factor / (ranks if self.ddp_config.average_in_collective else 1)
+                for params in alike(bucket.params_list, place.__getitem__):
+                    yield TracedBucket.of(params, buffer.data_parallel_group, scale, buffer.grad_dtype, instances)
+
+    def _instances(self, bucket: Any) -> dist.ProcessGroup | None:
+        """The ranks that hold the state of a bucket's ranks too, num_distributed_optimizer_instances in all."""
+        groups = (group for chunk in self.model_chunks for group in _bucket_groups(chunk))
+        mine = next(group for group in groups if bucket in group.buckets)
+        return getattr(mine, "inter_distributed_optimizer_instance_group", None)
+
     def _adopt(self) -> None:
-        """Put the pieces' main parameters in the place of the model's."""
+        """Put the main parameters of this rank's part in the place of the model's."""
         self.model_params: list[nn.Parameter] = []
-        self._pieces: list[Piece] = []
+        self._pieces: list[Piece | TracedBucket] = []
         pieces = {param: piece for bucket in self.buckets for param, piece in bucket.pieces.items()}
+        self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             params = [param for param in group["params"] if param.requires_grad]
-            mine = [pieces[param] for param in params if param in pieces]
-            for param in params:
-                if param.dtype != torch.float32:
-                    param.main_param, param.main_param_sharded = None, True
+            mine = list(dict.fromkeys(pieces[param] for param in params if param in pieces))
             for piece in mine:
-                if piece.param.dtype != torch.float32:
+                piece.begin(self.optimizer.state)
+                if isinstance(piece, Piece) and piece.main is not piece.model:
                     piece.param.main_param = piece.main  # type: ignore[attr-defined]
             group["params"] = [piece.main for piece in mine]
             self.model_params += params
             self._pieces += mine
-        self.optimizer.state.clear()
 
     def get_grad_stats_parallel_group(self) -> Any:
         """All ranks that hold pieces: norms are sums over them."""
@@ -99,7 +127,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         for param in [] if self.is_stub_optimizer else self.model_params:
             param.grad = None
         for piece in [] if self.is_stub_optimizer else self._pieces:
-            piece.main.grad = None
+            piece.drop()
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -118,7 +146,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """
         mine = {bucket for buffer in self.buffers for bucket in buffer.buckets}
         for chunk in self.model_chunks:
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            for group in _bucket_groups(chunk):
                 if not mine.isdisjoint(group.buckets):
                     group.start_param_sync()
 
@@ -129,16 +157,20 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             group["step"] = steps
 
     def counted_gradients(self) -> list[Tensor]:
-        """This rank's pieces of the gradients that count in a norm."""
+        """This rank's pieces of the gradients that count in a norm, scaled to what they count."""
         pieces = [] if self.is_stub_optimizer else self._pieces
-        return [piece.grad for piece in pieces if counted([piece.param])]
+        return [grad for piece in pieces for grad in piece.counted()]
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        """As counted_gradients, after _copy_model_grads_to_main_grads."""
+        return self.counted_gradients()
 
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
         return [piece.main.grad for piece in self._pieces if piece.main.grad is not None]
 
     def _copy_model_grads_to_main_grads(self) -> None:
         for piece in self._pieces:
-            piece.main.grad = piece.grad.float()  # a float32 buffer's own view
+            piece.collect()
 
     def _copy_main_params_to_model_params(self) -> None:
         for piece in self._pieces:
@@ -150,20 +182,20 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
     # --- state ---------------------------------------------------------------------------------------
 
-    def _state_of(self, piece: Piece) -> Tensors:
-        state = self.optimizer.state[piece.main]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(piece.main)
-        main = {} if piece.main is piece.model else {"fp32_param": piece.main}
-        return {**main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    def _state_of(self, part: Part) -> Tensors:
+        return part.state(self.optimizer.state)
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same on each data-parallel rank: hyper-parameters, steps, loss scale. No tensors of pieces."""
         return {} if self.is_stub_optimizer else self._wrapped({"param_groups": self._groups()})
 
+    def _hosts(self) -> dict[dist.ProcessGroup, dist.ProcessGroup]:
+        """A group for tensors of the host for each bucket's."""
+        return {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
+
     def _groups(self) -> list[dict[str, Any]]:
-        groups = self.optimizer.param_groups
+        """Without parameters; a group that has not been stepped yet says so."""
+        groups = ({"step": 0, **group} for group in self.optimizer.param_groups)
         return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
     def _wrapped(self, inner: dict[str, Any]) -> dict[str, Any]:
@@ -189,26 +221,26 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
                 chunk.start_param_sync(force_sync=True)
         if self.is_stub_optimizer:
             return {}
-        held = self.buckets, self.model_params, self._state_of, model_sharded_state_dict
+        buckets = on_host(self.buckets, self.optimizer.state, read=not is_loading)
+        held = buckets, self.model_params, self._state_of, model_sharded_state_dict
         if is_loading:
             state = state_template(*held, self.distributed_optimizer_instance_id)
             groups: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
         else:
-            hosts = {bucket.group: self.data_parallel_group_gloo or bucket.group for bucket in self.buckets}
-            state = whole_states(*held, hosts, self.distributed_optimizer_instance_id)
-            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self._groups()]
+            state = whole_states(*held, self._hosts(), self.distributed_optimizer_instance_id)
+            groups = self._groups()
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what sharded_state_dict(is_loading=True) gave, after it was loaded."""
+        """Take up what sharded_state_dict() gave, after it was loaded. All data-parallel ranks call it."""
         if self.is_stub_optimizer:
             return
         loaded = Loaded.of(state_dict)
         self._take_groups(loaded)
         self._count(loaded.steps)
-        if loaded.state:
-            load_pieces(self.buckets, self.model_params, self._state_of, loaded)
+        buckets = on_host(self.buckets, self.optimizer.state, read=False)
+        to_device(load_pieces(buckets, self.model_params, self._state_of, loaded, self._hosts()))
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
@@ -241,18 +273,22 @@ def _kind(group: dict[str, Any], experts_apart: bool) -> tuple[Any, ...]:
     return (experts_apart, *(group.get(key, group.get(f"pre_{key}")) for key in keys))
 
 
+def _bucket_groups(chunk: Any) -> list[Any]:
+    """Of a DistributedDataParallel."""
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+
+
 def _bucket(bucket: Any, buffer: Any) -> Bucket:
     """megatron-core's bucket as ours."""
     spans = []
     for param in bucket.params_list:
         first, last, _ = buffer.param_index_map[param]
         spans.append((param, first - bucket.offset, last - bucket.offset))
-    return Bucket(spans, bucket.param_data, bucket.grad_data, buffer.data_parallel_group)
+    return Bucket(spans, buffer.data_parallel_group, bucket.param_data, bucket.grad_data)
 
 
 def _refuse(optimizer: Any, config: Any, ddp_config: Any) -> None:
-    """Raise NotOnNeuron for settings that this optimizer does not have, LaneError for a lane."""
-    refuse_on_traced_lanes("use_distributed_optimizer=True", "use False")
+    """Raise NotOnNeuron for settings that this optimizer does not have."""
     for key, found in (
         ("use_custom_fsdp", ddp_config.use_custom_fsdp),
         ("optimizer_cpu_offload", config.optimizer_cpu_offload),
@@ -260,5 +296,7 @@ def _refuse(optimizer: Any, config: Any, ddp_config: Any) -> None:
     ):
         if found:
             raise NotOnNeuron(f"{key}=True with the distributed optimizer; use {key}=False")
+    if config.log_num_zeros_in_grad and current().traced:
+        raise NotOnNeuron("log_num_zeros_in_grad=True where steps are traced: it reads a number in each; use False")
     if config.optimizer != "adam":
         raise NotOnNeuron(f"optimizer={config.optimizer!r} with the distributed optimizer; use optimizer='adam'")

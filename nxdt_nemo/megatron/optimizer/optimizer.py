@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
-from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 
 from nxdt_nemo.errors import UserError
 from nxdt_nemo.megatron.optimizer.distrib_optimizer import DistributedOptimizer
+from nxdt_nemo.megatron.optimizer.norms import copy_marks
 from nxdt_nemo.megatron.optimizer.sharded_state import groups_of, states_of
 from nxdt_nemo.runtime.rounding import SWITCH
 from nxdt_nemo.runtime.select import current
@@ -48,9 +48,7 @@ def init_float16_optimizer(self: Any, optimizer: Any, config: Any, grad_scaler: 
             if param.dtype not in (torch.bfloat16, torch.float16):
                 raise TypeError(f"parameters are float32, bfloat16 or float16, not {param.dtype}")
             main = param.detach().clone().float()
-            copy_tensor_model_parallel_attributes(main, param)
-            if hasattr(param, "shared"):
-                main.shared = param.shared
+            copy_marks(main, param)
             param.main_param = group["params"][place] = main
             if param in optimizer.state:
                 optimizer.state[main] = optimizer.state.pop(param)

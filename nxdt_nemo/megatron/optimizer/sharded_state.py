@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from torch import Tensor, nn
 
 from nxdt_nemo.errors import UserError
-from nxdt_nemo.megatron.optimizer.zero import Bucket, Piece
+from nxdt_nemo.megatron.optimizer.traced_zero import HostBucket
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Division, Part
 
 __all__ = [
     "PREFIX",
@@ -34,12 +35,12 @@ __all__ = [
 
 PREFIX = "optimizer.state"
 Tensors = dict[str, Tensor]  # fp32_param (of half precision parameters), exp_avg, exp_avg_sq
-StateOf = Callable[[Piece], Tensors]
+StateOf = Callable[[Part], Tensors]
 Sharded = dict[int, dict[str, Any]]
 
 
 def whole_states(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[Bucket | HostBucket],
     params: Sequence[nn.Parameter],
     state_of: StateOf,
     model: Mapping[str, Any],
@@ -49,7 +50,7 @@ def whole_states(
     """The sharded state to save: {place in `params`: {name: ShardedTensor or factory}} of what this rank owns.
 
     params        all parameters of the optimizer
-    state_of      a piece's tensors, [n] float32
+    state_of      a part's tensors, [n] float32
     model         the model's sharded state dict
     host_groups   a gloo group for each bucket's group: pieces go from host to host
     instance      of several groups that hold the same state: what the first has is written
@@ -65,39 +66,54 @@ def whole_states(
 
 
 def state_template(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[Bucket | HostBucket],
     params: Sequence[nn.Parameter],
     state_of: StateOf,
     model: Mapping[str, Any],
     instance: int = 0,
 ) -> Sharded:
-    """What to load: as whole_states, for each parameter that this rank has a piece of, with memory to load it into."""
+    """What to load: as whole_states, with memory to load it into. No rank reads what another owns."""
     places = _places(params, model)
     sharded: Sharded = {}
     for bucket in buckets:
-        rank = bucket.group.rank()
         for param, first, last in bucket.spans:
-            if (piece := bucket.pieces.get(param)) is None:
+            if _owner(bucket, first, last) != bucket.group.rank():
                 continue
-            copies = instance * (1 + bucket.group.size())
-            replica = copies + (0 if _owner(bucket, first, last) == rank else 1 + rank)
             place, entry = places[param]
             sharded[place] = {
-                name: _sharded(entry, torch.empty(param.shape, dtype=tensor.dtype), name, replica)
-                for name, tensor in state_of(piece).items()
+                name: _sharded(entry, torch.empty(param.shape, dtype=tensor.dtype), name, instance)
+                for name, tensor in state_of(bucket.pieces[param]).items()
             }
     return sharded
 
 
-def load_pieces(buckets: Sequence[Bucket], params: Sequence[nn.Parameter], state_of: StateOf, loaded: Loaded) -> None:
-    """Copy a loaded state, in the parameters' shapes, into this rank's pieces of them."""
-    pieces = {param: piece for bucket in buckets for param, piece in bucket.pieces.items()}
-    for place, param in enumerate(params):
-        if param in pieces:
-            piece = pieces[param]
+def load_pieces(
+    buckets: Sequence[Bucket | HostBucket],
+    params: Sequence[nn.Parameter],
+    state_of: StateOf,
+    loaded: Loaded,
+    host_groups: Mapping[dist.ProcessGroup, dist.ProcessGroup],
+) -> list[Bucket | HostBucket]:
+    """Copy what each rank has loaded of the parameters it owns into all ranks' pieces; returns the buckets with any.
+
+    loaded   what state_template gave, or whole_states: some megatron-core loops load into what would be saved
+    Each rank of the buckets' groups has to call it.
+    """
+    places = {param: place for place, param in enumerate(params)}
+    filled = []
+    for bucket in buckets:
+        host = host_groups[bucket.group]
+        mine = torch.tensor([any(places[param] in loaded.state for param in bucket.pieces)], dtype=torch.int32)
+        dist.all_reduce(mine, dist.ReduceOp.MAX, group=host)
+        if not mine.item():
+            continue
+        for param, tensors in _parts(bucket, places, state_of, loaded, host):
+            piece = bucket.pieces[param]
             for name, tensor in state_of(piece).items():
-                tensor.copy_(piece.cut(loaded.state[place][name]))
+                tensor.copy_(tensors[name])
             piece.publish(loaded.steps)
+        filled.append(bucket)
+    return filled
 
 
 @dataclass(frozen=True)
@@ -160,12 +176,14 @@ def _places(params: Sequence[nn.Parameter], model: Mapping[str, Any]) -> dict[nn
     return {param: (place, entries[place]) for place, param in enumerate(params)}
 
 
-def _owner(bucket: Bucket, first: int, last: int) -> int:
+def _owner(bucket: Division, first: int, last: int) -> int:
     """The rank that has most of a parameter, the lowest of equals."""
     return max(bucket.holders(first, last), key=lambda holder: (holder[2] - holder[1], -holder[0]))[0]
 
 
-def _whole(bucket: Bucket, state_of: StateOf, host: dist.ProcessGroup) -> Iterator[tuple[nn.Parameter, Tensors]]:
+def _whole(
+    bucket: Bucket | HostBucket, state_of: StateOf, host: dist.ProcessGroup
+) -> Iterator[tuple[nn.Parameter, Tensors]]:
     """The parameters that this rank owns, with their tensors in the parameters' shapes."""
     rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
     under_way: list[Any] = []
@@ -188,6 +206,39 @@ def _whole(bucket: Bucket, state_of: StateOf, host: dist.ProcessGroup) -> Iterat
                         under_way.append(dist.irecv(whole[name][start:stop], ranks[holder], group=host))
             ready.append((param, {name: tensor.view(param.shape) for name, tensor in whole.items()}))
     for work in under_way:
+        work.wait()
+    yield from ready
+
+
+def _parts(
+    bucket: Bucket | HostBucket,
+    places: Mapping[nn.Parameter, int],
+    state_of: StateOf,
+    loaded: Loaded,
+    host: dist.ProcessGroup,
+) -> Iterator[tuple[nn.Parameter, Tensors]]:
+    """The way back: this rank's pieces, [n] each, of what the parameters' owners have loaded."""
+    rank, ranks = bucket.group.rank(), dist.get_process_group_ranks(bucket.group)
+    under_way: list[tuple[Any, Tensor]] = []
+    ready: list[tuple[nn.Parameter, Tensors]] = []
+    for param, first, last in bucket.spans:
+        owner = _owner(bucket, first, last)
+        for holder, start, stop in bucket.holders(first, last):
+            if rank not in (owner, holder):
+                continue
+            mine = state_of(bucket.pieces[param])
+            if rank == owner:
+                whole = loaded.state[places[param]]
+                parts = {name: whole[name].reshape(-1)[start:stop] for name in mine}
+                if rank != holder:
+                    sent = [part.to(mine[name].dtype).cpu().contiguous() for name, part in parts.items()]
+                    under_way += [(dist.isend(part, ranks[holder], group=host), part) for part in sent]
+            else:
+                parts = {name: torch.empty(stop - start, dtype=tensor.dtype) for name, tensor in mine.items()}
+                under_way += [(dist.irecv(part, ranks[owner], group=host), part) for part in parts.values()]
+            if rank == holder:
+                ready.append((param, parts))
+    for work, _ in under_way:
         work.wait()
     yield from ready
 

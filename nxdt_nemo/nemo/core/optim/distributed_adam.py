@@ -9,14 +9,13 @@ Paper: Rajbhandari et al. 2019, arXiv:1910.02054, section 5.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from nemo.utils import str_to_dtype
 from torch import Tensor, nn
 
@@ -32,15 +31,10 @@ from nxdt_nemo.megatron.optimizer.sharded_state import (
     state_template,
     whole_states,
 )
-from nxdt_nemo.megatron.optimizer.zero import (
-    Bucket,
-    Piece,
-    allocate,
-    gather_parameters,
-    reduce_gradients,
-    refuse_on_traced_lanes,
-)
+from nxdt_nemo.megatron.optimizer.traced_zero import TracedBucket, alike, on_host, to_device
+from nxdt_nemo.megatron.optimizer.zero import Bucket, Part, Piece, allocate, gather_parameters, reduce_gradients
 from nxdt_nemo.runtime.hosts import carries_host_memory
+from nxdt_nemo.runtime.select import current
 
 __all__ = ["MegatronDistributedFusedAdam"]
 
@@ -57,7 +51,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
                       float32, and all buckets' collectives under way together; no result depends on them, nor on
                       distribute_within_nodes and lock_timeout: all ranks of the group share the state
     Memory a rank, P parameters on d ranks: 8 P / d bytes of float32 state, 4 P of float32 gradients, and 4 P / d of
-    main parameters where the model's are bf16.
+    main parameters where the model's are bf16 or steps are traced.
     Raises ConfigError for a state that is not float32, for amsgrad and for disable_distributed_parameters.
     """
 
@@ -84,7 +78,6 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         bucket_cap_mb: float = 100,
         **layout: Any,
     ) -> None:
-        refuse_on_traced_lanes("model.optim.name=distributed_fused_adam", "use fused_adam")
         if disable_distributed_parameters:
             _stop("disable_distributed_parameters", True, "use optim.name=fused_adam, which shards nothing")
         if str_to_dtype(dtype) != torch.float32:
@@ -103,7 +96,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         self._sync_dtype = torch.float32 if grad_sync_dtype is None else str_to_dtype(grad_sync_dtype)
         self._bucket_elements = max(1, int(bucket_cap_mb * 2**20 / 4))
         self._adam_w_mode = adam_w_mode
-        self.buckets: list[Bucket] = []
+        self.buckets: list[Bucket | TracedBucket] = []
         self._placed: set[nn.Parameter] = set()
         self.optimizer: FusedAdam | None = None
         self._steps = 0
@@ -124,13 +117,29 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         for param in fresh:
             if param.dtype not in (torch.float32, torch.bfloat16):
                 _stop("name", "distributed_fused_adam", f"it trains float32 and bfloat16 parameters, not {param.dtype}")
-        for dtype in dict.fromkeys(param.dtype for param in fresh):
-            for bucket in _capped([param for param in fresh if param.dtype == dtype], self._bucket_elements):
-                self.buckets.append(allocate(bucket, self._group))
+        for params in self._divided(fresh):
+            for bucket in _capped(params, self._bucket_elements):
+                self.buckets.append(self._traced(bucket) if current().traced else allocate(bucket, self._group))
         for param in fresh:
             self._placed.add(param)
             if param.dtype != torch.float32:
                 param.register_post_accumulate_grad_hook(_add_to_main_grad)
+
+    def _divided(self, params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """What can be in one bucket: parameters of one dtype, where steps are traced also stepped and counted alike."""
+        if current().traced:
+            groups = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
+            return alike(params, groups.__getitem__)
+        dtypes = dict.fromkeys(param.dtype for param in params)
+        return [[param for param in params if param.dtype == dtype] for dtype in dtypes]
+
+    def _traced(self, params: list[nn.Parameter]) -> TracedBucket:
+        """A bucket of parameters that keep their places; each has a float32 main_grad, see allocate."""
+        for param in params:
+            param.main_grad = torch.zeros(param.shape).to(param.device)  # type: ignore[attr-defined]
+            if param.dtype == torch.float32:
+                param.grad = param.main_grad  # type: ignore[attr-defined]
+        return TracedBucket.of(params, self._group, 1.0 / self._group.size(), self._sync_dtype)
 
     def init_params(self, params: Iterable[nn.Parameter] | nn.Parameter | None = None, **_: Any) -> None:
         """As init_params_bucket; without an argument all of the optimizer's parameters."""
@@ -143,18 +152,37 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         """Adam on the pieces. Made at the first step or load: until then weights may be loaded into the model."""
         if self.optimizer is None:
             self.init_params()
-            pieces = {param: piece for bucket in self.buckets for param, piece in bucket.pieces.items()}
-            groups = [
-                {**group, "params": [pieces[param].main for param in group["params"] if param in pieces]}
-                for group in self.param_groups
-            ]
+            groups = [{**group, "params": self._mains(group["params"])} for group in self.param_groups]
             self.optimizer = FusedAdam(groups, adam_w_mode=self._adam_w_mode)
+            for piece in self._pieces():
+                piece.begin(self.optimizer.state)
         return self.optimizer
 
-    def _pieces(self, params: Iterable[nn.Parameter] | None = None) -> list[Piece]:
+    def _mains(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What is stepped of these on this rank."""
+        pieces = {param: piece for bucket in self.buckets for param, piece in bucket.pieces.items()}
+        return [piece.main for piece in dict.fromkeys(pieces[param] for param in params if param in pieces)]
+
+    def _pieces(self) -> list[Piece | TracedBucket]:
+        return list(dict.fromkeys(piece for bucket in self.buckets for piece in bucket.pieces.values()))
+
+    def _collected(self) -> list[Tensor]:
+        """The main parameters' gradients, after grad_sync."""
+        pieces = self._pieces()
+        for piece in pieces:
+            piece.collect()
+        return [grad for piece in pieces if (grad := piece.main.grad) is not None]
+
+    def _grads_for_norm(self, params: Iterable[nn.Parameter] | None) -> list[Tensor]:
+        """This rank's part of the gradients of these. A TracedBucket knows what of it counts: params do not matter."""
         wanted = None if params is None else set(params)
-        pieces = (piece for bucket in self.buckets for piece in bucket.pieces.values())
-        return [piece for piece in pieces if wanted is None or piece.param in wanted]
+        grads = []
+        for piece in self._pieces():
+            if isinstance(piece, TracedBucket):
+                grads += piece.counted()
+            elif wanted is None or piece.param in wanted:
+                grads.append(piece.grad)
+        return grads
 
     @torch.no_grad()
     def reload_model_params(self) -> None:
@@ -167,8 +195,11 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; the buffers stay, since the model holds them as main_grad."""
         self._reduced, self._norm = False, None
+        if self.optimizer is None and current().traced:  # a first step begins: its graph is to be that of all
+            self._stepper()
+            current().synchronize()
         for bucket in self.buckets:
-            bucket.grads.zero_()
+            bucket.clear()
             for param, _, _ in bucket.spans:
                 param.grad = param.main_grad if param.dtype == torch.float32 else None  # type: ignore[attr-defined]
 
@@ -189,7 +220,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
             for param, _, _ in bucket.spans:
                 _collect(param)
         with torch.no_grad():
-            reduce_gradients(self.buckets, self._sync_dtype)
+            reduce_gradients([bucket for bucket in self.buckets if isinstance(bucket, Bucket)], self._sync_dtype)
 
     def _finish_bucket_grad_sync(self) -> None:
         """Nothing is under way: NeMo still adds up tied embeddings after this."""
@@ -215,7 +246,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
             raise NotImplementedError(f"the norm of sharded gradients is a 2-norm, not {norm_type}")
         if self._norm is None or force:
             self.grad_sync()
-            grads = [piece.grad for piece in self._pieces(parameters)]
+            grads = self._grads_for_norm(parameters)
             total = norms(grads).square().sum() if grads else torch.zeros((), device=next(self.parameters()).device)
             for group in (self._group, parallel_state.get_model_parallel_group()):
                 dist.all_reduce(total, group=group)
@@ -228,7 +259,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
     ) -> Tensor:
         """Scale the gradients by max_norm / (norm + 1e-6) where that is less than one; returns the norm from before."""
         norm = self.grad_norm(parameters, norm_type)
-        if grads := [piece.grad for piece in self._pieces()]:
+        if grads := self._collected():
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -243,18 +274,16 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
                 loss = closure()
         inner = self._stepper()
         self.grad_sync()
+        self._collected()
         for group, mine in zip(self.param_groups, inner.param_groups, strict=True):
             mine.update({name: value for name, value in group.items() if name != "params"})
             mine["step"] = self._steps
-        pieces = self._pieces()
-        for piece in pieces:
-            piece.main.grad = piece.grad
         inner.step()
-        for piece in pieces:
-            piece.main.grad = None
+        for piece in self._pieces():
+            piece.drop()
             piece.publish(self._steps + 1)
         self._count(self._steps + 1)
-        gather_parameters(self.buckets)
+        gather_parameters([bucket for bucket in self.buckets if isinstance(bucket, Bucket)])
         return loss
 
     def _count(self, steps: int) -> None:
@@ -265,13 +294,8 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
 
     # --- state ---------------------------------------------------------------------------------------
 
-    def _state_of(self, piece: Piece) -> Tensors:
-        state = self._stepper().state[piece.main]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(piece.main)
-        main = {} if piece.main is piece.model else {"fp32_param": piece.main}
-        return {**main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    def _state_of(self, part: Part) -> Tensors:
+        return part.state(self._stepper().state)
 
     def state_dict(self) -> dict[str, Any]:
         """The groups, with parameters as numbers; no tensors, which sharded_state_dict has."""
@@ -290,15 +314,16 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
 
         optimizer_state_dict   what state_dict gave when saving; None when loading
         """
-        self._stepper()
+        inner = self._stepper()
         params = [param for param in self.parameters() if param in self._placed]
+        buckets = on_host(self.buckets, inner.state, read=optimizer_state_dict is not None)
         if optimizer_state_dict is None:
-            state = state_template(self.buckets, params, self._state_of, model_sharded_state_dict)
+            state = state_template(buckets, params, self._state_of, model_sharded_state_dict)
             groups: list[dict[str, Any]] = [{} for _ in self.param_groups]
         else:
             host = _host_group(self._group)
-            state = whole_states(self.buckets, params, self._state_of, model_sharded_state_dict, {self._group: host})
-            groups = [{**group, "params": LocalNonpersistentObject([])} for group in self.param_groups]
+            state = whole_states(buckets, params, self._state_of, model_sharded_state_dict, {self._group: host})
+            groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return self._wrapped({"state": state, "param_groups": groups})
 
     @torch.no_grad()
@@ -315,9 +340,10 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
         self._count(loaded.steps)
-        if loaded.state:
-            params = [param for param in self.parameters() if param in self._placed]
-            load_pieces(self.buckets, params, self._state_of, loaded)
+        params = [param for param in self.parameters() if param in self._placed]
+        buckets = on_host(self.buckets, self._stepper().state, read=False)
+        hosts = {self._group: _host_group(self._group)}
+        to_device(load_pieces(buckets, params, self._state_of, loaded, hosts))
 
 
 def _add_to_main_grad(param: Any) -> None:

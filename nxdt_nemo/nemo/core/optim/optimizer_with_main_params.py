@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from nxdt_nemo.megatron.optimizer.norms import copy_marks
 from nxdt_nemo.runtime.rounding import copy_rounded_
 from nxdt_nemo.runtime.select import current
 
@@ -229,10 +229,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
 
 def _main_param(param: nn.Parameter) -> Tensor:
     main = param.detach().clone().float()
-    copy_tensor_model_parallel_attributes(main, param)
-    for name in ("shared", "allreduce", "sequence_parallel"):
-        if hasattr(param, name):
-            setattr(main, name, getattr(param, name))
+    copy_marks(main, param)
     main.grad = torch.zeros_like(main)
     return main
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.lightning.strategy import newest_strategy
 
 __all__ = ["initialize_model_parallel_for_nemo"]
@@ -18,9 +19,18 @@ __all__ = ["initialize_model_parallel_for_nemo"]
 # Set by upstream's checkpoint converters, which pretend to be each rank in turn.
 PRETENDED_RANKS = "NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"
 
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
 
 def initialize_model_parallel_for_nemo(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Upstream's bookkeeping, then the real groups, by way of the Trainer's strategy."""
+    """Upstream's bookkeeping, then the real groups, by way of the Trainer's strategy.
+
+    Raises ConfigError for a size below 1: megatron_gpt_eval.py's configuration has -1, which NeMo takes from the
+    checkpoint of a legacy model only.
+    """
+    for name in SIZES:
+        if (size := kwargs.get(name)) is not None and size < 1:
+            raise ConfigError(f"{size} ranks cannot share a model", place=name, fix="say how many should")
     original(*args, **kwargs)
     strategy = newest_strategy()
     if strategy is not None and os.environ.get(PRETENDED_RANKS, "false").lower() != "true":

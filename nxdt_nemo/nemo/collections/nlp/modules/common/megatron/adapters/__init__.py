@@ -1,0 +1,1 @@
+"""Stands in for parts of nemo.collections.nlp.modules.common.megatron.adapters."""
