@@ -61,7 +61,7 @@ class Trainer:
         )
         key = _same(arguments) + (job.workflow if job.workflow in PENDING else "")
         if key not in self.outcomes:
-            if job.workflow == "sft" and not base.exists():
+            if job.workflow in ("sft", "lora") and not base.exists():
                 first = Composition(job.model, job.target, "pretrain")
                 self._train(first, "gpt", self._arguments(first, base), base)
             self.outcomes[key] = self._outcome(job, base)
@@ -147,7 +147,7 @@ def main() -> int:
 
 def _order(job: Composition) -> tuple[int, int, str]:
     """Pretraining first, which tuning begins from."""
-    return (["pretrain", "sft", *PENDING].index(job.workflow), ["trn1", "cpu", "trn2"].index(job.target), job.model)
+    return (["pretrain", "sft", "lora", *PENDING].index(job.workflow), ["trn1", "cpu", "trn2"].index(job.target), job.model)
 
 
 def _as_it_must(job: Composition, outcome: str, untrained: bool) -> bool:
