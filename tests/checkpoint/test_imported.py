@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -25,11 +26,11 @@ import os, sys, time
 from pathlib import Path
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.imported import imported
-write = os.write
+write = os.pwrite
 def slowly(*arguments):
-    time.sleep(0.01)
+    time.sleep(0.3)
     return write(*arguments)
-os.write = slowly
+os.pwrite = slowly
 places = [Path(name) for name in sys.argv[2:]]
 found = imported(Path(sys.argv[1]), "nemo", places, Options(), lambda source: Target(), say=print)
 print(found.path, found.report is not None)
@@ -98,16 +99,11 @@ def test_places(copied: Copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_half_is_no_import(copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
     source = copied("hf_llama_tiny")
-    writes, write = 0, os.write
 
-    def dies(handle: int, data: bytes) -> int:
-        nonlocal writes
-        writes += 1
-        if writes > 3:
-            raise OSError(28, "No space left on device")
-        return write(handle, data)
+    def full(handle: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", dies)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(UserError, match="disk is full"):
         once(source, [source.parent])
     (half,) = source.parent.glob("source.imported-*")

@@ -28,8 +28,8 @@ from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, So
 from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistWriter
 from nxdt_nemo.checkpoint.io import tar, torch_zip
 from nxdt_nemo.checkpoint.io.files import Mapped
-from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.io.tar import Member, Tree
+from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
 
