@@ -15,6 +15,7 @@ import nxdt_nemo
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.imported import digest_of, imported
+from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
 
 from .conftest import assert_same, read
@@ -129,3 +130,20 @@ def test_the_source_may_be_a_conversion_of_ours(copied: Copied, tmp_path: Path) 
     convert(source, tmp_path / "torch", "torch")
     found = once(tmp_path / "torch", [tmp_path])
     assert_same(read(source, optimizer=False), read(found, optimizer=False), ("model",))
+
+
+def test_of_nemos_own_only_a_gpt_by_rank_is_foreign(unpacked: Copied, tmp_path: Path) -> None:
+    """Distributed weights, and models of other kinds, are left to NeMo."""
+    from nxdt_nemo.checkpoint.formats.nemo import is_gpt_by_rank
+
+    source = unpacked("hf_llama_tiny")
+    convert(source, tmp_path / "distributed.nemo", "nemo")
+    convert(source, tmp_path / "folder", "nemo", wanted=Target(Layout(tp=2)))
+    convert(source, tmp_path / "ranks", "nemo", wanted=Target(Layout(tp=2), extra={"weights": "file"}))
+    assert not is_gpt_by_rank(tmp_path / "distributed.nemo")
+    assert not is_gpt_by_rank(tmp_path / "folder")
+    assert is_gpt_by_rank(tmp_path / "ranks")
+    assert_same(read(source, optimizer=False), read(once(tmp_path / "ranks", [tmp_path]), optimizer=False), ("model",))
+    config = tmp_path / "ranks/model_config.yaml"
+    config.write_text(config.read_text().replace("MegatronGPTModel", "MegatronT5Model"))
+    assert not is_gpt_by_rank(tmp_path / "ranks")

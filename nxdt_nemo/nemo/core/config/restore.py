@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nxdt_nemo import __version__, console
+from nxdt_nemo import console
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
 from nxdt_nemo.checkpoint.formats import nemo
@@ -87,15 +87,19 @@ def import_checkpoints(cfg: DictConfig) -> None:
 
 def _foreign(key: str, path: Path, cfg: DictConfig) -> bool:
     """True if NeMo cannot read it by itself."""
+    if key != PATH and not (OmegaConf.select(cfg, "model.mcore_gpt") and path.exists()):
+        return False  # a model that is none of ours; or a rank's folder that NeMo puts into the name
     if not path.exists():
-        if key != PATH:  # NeMo puts a rank's folder into the name of a file
-            return False
         raise UserError("is not there", place=str(path), fix="name a checkpoint")
     name = formats.find(path)
-    if key == PATH:
-        return name != "nemo" or nemo.is_gpt_by_rank(path)
-    # A file a rank is what NeMo resumes its other models from.
-    return name != "nemo_dist" and (name != "ptl" or bool(OmegaConf.select(cfg, "model.mcore_gpt")))
+    if key != PATH:
+        return name != "nemo_dist"
+    if name != "nemo":
+        return True
+    try:
+        return nemo.is_gpt_by_rank(path)
+    except UserError:  # compressed, or of another kind: NeMo may know it
+        return False
 
 
 def _imported(key: str, path: Path, cfg: DictConfig) -> Imported:
@@ -126,7 +130,6 @@ def _imported(key: str, path: Path, cfg: DictConfig) -> Imported:
         key=(dtype, OmegaConf.select(cfg, "model.optim.name")) if whole else None,
         check=check,
         say=console.notice,
-        version=__version__,
         workers=min(8, os.cpu_count() or 1),
     )
 
