@@ -176,9 +176,10 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def beside(checkout: Path, place: Path, pairs: int, workers: int) -> dict[str, dict[str, float]]:
+def beside(checkout: Path, place: Path, pairs: int, layers: int, workers: int) -> dict[str, dict[str, float]]:
     """NeMo's converter and ours by turns: Hugging Face to a float32 `.nemo`, and that the weights in both are equal."""
-    source = place / "hf"
+    source = place / "peer"
+    make(source, layers)
     vocab = str(CONFIG["vocab_size"])
     subprocess.run(
         [sys.executable, "-c", TOKENIZER, str(source), vocab], check=True, env={**os.environ, "NXDT_NEMO": "0"}
@@ -198,8 +199,10 @@ def beside(checkout: Path, place: Path, pairs: int, workers: int) -> dict[str, d
     one, other = (place / f"{path.stem}_back" / "model.safetensors" for path in (theirs, ours))
     if not filecmp.cmp(one, other, shallow=False):
         raise SystemExit("the two converters' weights differ")
+    size = (source / "model.safetensors").stat().st_size
     return {
         name: {
+            "bytes": size,
             "seconds": statistics.median(run.seconds for run in made),
             "cpu": statistics.median(run.cpu for run in made),
             "rss": max(run.rss for run in made),
@@ -276,7 +279,8 @@ def page(found: dict[str, object]) -> str:
         lines += [
             "",
             "NeMo v2.4.0's `convert_llama_hf_to_nemo.py --precision 32`, on this backend's CPU lane, and",
-            "`ckpt convert --to nemo --dtype fp32`: the same weights in both, bit for bit. Whole processes, by turns.",
+            f"`ckpt convert --to nemo --dtype fp32`, from {theirs['bytes'] / 1e9:.2f} GB of bfloat16. The same weights in",
+            "both, bit for bit. Whole processes, by turns.",
             "",
             "| | s | CPU, s | RssAnon, MB |",
             "|---|---|---|---|",
@@ -299,13 +303,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer", type=Path, help="a checkout of NeMo v2.4.0, whose converter runs beside ours")
     parser.add_argument("--peer-pairs", type=int, default=3)
+    parser.add_argument("--peer-layers", type=int, default=20, help="NeMo's wants 14 bytes a parameter")
     parser.add_argument("--place", type=Path, help="where the files are made; a temporary folder by default")
     parser.add_argument("--print-only", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.place) as place:
         found = measure(Path(place), given.pairs, given.layers, given.workers)
         if given.peer:
-            found["peer"] = beside(given.peer, Path(place), given.peer_pairs, given.workers)
+            found["peer"] = beside(given.peer, Path(place), given.peer_pairs, given.peer_layers, given.workers)
     text = page(found)
     print(text)
     if not given.print_only:
