@@ -279,8 +279,8 @@ def page(found: dict[str, object]) -> str:
         lines += [
             "",
             "NeMo v2.4.0's `convert_llama_hf_to_nemo.py --precision 32`, on this backend's CPU lane, and",
-            f"`ckpt convert --to nemo --dtype fp32`, from {theirs['bytes'] / 1e9:.2f} GB of bfloat16. The same weights in",
-            "both, bit for bit. Whole processes, by turns.",
+            f"`ckpt convert --to nemo --dtype fp32`, from {theirs['bytes'] / 1e9:.2f} GB of bfloat16.",
+            "The same weights in both, bit for bit. Whole processes, by turns.",
             "",
             "| | s | CPU, s | RssAnon, MB |",
             "|---|---|---|---|",
