@@ -55,15 +55,16 @@ class Trainer:
 
     def run(self, job: Composition) -> str:
         """One composition: its three losses, the line that refuses it, or the end of a failure."""
-        base = self.folder / f"{job.model}_{job.target}.nemo"
+        base = self.folder / f"{job.model}_{job.target}{'_lora' if _grouped(job) else ''}.nemo"
         arguments = shrink.overrides(
             job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE")
         )
         key = _same(arguments) + (job.workflow if job.workflow in PENDING else "")
         if key not in self.outcomes:
-            if job.workflow == "sft" and not base.exists():
+            if job.workflow in ("sft", "lora") and not base.exists():
                 first = Composition(job.model, job.target, "pretrain")
-                self._train(first, "gpt", self._arguments(first, base), base)
+                heads = ["model.num_query_groups=2"] if _grouped(job) else []
+                self._train(first, "gpt", [*self._arguments(first, base), *heads], base)
             self.outcomes[key] = self._outcome(job, base)
             self.done.write_text(json.dumps(self.outcomes))
         return str(self.outcomes[key][0])
@@ -87,6 +88,11 @@ class Trainer:
         place = self._place(job)
         shutil.rmtree(place, ignore_errors=True)
         return runs.run(kind, arguments, place, save)
+
+
+def _grouped(job: Composition) -> bool:
+    """True for adapters that need a base model with a KV head for each rank: with copies they are refused."""
+    return job.workflow == "lora" and View(read(TRAIN, job.overrides)).get("model.num_query_groups") is not None
 
 
 def _same(arguments: list[str]) -> str:
@@ -147,7 +153,11 @@ def main() -> int:
 
 def _order(job: Composition) -> tuple[int, int, str]:
     """Pretraining first, which tuning begins from."""
-    return (["pretrain", "sft", *PENDING].index(job.workflow), ["trn1", "cpu", "trn2"].index(job.target), job.model)
+    return (
+        ["pretrain", "sft", "lora", *PENDING].index(job.workflow),
+        ["trn1", "cpu", "trn2"].index(job.target),
+        job.model,
+    )
 
 
 def _as_it_must(job: Composition, outcome: str, untrained: bool) -> bool:

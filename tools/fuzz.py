@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import sys
 import time
@@ -160,7 +161,8 @@ def markdown(rows: dict[str, Row], configs: dict[str, Any], count: int, seconds:
     rest = "".join(f"- {text}\n" for text in sorted(missed)) or "none\n"
     return f"""# Fuzz
 
-`python tools/fuzz.py`, {time.strftime("%Y-%m-%d")}, seed {SEED}, {count:,} mutations in {seconds:.0f} s;
+`python tools/fuzz.py`, {time.strftime("%Y-%m-%d")}, seed {SEED}, {count:,} mutations in {seconds:.0f} s
+with a load of {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores;
 omegaconf {version("omegaconf")}, pydantic {version("pydantic")}. What `validate --strict` says of each is compared
 with what it says of the configuration without the mistake.
 

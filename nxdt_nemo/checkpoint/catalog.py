@@ -239,26 +239,34 @@ class Wanted:
         return collect(self.moves, self.shape, self.dtype)
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """The array as runs of rows, each made when the one before is done with: a large one is never there at once."""
+        """The array as runs of rows, each in the place of the one before: a large one is never there at once."""
         rows = max(1, _BLOCK * self.shape[0] // self.nbytes) if self.shape and self.nbytes else 0
         if not rows or rows >= self.shape[0] or len(self.moves) == 1:
             yield self.tensor()
             return
+        place = torch.empty(rows, *self.shape[1:], dtype=self.dtype)  # new memory would cost more than what goes there
         for begin in range(0, self.shape[0], rows):
             size = (min(rows, self.shape[0] - begin), *self.shape[1:])
             box = Box((begin,) + (0,) * (len(size) - 1), size)
             cut = [moved for move in self.moves if (moved := move.cut(box)) is not None]
-            yield collect(cut, size, self.dtype)
+            yield collect(cut, size, self.dtype, place[: size[0]])
 
 
-def collect(moves: Sequence[Move], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The array: a view of the source where one block is all of it, else a new tensor; zeros where nothing goes."""
+def collect(
+    moves: Sequence[Move], shape: tuple[int, ...], dtype: torch.dtype, place: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The array: a view of the source where one block is all of it, else a new tensor; zeros where nothing goes.
+
+    place  a tensor of this shape to fill instead of a new one
+    """
     if len(moves) == 1 and moves[0].to == whole(shape):
         found = _oriented(moves[0])
         if found.dtype == dtype and found.is_contiguous():
             return found
     filled = sum(move.to.volume for move in moves)
-    made = torch.empty(shape, dtype=dtype) if filled == math.prod(shape) else torch.zeros(shape, dtype=dtype)
+    made = torch.empty(shape, dtype=dtype) if place is None else place
+    if filled != math.prod(shape):
+        made.zero_()
     for move in moves:
         made[move.to.inside((0,) * len(shape))].copy_(_oriented(move))
     return made

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from typing import Any
 import xxhash
 
 from nxdt_nemo import folders
-from nxdt_nemo.checkpoint.formats.base import Bytes, Output
+from nxdt_nemo.checkpoint.formats.base import Output
+from nxdt_nemo.checkpoint.io.disk import BLOCK, Blocks, DirectFile
 from nxdt_nemo.errors import UserError
 
 __all__ = ["JOURNAL", "MANIFEST", "Folder", "check_manifest", "digest", "same"]
 
 MANIFEST, JOURNAL = "nxdt_manifest.json", "nxdt_journal.jsonl"
-_BLOCK = 4 << 20
+_AHEAD = 4  # blocks a writer
 _SLACK = 64 << 20  # bytes that a file system needs beside the files'
 
 
@@ -123,8 +125,9 @@ class Folder:
         """Write files, `workers` at a time. The first failure stops the others."""
         todo = [output for output in outputs if output.path not in self.done]
         advance(sum(output.size for output in outputs if output.path in self.done))
-        with ThreadPoolExecutor(max(1, workers), "write") as pool:
-            futures = [pool.submit(self._write, output, advance, workers > len(todo)) for output in todo]
+        blocks = Blocks(_AHEAD * max(1, workers), 2 * max(1, workers))
+        with closing(blocks), ThreadPoolExecutor(max(1, workers), "write") as pool:
+            futures = [pool.submit(self._write_or_stop, output, advance, blocks) for output in todo]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
@@ -137,31 +140,35 @@ class Folder:
                     future.cancel()
                 failed[0].result()
 
-    def _write(self, output: Output, advance: Callable[[int], None], ahead: bool) -> None:
+    def _write_or_stop(self, output: Output, advance: Callable[[int], None], blocks: Blocks) -> None:
+        try:
+            self._write(output, advance, blocks)
+        except BaseException:
+            self._stop.set()  # before this thread takes the next file
+            raise
+
+    def _write(self, output: Output, advance: Callable[[int], None], blocks: Blocks) -> None:
         at = self.partial / output.path
-        summed, size = _hash(self.algorithm), 0
+        summed = _hash(self.algorithm)
         try:
             at.parent.mkdir(parents=True, exist_ok=True)
-            with at.open("wb", buffering=0) as file:
-                for piece in _ahead(output.stream()) if ahead else output.stream():
+            with DirectFile(at, blocks, summed) as file:
+                for piece in output.stream():
                     view = memoryview(piece)
-                    for begin in range(0, len(view), _BLOCK):
+                    for begin in range(0, len(view), BLOCK):
                         if self._stop.is_set():
                             return
-                        block = view[begin : begin + _BLOCK]
-                        _write_all(file.fileno(), block)
-                        summed.update(block)
-                        size += len(block)
-                        advance(len(block))
-                os.fsync(file.fileno())
+                        file.write(view[begin : begin + BLOCK])
+                        advance(min(BLOCK, len(view) - begin))
+                file.finish()
         except OSError as error:
             said = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror}"
             raise UserError(said, place=str(at), fix="make room and run it again: it goes on from here") from error
-        assert size == output.size, f"{output.path}: {size} bytes, {output.size} were announced"
+        assert file.size == output.size, f"{output.path}: {file.size} bytes, {output.size} were announced"
         with self._lock:
-            self.done[output.path] = Written(size, f"{self.algorithm}:{summed.hexdigest()}")
+            self.done[output.path] = Written(file.size, f"{self.algorithm}:{summed.hexdigest()}")
             with (self.partial / JOURNAL).open("a") as journal:
-                row = {"path": output.path, "size": size, "digest": self.done[output.path].digest}
+                row = {"path": output.path, "size": file.size, "digest": self.done[output.path].digest}
                 journal.write(json.dumps(row) + "\n")
 
     def commit(self, provenance: Mapping[str, Any], order: Iterable[str]) -> None:
@@ -198,11 +205,6 @@ def _parsed(line: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def _write_all(descriptor: int, block: memoryview) -> None:
-    while len(block):
-        block = block[os.write(descriptor, block) :]
-
-
 def _hash(algorithm: str) -> Any:
     """XXH3 finds damage at the speed of memory. It is no seal, and needs none: who can change a file can change the
     manifest beside it; SHA-256 is for those whose archive asks for it."""
@@ -213,7 +215,7 @@ def digest(path: Path, algorithm: str) -> str:
     """A file's digest, with the algorithm's name before it."""
     summed = _hash(algorithm)
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(BLOCK):
             summed.update(block)
     return f"{algorithm}:{summed.hexdigest()}"
 
@@ -221,15 +223,6 @@ def digest(path: Path, algorithm: str) -> str:
 def same(path: Path, said: str) -> bool:
     """True if the file has this digest. Raises ValueError for an algorithm that is not known."""
     return digest(path, said.partition(":")[0]) == said
-
-
-def _ahead(pieces: Iterator[Bytes]) -> Iterator[Bytes]:
-    """The same, each made in another thread while the one before is written: two are there at a time, not more."""
-    with ThreadPoolExecutor(1, "read") as pool:
-        coming = pool.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = pool.submit(next, pieces, None)
-            yield piece
 
 
 def check_manifest(path: Path) -> list[str]:

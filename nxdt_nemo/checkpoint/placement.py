@@ -316,7 +316,11 @@ def _with(box: Box, axis: int, start: int, size: int) -> Box:
 
 
 def chunks(local: Stored, whole: Stored) -> list[Box]:
-    """Where a rank's array lies in the array of all ranks: one box, or one for each part of a gated pair."""
+    """Where a rank's array lies in the array of all ranks: one box, or one for each part of a gated pair.
+
+    One for each on a single rank too, where the two lie side by side: Megatron's distributed optimizer counts on it.
+    """
+    apart = isinstance(local.row.how, Blocks)
     boxes: list[Box] = []
     for part in local.parts:
         for other in whole.parts:
@@ -326,7 +330,7 @@ def chunks(local: Stored, whole: Stored) -> list[Box]:
             moved = both.moved(other.box.start, (0,) * len(both.start))
             moved = moved.turned() if part.turned else moved
             box = moved.moved((0,) * len(moved.start), other.at.start)
-            joined = _join(boxes[-1], box) if boxes else None
+            joined = _join(boxes[-1], box) if boxes and not apart else None
             boxes[-1:] = [joined] if joined else [*boxes[-1:], box]
     return boxes
 

@@ -82,9 +82,11 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
     """Run, and say how many graphs there were and how many the cache did not have. The run's exit code."""
     from nxdt_nemo.audit.compile.short_run import command, read_counts
     from nxdt_nemo.audit.compile.short_run import overrides as short
+    from nxdt_nemo.config.validate import find
 
     if script is not None and not Path(script).is_file():
         raise UserError("no such script", place=f"--script {script}")
+    config = find(config)
     job, view = _job(config, overrides)
     ranks = view.number("trainer.devices") or 1
     neuron = bool(os.path.exists("/dev/neuron0"))

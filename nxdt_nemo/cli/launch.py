@@ -52,14 +52,14 @@ def launch(
     Each variable that Neuron needs is in it with its reason and source. The configuration is checked before.
     """
     from nxdt_nemo.config.launch import files, plan
-    from nxdt_nemo.config.validate import read
+    from nxdt_nemo.config.validate import find, read
 
     given = tuple(overrides or ())
     options = {"script": script, "target": target, "nodes": nodes, "image": image, "claim": claim}
     made = plan(
         read(config, given),
         launcher=on,
-        config=config,
+        config=find(config),
         overrides=given,
         command=_command(on, config, given, options),
         script=script,

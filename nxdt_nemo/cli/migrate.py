@@ -138,7 +138,7 @@ def _is_group(config: Path, word: str) -> bool:
 
 def _say(report: MigrationReport) -> None:
     """One line of what was done, one for each thing that a person should know; an error ends the run."""
-    from nxdt_nemo.config.migrate.derive import PENDING
+    from nxdt_nemo.config.migrate.derive import PENDING, TUNING
     from nxdt_nemo.config.report import shown
 
     if report.dialect == "nemo" and not report.changed:
@@ -146,6 +146,9 @@ def _say(report: MigrationReport) -> None:
     console.notice(report.summary())
     for entry in report.entries:
         where = entry.key or entry.to
+        if entry.why.endswith(TUNING):
+            fix = "migrate the file and run that script with it"
+            raise UserError(f"{entry.to}: run --config pretrains, and this is {entry.why}", place=report.place, fix=fix)
         if entry.why.endswith(PENDING):
             fix = "leave the section out to pretrain"
             raise UserError(f"{entry.to}: fine-tuning is checked, and not trained yet", place=report.place, fix=fix)

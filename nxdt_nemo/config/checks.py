@@ -385,9 +385,6 @@ def workflows(view: View) -> Errors:
             reason = f"neuron.alignment.{name} is checked and not trained yet"
             yield PendingError(reason, place=view.place, fix="leave neuron.alignment out, or wait for fine-tuning")
     scheme = view.get("model.peft.peft_scheme", "none")
-    if view.training and scheme != "none":
-        reason = f"model.peft.peft_scheme={scheme} is checked and not trained yet"
-        yield PendingError(reason, place=view.place, fix="use null to tune all weights, or wait for fine-tuning")
     if scheme == "lora" and view.training and not view.get("model.peft.lora_tuning"):
         yield view.error("model.peft.peft_scheme=lora without model.peft.lora_tuning", "write the section")
     encoder = view.get("model.mcore_bert") is not None or view.get("model.mcore_t5") is not None

@@ -11,9 +11,9 @@ import ast
 import contextlib
 import difflib
 import io
-import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +41,8 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
 # Options of hydra that print something instead of running the script, or run it several times.
 ELSEWHERE = ("help", "hydra_help", "cfg", "info", "multirun", "shell_completion", "experimental_rerun")
 OPTIONS = ("config_path", "config_name", "version_base")
+# multistorageclient's, for msc:// addresses: it takes as long as all else, and logs a traceback for a folder.
+UNUSED_PLUGIN = "hydra_plugins.hydra_msc_plugin"
 
 
 @dataclass(frozen=True)
@@ -238,23 +240,35 @@ def _clean_hydra(entry: Entry) -> Iterator[None]:
     """hydra initialised for an entry, with stand-ins for NeMo's resolvers; both as they were afterwards."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
     from hydra.core.singleton import Singleton
     from hydra.version import VersionBase
 
     instances = Singleton._instances
-    kept = {kind: instances.pop(kind) for kind in (GlobalHydra, VersionBase) if kind in instances}
-    disabled = logging.root.manager.disable
-    logging.disable()  # a plugin of hydra's that is not for these files logs a traceback
+    kinds = (GlobalHydra, VersionBase, Plugins)
+    kept = {kind: instances.pop(kind) for kind in kinds if kind in instances}
     try:
-        with _resolvers(), warnings.catch_warnings():
+        with _resolvers(), _without(UNUSED_PLUGIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             initialize_config_dir(str(entry.folder), version_base=entry.version_base)
             yield
     finally:
-        logging.disable(disabled)
-        for kind in (GlobalHydra, VersionBase):
+        for kind in kinds:
             instances.pop(kind, None)
         instances.update(kept)
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """A module that cannot be imported for a while; imported before, it is there again afterwards."""
+    before = sys.modules.get(module)
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(module)
+        if before is not None:
+            sys.modules[module] = before
 
 
 @contextlib.contextmanager

@@ -482,7 +482,15 @@ def hook_to(owner: type, views: Views) -> Callable[[], None]:
 
 def _moved(_: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
     lane = current()
-    return lane.place(self) if isinstance(self, torch.nn.Module) else self.to(lane.device())
+    if isinstance(self, torch.nn.Module):
+        return lane.place(self)
+    moved = self.to(lane.device())
+    # On the way to a GPU an expanded tensor gets memory of its own, and scripts write into it then.
+    return moved.contiguous() if moved is self and _expanded(moved) and moved.device.type == "cpu" else moved
+
+
+def _expanded(x: torch.Tensor) -> bool:
+    return x.layout == torch.strided and 0 in x.stride()
 
 
 def _sent(to: Method, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -116,6 +116,8 @@ def _train(
     report.state_bytes = state_bytes(training.optimizer, training.model)
     if save is not None:
         save_checkpoint(training.model, training.optimizer, save)
+    for chunk in training.chunks if ddp.get("overlap_param_gather") else ():
+        chunk.start_param_sync(force_sync=True)  # else a next forward pass would
     report.weights = [(name, piece(name, p, p, recipe.gated, ranks)) for name, p in training.named]
     return report
 

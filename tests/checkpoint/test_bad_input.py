@@ -385,11 +385,11 @@ def test_a_full_disk(unpacked: Callable[[str], Path], tmp_path: Path, monkeypatc
         convert(unpacked(HF), tmp_path / "out", "torch")
     monkeypatch.undo()
 
-    def full(descriptor: int, data: Any) -> int:
+    def full(descriptor: int, data: Any, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "write", full)
+        patched.setattr(os, "pwrite", full)
         with pytest.raises(UserError, match="the disk is full"):
             convert(unpacked(HF), tmp_path / "out", "torch")
     assert not (tmp_path / "out").exists()

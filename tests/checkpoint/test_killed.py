@@ -31,11 +31,11 @@ from pathlib import Path
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
-write = os.write
+write = os.pwrite
 def slowly(*arguments):
-    time.sleep(0.005)
+    time.sleep(0.1)
     return write(*arguments)
-os.write = slowly
+os.pwrite = slowly
 kinds = ("model", "fp32_param", "exp_avg", "exp_avg_sq")
 convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], wanted=Target(Layout(tp=4, pp=2), kinds=kinds))
 """

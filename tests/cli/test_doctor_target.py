@@ -8,6 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from nxdt_nemo._resources import folder
 from nxdt_nemo.cli.main import app
 from nxdt_nemo.errors import UserError
 
@@ -93,6 +94,13 @@ def test_launch_prints_what_it_would_write(conf, tmp_path):
     assert written == f"{file}\n"
     assert file.read_text() == printed
     assert printed.startswith("#!/usr/bin/env bash\n# tiny: 1 x trn2.48xlarge, 64 ranks each.")
+
+
+def test_launch_takes_our_compositions():
+    data = ["model.data.data_prefix=[/d/x]", "model.tokenizer.type=/d/t"]
+    text = said("launch", "train", "model=llama2_7b", "target=trn2", *data)
+    assert f"run --config {folder('configs') / 'train.yaml'} \\\n" in text
+    assert "  model=llama2_7b \\\n  target=trn2 \\\n" in text
 
 
 def test_none_of_them_loads_torch():

@@ -313,16 +313,12 @@ def test_the_bytes_of_a_bucket_become_elements(gpt, overrides, elements):
     assert cfg.model.optim.get("ddp_bucket_size") == (7 if "ddp_bucket_size" in "".join(overrides) else elements)
 
 
-def test_adapters_are_checked_and_pending(errors):
-    pending = (
-        "tiny_gpt.yaml: model.peft.peft_scheme=lora is checked and not trained yet; "
-        "use null to tune all weights, or wait for fine-tuning"
-    )
+def test_adapters_are_checked(errors):
     lora = ("+model.peft.peft_scheme=lora", "+model.peft.lora_tuning.alpha=1")
-    assert errors(*lora) == [pending]
+    assert errors(*lora) == []
     copies = (
         f"tiny_gpt.yaml: model.peft.peft_scheme=lora with copies of KV heads ({TP}=4, model.num_query_groups=2) "
         f"is not supported; use {TP} 1 or 2"
     )
-    assert errors(f"{TP}=4", "model.num_query_groups=2", *lora, world_size=4) == [pending, copies]
+    assert errors(f"{TP}=4", "model.num_query_groups=2", *lora, world_size=4) == [copies]
     assert errors("+model.peft.peft_scheme=null") == []

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from omegaconf import OmegaConf
 
 from nxdt_nemo.config import compose_for, precheck, world_size
-from nxdt_nemo.config.compose import RESOLVERS
+from nxdt_nemo.config.compose import RESOLVERS, UNUSED_PLUGIN
 from nxdt_nemo.errors import ConfigError
 
 MOCK = "model.data.data_impl=mock"
@@ -207,7 +208,9 @@ def test_broken_yaml(script):
 
 def test_nothing_is_left_behind(script):
     def state():
-        return {name for name in RESOLVERS if OmegaConf.has_resolver(name)}, GlobalHydra in Singleton._instances
+        resolvers = {name for name in RESOLVERS if OmegaConf.has_resolver(name)}
+        kept = {kind: Singleton._instances.get(kind) for kind in (GlobalHydra, Plugins)}
+        return resolvers, kept, sys.modules.get(UNUSED_PLUGIN, "not imported")
 
     def upstream():  # other tests of this process may have loaded some
         return {name for name in sys.modules if name == "nemo" or name.startswith("nemo.")}
@@ -216,7 +219,7 @@ def test_nothing_is_left_behind(script):
     GlobalHydra.instance().clear()
     Singleton._instances.pop(GlobalHydra)
     before = state()
-    assert before == (set(), False)
+    assert (before[0], before[1][GlobalHydra]) == (set(), None)
     compose_for(script, [])
     assert state() == before
     said(script, "model.no_such_key=1")

@@ -29,7 +29,7 @@ def test_it_validates_strictly(job):
     assert [str(error) for error in found.errors] == []
     assert found.warnings == []
     pending = [str(error) for error in found.pending]
-    assert bool(pending) == (job.workflow in ("lora", "dpo", "orpo"))
+    assert bool(pending) == (job.workflow in ("dpo", "orpo"))
     assert "model.tokenizer.type" in found.to_be_set or "model.tokenizer.vocab_file" in found.to_be_set
 
 

@@ -20,7 +20,7 @@ from nxdt_nemo.testing.script_run import LAUNCHER, Run, tiny
 
 from .conftest import SCRIPT
 
-pytestmark = [pytest.mark.slow, pytest.mark.ranks]
+pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(3600)]
 
 SRUN = """#!/usr/bin/env bash
 # Both nodes of the cluster are this host.
@@ -80,7 +80,7 @@ class Cluster:
         file.write_text(done.stdout)
         return file
 
-    def run(self, script: Path, results: Path, *environments: dict[str, str], seconds: float = 500) -> Run:
+    def run(self, script: Path, results: Path, *environments: dict[str, str], seconds: float = 1500) -> Run:
         """The script, started once in each environment; the first one's output and exit code count."""
         started = [
             subprocess.Popen(

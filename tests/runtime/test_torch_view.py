@@ -363,6 +363,20 @@ def called_from(name: str) -> dict[str, Any]:
     return names
 
 
+def test_an_expanded_tensor_gets_memory_of_its_own():
+    """As on its way to a GPU: what is written to one row is not in the others. Others stay what they are."""
+    undo = hook_methods(torch, Views({"scope": {"main": ["__main__"]}, "redirect": []}))
+    try:
+        moved = called_from("__main__")["tensor"]
+        rows = moved(torch.arange(3).expand(2, 3))
+        rows[0, 0] = 7
+        assert rows.tolist() == [[7, 1, 2], [0, 1, 2]]
+        for plain in (torch.ones(2, 3).t(), torch.ones(1).expand(1, 1), torch.eye(2).to_sparse()):
+            assert moved(plain) is plain
+    finally:
+        undo()
+
+
 def test_cuda_methods_look_at_the_caller():
     before = snapshot()
     views = Views({"scope": {"upstream": ["megatron"], "main": ["__main__"]}, "redirect": []})

@@ -128,14 +128,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_passes.py").write_text(PASSES)
     (folder / "test_fails.py").write_text(FAILS)
+    (folder / "test_left_out.py").write_text("def test_left_out(): ...\n")
     words = ("--ranks=2", "--record=found.jsonl", "--test-timeout=10", "--wait-timeout=3", "--logs=logs")
-    run = lockstep(folder, *words, "--", "-p", "no:cacheprovider")
+    run = lockstep(folder, *words, "--", "-p", "no:cacheprovider", "-k", "not left_out")
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
     assert "nxdt_nemo: cpu lane" in run.stdout
     assert "test session starts" in (folder / "logs" / "rank1.log").read_text()
     lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
     assert {line["file"]: line["tests"] for line in lines if "file" in line} == {
         "test_fails.py": 9,
+        "test_left_out.py": 0,
         "test_passes.py": 3,
     }
     return {line["test"].rpartition("::")[2]: (line["status"], line["text"]) for line in lines if "test" in line}

@@ -2,6 +2,7 @@
 
     python tools/bench/convert.py             # 5 pairs each way, about 9 GB; writes docs/results/convert.md
     python tools/bench/convert.py --pairs 2 --layers 4 --print-only
+    python tools/bench/convert.py --peer CHECKOUT     # NeMo v2.4.0's converter beside ours; 13 GB of memory
 
 Weights are random, made once in a temporary folder. Copy and conversion take turns, so that noise meets both; each
 begins with the source in the page cache, since what is compared is the work and not the disk's luck. A conversion is a
@@ -54,8 +55,22 @@ from nxdt_nemo.checkpoint.layout import Layout
 started = time.monotonic()
 to = sys.argv[3]
 layout = Layout(tp=8, pp=2) if to == "torch_dist" else Layout()
-convert(Path(sys.argv[1]), Path(sys.argv[2]), to, wanted=Target(layout), workers=int(sys.argv[4]))
+wanted = Target(layout, torch.float32 if to == "nemo" else None)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), to, wanted=wanted, workers=int(sys.argv[4]))
 print(time.monotonic() - started)
+"""
+
+
+# A tokenizer of as many words as the model has rows, which NeMo's converter wants to see.
+TOKENIZER = """
+import sys
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+words = {f"t{number}": number for number in range(int(sys.argv[2]))}
+special = ("unk", "bos", "eos", "pad", "sep", "cls", "mask")
+made = Tokenizer(models.WordLevel(words, unk_token="t0"))
+named = {f"{name}_token": f"t{number}" for number, name in enumerate(special)}
+PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(sys.argv[1])
 """
 
 
@@ -94,21 +109,38 @@ def make(folder: Path, layers: int) -> int:
 
 def converted(source: Path, target: Path, to: str, workers: int) -> Run:
     """Convert in a process, and watch its memory."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", CONVERT, str(source), str(target), to, str(workers)]
-    started, peak = time.monotonic(), 0
-    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True)
-    ended, status, used = os.wait4(process.pid, os.WNOHANG)
-    while not ended:
-        peak = max(peak, _rss(process.pid))
-        time.sleep(0.005)
+    return watched(["-c", CONVERT, str(source), str(target), to, str(workers)])
+
+
+def peer(checkout: Path, source: Path, target: Path) -> Run:
+    """NeMo's converter, as it is, on this backend's CPU lane in place of a GPU."""
+    script = checkout / "scripts/checkpoint_converters/convert_llama_hf_to_nemo.py"
+    config = checkout / "examples/nlp/language_modeling/conf/megatron_llama_config.yaml"
+    program = ["-m", "nxdt_nemo", "run", str(Path(__file__).with_name("convert_peer.py")), str(script)]
+    given = ["--input_name_or_path", str(source), "--output_path", str(target), "--hparams_file", str(config)]
+    return watched([*program, *given, "--precision", "32"], NXDT_NEMO_RUNTIME="cpu")
+
+
+def watched(program: list[str], **variables: str) -> Run:
+    """A python process to its end; what it prints last is how long it took inside, if that is a number."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    with tempfile.TemporaryFile("w+") as said:
+        started, peak = time.monotonic(), 0
+        process = subprocess.Popen([sys.executable, *program], env=environment, stdout=said, stderr=said)
         ended, status, used = os.wait4(process.pid, os.WNOHANG)
-    seconds = time.monotonic() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
+        while not ended:
+            peak = max(peak, _rss(process.pid))
+            time.sleep(0.005)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        output = said.read()
     if process.returncode:
-        raise SystemExit(f"the conversion to {to} ended with {process.returncode}")
-    assert process.stdout is not None
-    return Run(seconds, used.ru_utime + used.ru_stime, float(process.stdout.read()), peak)
+        raise SystemExit(f"ended with {process.returncode}: {output[-2000:]}")
+    last = output.split()[-1] if output.split() else ""
+    inside = float(last) if last.replace(".", "", 1).isdigit() else 0.0
+    return Run(seconds, used.ru_utime + used.ru_stime, inside, peak)
 
 
 def _rss(pid: int) -> int:
@@ -144,6 +176,41 @@ def warm(folder: Path) -> None:
                 pass
 
 
+def beside(checkout: Path, place: Path, pairs: int, layers: int, workers: int) -> dict[str, dict[str, float]]:
+    """NeMo's converter and ours by turns: Hugging Face to a float32 `.nemo`, and that the weights in both are equal."""
+    source = place / "peer"
+    make(source, layers)
+    vocab = str(CONFIG["vocab_size"])
+    subprocess.run(
+        [sys.executable, "-c", TOKENIZER, str(source), vocab], check=True, env={**os.environ, "NXDT_NEMO": "0"}
+    )
+    theirs, ours = place / "theirs.nemo", place / "ours.nemo"
+    runs: dict[str, list[Run]] = {"theirs": [], "ours": []}
+    for number in range(pairs):
+        for path in (theirs, ours):
+            path.unlink(missing_ok=True)
+        warm(source)
+        runs["theirs"].append(peer(checkout, source, theirs))
+        warm(source)
+        runs["ours"].append(converted(source, ours, "nemo", workers))
+        print(f"peer {number}: {runs['theirs'][-1].seconds:.1f} s, ours {runs['ours'][-1].seconds:.1f} s", flush=True)
+    for path in (theirs, ours):
+        converted(path, place / f"{path.stem}_back", "hf", workers)
+    one, other = (place / f"{path.stem}_back" / "model.safetensors" for path in (theirs, ours))
+    if not filecmp.cmp(one, other, shallow=False):
+        raise SystemExit("the two converters' weights differ")
+    size = (source / "model.safetensors").stat().st_size
+    return {
+        name: {
+            "bytes": size,
+            "seconds": statistics.median(run.seconds for run in made),
+            "cpu": statistics.median(run.cpu for run in made),
+            "rss": max(run.rss for run in made),
+        }
+        for name, made in runs.items()
+    }
+
+
 def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, object]:
     """The table's numbers."""
     source, dist, back, copy = (place / name for name in ("hf", "dist", "back", "copy"))
@@ -156,8 +223,8 @@ def measure(place: Path, pairs: int, layers: int, workers: int) -> dict[str, obj
             warm(origin)
             seconds = copied(origin, copy)
             shutil.rmtree(copy)
-            warm(origin)
             shutil.rmtree(target, ignore_errors=True)
+            warm(origin)
             run = converted(origin, target, to, workers)
             runs.append((seconds, run))
             print(f"{name} {number}: cp {seconds:.2f} s, {run.seconds:.2f} s ({run.inside:.2f} s inside)", flush=True)
@@ -188,23 +255,45 @@ def page(found: dict[str, object]) -> str:
         f"Python {platform.python_version()}, torch {version('torch')}; load average before it {found['load']:.1f}.",
         "",
         f"{int(str(found['bytes'])) / 1e9:.2f} GB of bfloat16, the largest tensor {largest / 1e6:.0f} MB.",
-        f"Medians of {found['pairs']} interleaved pairs. Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice",
-        f"the largest tensor and 1 GB, {limit / 1e6:.0f} MB. What came back is what went out, byte for byte.",
+        f"Medians of {found['pairs']} interleaved pairs. `inside` is without what python and torch take to load.",
+        f"Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice the largest tensor and 1 GB,",
+        f"{limit / 1e6:.0f} MB. What came back is what went out, byte for byte.",
         "",
-        "| Way | cp + fsync, s | Process, s | its CPU, s | inside, s | Process / cp | inside / cp | limit |"
+        "| Way | cp + fsync, s | Process, s | its CPU, s | inside, s | Process / cp | limit | inside / cp | limit |"
         " RssAnon, MB | limit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = {"there": "hf to torch_dist, TP 8, PP 2", "back": "torch_dist to hf"}
     for key, name in names.items():
         row = found[key]
         assert isinstance(row, dict)
-        met = "met" if row["ratio"] <= TIME_LIMIT else "missed"
-        fits = "met" if row["rss"] <= limit else "missed"
-        times = [row[name] for name in ("cp", "seconds", "cpu", "inside", "ratio", "ratio_inside")]
-        cells = [name, *(f"{value:.2f}" for value in times), met, f"{row['rss'] / 1e6:.0f}", fits]
+        fits = _met(row["rss"] <= limit)
+        cells = [name, *(f"{row[name]:.2f}" for name in ("cp", "seconds", "cpu", "inside"))]
+        for ratio in ("ratio", "ratio_inside"):
+            cells += [f"{row[ratio]:.2f}", _met(row[ratio] <= TIME_LIMIT)]
+        cells += [f"{row['rss'] / 1e6:.0f}", fits]
         lines.append(f"| {' | '.join(cells)} |")
+    both = found.get("peer")
+    if isinstance(both, dict):
+        theirs, ours = both["theirs"], both["ours"]
+        lines += [
+            "",
+            "NeMo v2.4.0's `convert_llama_hf_to_nemo.py --precision 32`, on this backend's CPU lane, and",
+            f"`ckpt convert --to nemo --dtype fp32`, from {theirs['bytes'] / 1e9:.2f} GB of bfloat16.",
+            "The same weights in both, bit for bit. Whole processes, by turns.",
+            "",
+            "| | s | CPU, s | RssAnon, MB |",
+            "|---|---|---|---|",
+        ]
+        for name, row in (("NeMo", theirs), ("this package", ours)):
+            lines.append(f"| {name} | {row['seconds']:.1f} | {row['cpu']:.1f} | {row['rss'] / 1e6:.0f} |")
+        ratios = (theirs[key] / ours[key] for key in ("seconds", "cpu", "rss"))
+        lines.append(f"| ratio | {' | '.join(f'{ratio:.1f}' for ratio in ratios)} |")
     return "\n".join(lines) + "\n"
+
+
+def _met(good: bool) -> str:
+    return "met" if good else "missed"
 
 
 def main() -> None:
@@ -212,11 +301,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=20, help="20 make a billion parameters")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--peer", type=Path, help="a checkout of NeMo v2.4.0, whose converter runs beside ours")
+    parser.add_argument("--peer-pairs", type=int, default=3)
+    parser.add_argument("--peer-layers", type=int, default=20, help="NeMo's wants 14 bytes a parameter")
     parser.add_argument("--place", type=Path, help="where the files are made; a temporary folder by default")
     parser.add_argument("--print-only", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.place) as place:
         found = measure(Path(place), given.pairs, given.layers, given.workers)
+        if given.peer:
+            found["peer"] = beside(given.peer, Path(place), given.peer_pairs, given.peer_layers, given.workers)
     text = page(found)
     print(text)
     if not given.print_only:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -38,6 +40,12 @@ def keys(node: object) -> int:
     return sum(1 + keys(value) for value in plain.values()) if isinstance(plain, dict) else 0
 
 
+def cpu_seconds() -> float:
+    """Of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> int:
     job = max(compositions(), key=lambda job: keys(read(Path("train"), job.overrides)))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -45,19 +53,24 @@ def main() -> int:
     started = [sys.executable, "-m", "nxdt_nemo", *arguments]
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(ROOT / "nxdt_nemo")], env=environment, check=True)
     subprocess.run(started, env=environment, check=True, stdout=subprocess.DEVNULL)
-    seconds = []
+    seconds, computed = [], []
     for _ in range(10):
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), cpu_seconds()
         subprocess.run(started, env=environment, check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - begun)
+        computed.append(cpu_seconds() - before)
     loaded = subprocess.run(
         [sys.executable, "-c", IMPORTED, *arguments], env=environment, capture_output=True, text=True
     )
     heavy = loaded.stdout.splitlines()[-1]
+    where = f"{platform.machine()}, {os.cpu_count()} cores with a load of {os.getloadavg()[0]:.0f}"
+    versions = f"Python {platform.python_version()}, omegaconf {version('omegaconf')}"
+    low, middle, high = min(computed), median(computed), max(computed)
     text = (
-        f"`python tools/bench/validate.py`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores: "
-        f"`nxdt-nemo {' '.join(arguments)}`,\nwith {keys(read(Path('train'), job.overrides))} keys: "
-        f"median {median(seconds):.2f} s of 10 runs ({min(seconds):.2f} to {max(seconds):.2f} s; limit {LIMIT} s).\n"
+        f"`python tools/bench/validate.py`, {time.strftime('%Y-%m-%d')}, {versions}, {where}:\n"
+        f"`nxdt-nemo {' '.join(arguments)}`, with {keys(read(Path('train'), job.overrides))} keys:\n"
+        f"median {median(seconds):.2f} s of 10 runs ({min(seconds):.2f} to {max(seconds):.2f} s; limit {LIMIT} s),\n"
+        f"of which {middle:.2f} s computing ({low:.2f} to {high:.2f}), the rest the load's.\n"
         f"Of {', '.join(HEAVY)} it imports {heavy if heavy != '[]' else 'none'}.\n"
     )
     print(text)

@@ -151,7 +151,7 @@ def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "seq_length": model.positions,
         "encoder_seq_length": model.positions,
         "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
-        "add_position_embedding": model.learned_positions,
+        "add_position_embedding": True,  # what --position-embedding-type rope leaves it at; loaders compare
         "rotary_base": int(model.rope_base),
         "rotary_percent": model.rope_fraction,
         "use_rope_scaling": bool(scaling),

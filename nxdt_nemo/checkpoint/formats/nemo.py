@@ -29,10 +29,11 @@ from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistW
 from nxdt_nemo.checkpoint.io import tar, torch_zip
 from nxdt_nemo.checkpoint.io.files import Mapped
 from nxdt_nemo.checkpoint.io.tar import Member, Tree
+from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
 
-__all__ = ["READERS", "WRITERS", "Nemo2Reader", "NemoDistReader", "NemoReader", "NemoWriter"]
+__all__ = ["READERS", "WRITERS", "Nemo2Reader", "NemoDistReader", "NemoReader", "NemoWriter", "is_gpt_by_rank"]
 
 CONFIG, WEIGHTS, MEMO = "model_config.yaml", "model_weights", "nxdt_model.json"
 _PER_RANK = re.compile(r"(?:mp_rank_(\d{2,})|tp_rank_(\d{2,})_pp_rank_(\d{3,}))/model_weights\.ckpt")
@@ -211,15 +212,23 @@ class NemoDistReader(Reader):
         tree = Tree.of(path)
         common = _common(tree.members)
         config = nemo_config.of_hyper_parameters(common.get("hyper_parameters"))
-        args = nemo_config.args_of(config) | ptl.memo_args(common.get(ptl.MEMO)) if config.get("num_layers") else {}
+        memo = _kept(common)
+        args = nemo_config.args_of(config) | ptl.memo_args(memo) if config.get("num_layers") else {}
         source = _distributed(self.format, path, tree.members, args, options, common)
         source.detail |= {"nemo_config": config, "lightning": {key: common[key] for key in _LIGHTNING if key in common}}
         if match := re.search(r"consumed_samples=(\d+)", path.name):
             source.training.consumed = int(match[1])
-        elif isinstance(memo := common.get(ptl.MEMO), dict):
+        elif isinstance(memo, dict):
             source.training.consumed = memo.get("consumed")
         source.assets = dict(megatron.assets_of(path))
         return source
+
+
+def _kept(common: Mapping[str, Any]) -> Any:
+    """Our memo, from among the hyper-parameters: NeMo stops at a key of the dict that its own have not."""
+    found = common.get("hyper_parameters")
+    inner = found.get(ptl.MEMO) if isinstance(found, (dict, Inert)) else None
+    return common.get(ptl.MEMO) if inner is None else inner
 
 
 class Nemo2Reader(Reader):
@@ -346,6 +355,15 @@ class NemoWriter(Writer):
         return written, [*indexes, *assets, constant(MEMO, memo), constant(CONFIG, text)]
 
 
+def is_gpt_by_rank(path: Path) -> bool:
+    """True of a GPT's `.nemo` with a file a rank, which NeMo reads at their layout only."""
+    tree = Tree.of(path)
+    if tree.folder(WEIGHTS):
+        return False
+    target = str(_yaml(tree.need(CONFIG)).get("target") or _TARGET)
+    return target.rpartition(".")[2].startswith("MegatronGPT")
+
+
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 
 
@@ -395,7 +413,10 @@ def archive(path: str, outputs: Iterable[Output]) -> Output:
 
 @dataclass
 class NemoDistWriter(Writer):
-    """Writes what NeMo 1.x resumes training from. Optimizer state is by parameter name, whichever optimizer had it."""
+    """Writes what NeMo 1.x resumes training from. Optimizer state is by parameter name, whichever optimizer had it.
+
+    Options: groups, how many parameter groups the optimizer has that will read it; the source's by default.
+    """
 
     format: ClassVar[str] = "nemo_dist"
     _last: list[Output] = field(default_factory=list)
@@ -416,12 +437,12 @@ class NemoDistWriter(Writer):
             "loops": _loops(step),
             "callbacks": {},
             "hparams_name": "cfg",
-            "hyper_parameters": {"cfg": nemo_config.structured(config)},
-            ptl.MEMO: ptl.memo_of(source, source.model),
+            "hyper_parameters": {"cfg": nemo_config.structured(config), ptl.MEMO: ptl.memo_of(source, source.model)},
         }
         written, _ = weights.files(source, target)
         if len(target.kinds) > 1:
-            groups = [{**group, "step": training.step} for group in training.groups]
+            kept_groups = _fitted(training.groups, int(target.extra.get("groups", len(training.groups))))
+            groups = [{**group, "step": training.step} for group in kept_groups]
             state: dict[str, Any] = {"param_groups": groups}
             state = state if dtype == torch.float32 else {"optimizer": state}
             weights.content["optimizer_states"] = [state]
@@ -433,6 +454,14 @@ class NemoDistWriter(Writer):
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
         return self._last
+
+
+def _fitted(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """As many groups as the optimizer has: those with weight decay first, as NeMo orders them."""
+    decays = sorted(groups, key=lambda group: not (group.get("weight_decay") and group.get("wd_mult", 1.0)))
+    if count == len(groups) or not groups:
+        return groups
+    return decays[:count] if count < len(decays) else [*decays, *[decays[-1]] * (count - len(decays))]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Room config/ (leaf). Stands in for train.sh, train_setup.sh, run.slurm and k8s/ of NxD Training and NNM. The ranks of a
 node are torchrun's everywhere; every variable comes from configs/environment.toml, with its reason and source.
-Nothing that is written here asks for root. Proof: tests/config/test_launch.py, tests/cli/test_launch.py.
+Nothing that is written here asks for root. Proof: tests/config/test_launch.py, tests/cli/test_doctor_target.py.
 
     plan           what a launch is: the configuration, the script, nodes, ranks, variables
     shell          bash: quoting, exports, the command of a node

@@ -441,6 +441,8 @@ def _aligns(m: Migration) -> bool:
 
 PENDING = "pending: typed and checked here, trained with the fine-tuning workflows"
 
+TUNING = "trained by NeMo's megatron_gpt_finetuning.py"
+
 
 def alignment(m: Migration) -> None:
     """SFT, DPO and ORPO under neuron.alignment."""
@@ -476,7 +478,7 @@ def peft(m: Migration) -> None:
     base = "model_alignment_strategy.peft"
     lora = m.has(base)
     if lora:
-        m.put("model.peft.peft_scheme", "lora", f"{base} is LoRA; {PENDING}", level="warning")
+        m.put("model.peft.peft_scheme", "lora", f"{base} is LoRA; {TUNING}", level="warning")
     elif _aligns(m) and not _prefers(m):
         m.put("model.peft.peft_scheme", None, "all weights are tuned")
     if lora or (_aligns(m) and not _prefers(m)):

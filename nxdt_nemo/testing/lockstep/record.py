@@ -28,16 +28,20 @@ class Record:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._reports: list[pytest.TestReport] = []
+        self._files: list[str] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported."""
+        """A file that cannot be imported; and which can."""
         if report.failed:
             self._write(file=report.nodeid, error=report.longreprtext[-self.LONGEST :], when=_now())
+        elif report.nodeid.endswith(".py"):
+            self._files.append(report.nodeid)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """How many tests of each file."""
-        for file, tests in Counter(item.nodeid.partition("::")[0] for item in session.items).items():
-            self._write(file=file, tests=tests)
+        """How many tests of each file, 0 where all were deselected."""
+        counts = Counter(item.nodeid.partition("::")[0] for item in session.items)
+        for file in dict.fromkeys((*self._files, *counts)):
+            self._write(file=file, tests=counts[file])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A phase of a test."""

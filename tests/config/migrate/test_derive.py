@@ -199,7 +199,7 @@ TUNED = [  # their keys, what validate says is pending, what is left to a person
     ({"model_alignment_strategy.sft.packing": False, **FILES}, "", ["model.restore_from_path"]),
     (
         {"model_alignment_strategy.peft.lora_rank": 8, "model_alignment_strategy.peft.lora_dropout": 0.1, **FILES},
-        "model.peft.peft_scheme=lora",
+        "",
         ["model.restore_from_path"],
     ),
     (

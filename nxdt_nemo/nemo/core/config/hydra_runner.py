@@ -59,3 +59,7 @@ def prepare(cfg: Any, script: Path | None = None) -> None:
             console.notice(str(error))
         raise last
     report.show()
+    if cfg.trainer.get("accelerator") != "cpu":
+        from nxdt_nemo.nemo.core.config.restore import import_checkpoints
+
+        import_checkpoints(cfg)

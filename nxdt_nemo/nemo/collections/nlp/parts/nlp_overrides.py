@@ -64,7 +64,8 @@ class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):
         if sampler is None:
             return
         fit_loop = module.trainer.fit_loop
-        if module.trainer.ckpt_path and "consumed_samples=" not in module.trainer.ckpt_path:
+        goes_on = bool(module.trainer.ckpt_path) and not getattr(module, "continue_training", False)
+        if goes_on and "consumed_samples=" not in str(module.trainer.ckpt_path):
             module.init_consumed_samples = _consumed(module)
             sampler.seek(module.init_consumed_samples)
             iter(fit_loop._data_fetcher)

@@ -1,0 +1,78 @@
+"""Megatron-LM's own load_checkpoint reads what we write, its distributed optimizer too: NXDT_MEGATRON_SOURCE.
+
+Upstream loads ours and saves it again, and that holds the tensors that its first checkpoint held, all of them, to the
+bit. The source is a checkout of core_v0.13.1; upstream/megatron_lm.py says what stands in for CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.formats.base import Target
+from nxdt_nemo.checkpoint.layout import Layout
+
+from .conftest import KINDS, assert_same, read
+
+SOURCE = os.environ.get("NXDT_MEGATRON_SOURCE", "")
+SCRIPT = Path(__file__).with_name("upstream") / "megatron_lm.py"
+# The Llama of data/ll_*, and what needs no GPU.
+ARGUMENTS = """
+--num-layers 4 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 8 --group-query-attention
+--num-query-groups 4 --seq-length 512 --max-position-embeddings 512 --normalization RMSNorm --swiglu
+--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope --transformer-impl local
+--micro-batch-size 1 --global-batch-size 4 --train-iters 10 --lr 1e-3 --use-checkpoint-opt_param-scheduler
+--tokenizer-type NullTokenizer --vocab-size 5119 --distributed-backend gloo --use-cpu-initialization
+--no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
+--no-bias-swiglu-fusion --attention-backend unfused --no-load-rng --save-interval 5 --bf16
+"""
+DISTRIBUTED = ("--use-distributed-optimizer", "--ckpt-format", "torch_dist")
+TP2 = ("--tensor-model-parallel-size", "2")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ranks,
+    pytest.mark.upstream,
+    pytest.mark.skipif(not SOURCE, reason="NXDT_MEGATRON_SOURCE names no checkout of Megatron-LM core_v0.13.1"),
+]
+
+CASES = [  # format, layout that is written, ranks, upstream's arguments
+    ("torch_dist", Layout(tp=2), 2, (*DISTRIBUTED, *TP2)),
+    ("torch_dist", Layout(tp=1), 2, (*DISTRIBUTED, *TP2)),  # resharded by upstream
+    ("torch", Layout(tp=2), 2, ("--ckpt-format", "torch", *TP2)),
+]
+
+
+@pytest.mark.parametrize(("to", "layout", "ranks", "arguments"), CASES)
+def test_upstream_loads_it_and_saves_the_same(
+    to: str,
+    layout: Layout,
+    ranks: int,
+    arguments: tuple[str, ...],
+    unpacked: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    source = unpacked("ll_torch_tp2pp2_do")
+    convert(source, tmp_path / "ours", to, wanted=Target(layout, kinds=KINDS))
+    given = [*ARGUMENTS.split(), *arguments, "--load", str(tmp_path / "ours"), "--save", str(tmp_path / "theirs")]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    environment = {"NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), SOURCE, *given],
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "loaded iteration 2, 8 samples" in done.stdout
+    theirs = read(tmp_path / "theirs")
+    assert assert_same(read(source), theirs) == 156
+    assert theirs.training.step == 2
