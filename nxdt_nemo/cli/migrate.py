@@ -102,7 +102,9 @@ def job_arguments(
     """
     from nxdt_nemo.config import migrate as room
     from nxdt_nemo.config.migrate.engine import parse_overrides
-    from nxdt_nemo.config.validate import find
+    from omegaconf import OmegaConf
+
+    from nxdt_nemo.config.validate import find, read
 
     config = find(config)
     hydras = [word for word in words if word.startswith(("hydra", "~", "-")) or _is_group(config, word)]
@@ -124,10 +126,13 @@ def job_arguments(
         arguments.append(f"--config-dir={config.resolve().parent}")
     arguments += [f"++{key}={value}" for key, value in migrated.rest]
     arguments += hydras
+    groups = [word for word in words if _is_group(config, word)]
+    composed = read(config, groups) if "defaults" in migrated.text else read(folder / config.name)
+    tunes = OmegaConf.select(composed, "model.data.train_ds") is not None
     import nxdt_nemo
 
-    script = Path(str(nxdt_nemo.__file__)).parent / "nemo" / "examples" / "megatron_pretraining.py"
-    return str(script), tuple(arguments)
+    scripts = Path(str(nxdt_nemo.__file__)).parent / "nemo" / "examples"
+    return str(scripts / f"megatron_{'finetuning' if tunes else 'pretraining'}.py"), tuple(arguments)
 
 
 def _is_group(config: Path, word: str) -> bool:
@@ -138,7 +143,7 @@ def _is_group(config: Path, word: str) -> bool:
 
 def _say(report: MigrationReport) -> None:
     """One line of what was done, one for each thing that a person should know; an error ends the run."""
-    from nxdt_nemo.config.migrate.derive import PENDING, TUNING
+    from nxdt_nemo.config.migrate.derive import PENDING
     from nxdt_nemo.config.report import shown
 
     if report.dialect == "nemo" and not report.changed:
@@ -146,12 +151,8 @@ def _say(report: MigrationReport) -> None:
     console.notice(report.summary())
     for entry in report.entries:
         where = entry.key or entry.to
-        if entry.why.endswith(TUNING):
-            fix = "migrate the file and run that script with it"
-            raise UserError(f"{entry.to}: run --config pretrains, and this is {entry.why}", place=report.place, fix=fix)
         if entry.why.endswith(PENDING):
-            fix = "leave the section out to pretrain"
-            raise UserError(f"{entry.to}: fine-tuning is checked, and not trained yet", place=report.place, fix=fix)
+            raise UserError(f"{entry.to} is checked, and not trained yet", place=report.place, fix="leave it out")
         if entry.level == "error":
             raise UserError(f"{where}={shown(entry.old)}: {entry.why}", place=report.place)
         if entry.level:

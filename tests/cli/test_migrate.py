@@ -115,7 +115,7 @@ def test_fine_tuning_is_refused_in_one_line(type_):
     code, _, err = type_("run", "--config", NXDT, "+model_alignment_strategy.dpo.kl_beta=0.1")
     assert code == 2
     line = err.splitlines()[-1]
-    assert line.startswith("nxdt-nemo: small_nxdt.yaml: neuron.alignment.dpo.kl_beta: fine-tuning is checked")
+    assert line.startswith("nxdt-nemo: small_nxdt.yaml: neuron.alignment.dpo.kl_beta is checked, and not trained yet")
 
 
 def test_run_config_takes_our_compositions(caplog):

@@ -441,7 +441,7 @@ def _aligns(m: Migration) -> bool:
 
 PENDING = "pending: typed and checked here, trained with the fine-tuning workflows"
 
-TUNING = "trained by NeMo's megatron_gpt_finetuning.py"
+UNPACKED = "each sample is padded for itself; NeMo packs beforehand, by its prepare_packed_ft_dataset.py"
 
 
 def alignment(m: Migration) -> None:
@@ -450,9 +450,13 @@ def alignment(m: Migration) -> None:
         key = node.origin
         if not node.is_section and key.startswith("model_alignment_strategy.") and ".peft." not in key:
             path = f"neuron.alignment.{key.removeprefix('model_alignment_strategy.')}"
-            m.put(path, node.data, PENDING, key=key, level="warning")
+            if ".sft." in key:
+                m.put(path, node.data, UNPACKED, key=key, level="warning" if node.data is True else "")
+            else:
+                m.put(path, node.data, PENDING, key=key, level="warning")
     if m.has("data.packing"):
-        m.put("neuron.alignment.sft.packing", m.was("data.packing"), PENDING, key="data.packing", level="warning")
+        packed = m.was("data.packing")
+        m.put("neuron.alignment.sft.packing", packed, UNPACKED, key="data.packing", level="warning" if packed else "")
     m.drop("data.use_sft_style_data_module", "neuron.alignment.sft says it")
 
 
@@ -478,7 +482,7 @@ def peft(m: Migration) -> None:
     base = "model_alignment_strategy.peft"
     lora = m.has(base)
     if lora:
-        m.put("model.peft.peft_scheme", "lora", f"{base} is LoRA; {TUNING}", level="warning")
+        m.put("model.peft.peft_scheme", "lora", f"{base} is LoRA")
     elif _aligns(m) and not _prefers(m):
         m.put("model.peft.peft_scheme", None, "all weights are tuned")
     if lora or (_aligns(m) and not _prefers(m)):

@@ -47,14 +47,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def _refuse(cfg: DictConfig) -> None:
-    """Alignment and PEFT are checked by this release and not trained yet."""
+    """Alignment and adapters are no pretraining."""
     section = cfg.get("neuron") or {}
     asked = [f"neuron.alignment.{name}" for name in section.get("alignment") or {}]
     if (cfg.model.get("peft") or {}).get("peft_scheme") not in (None, "none"):
         asked.append("model.peft")
     if asked:
         raise ConfigError(
-            f"{' and '.join(asked)}: fine-tuning is checked by this release, and not trained yet",
+            f"{' and '.join(asked)}: there is no model.data.train_ds to tune with",
             fix="leave the section out to pretrain",
         )
 
