@@ -1,6 +1,6 @@
 """What a step cannot be faster than on an instance: compute, device memory, links.
 
-Room audit/. Figures of instances: nxdt_nemo.config.instances. Proof: tests/audit/test_bounds.py.
+Room audit/. Figures of instances: nxdt_nemo.config.instances. Proof: tests/audit/test_formula.py.
 
 Each bound is a quantity of the lowered step over a published peak of one rank's share of the chip, as if nothing else
 took time: products over the tensor engine's FLOP/s, their operands over HBM's bandwidth, what collectives receive

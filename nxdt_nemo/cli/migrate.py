@@ -100,10 +100,10 @@ def job_arguments(
     The migrated file lies in a temporary folder for as long as this process lives: ranks that Lightning starts read
     it too. Overrides may be in the file's own keys or in NeMo's.
     """
-    from nxdt_nemo.config import migrate as room
-    from nxdt_nemo.config.migrate.engine import parse_overrides
     from omegaconf import OmegaConf
 
+    from nxdt_nemo.config import migrate as room
+    from nxdt_nemo.config.migrate.engine import parse_overrides
     from nxdt_nemo.config.validate import find, read
 
     config = find(config)

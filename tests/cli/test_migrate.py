@@ -111,7 +111,17 @@ def test_what_run_config_starts(capsys):
     assert "small_nxdt.yaml: nxdt -> nemo 2.4" in capsys.readouterr().err
 
 
-def test_fine_tuning_is_refused_in_one_line(type_):
+TUNING = ("model_alignment_strategy.sft.packing=False", "model_alignment_strategy.peft.lora_rank=8")
+
+
+@pytest.mark.parametrize("config, words", [(NXDT, TUNING[:1]), (NXDT, TUNING), (Path("train"), ("workflow=lora",))])
+def test_run_config_starts_tuning_where_there_is_a_train_ds(config, words):
+    data = ("data.train_dir=/x/train.jsonl", "data.val_dir=/x/held.jsonl") if config == NXDT else ()
+    script, _ = job_arguments(config, [*words, *data], "auto", None, None)
+    assert script.endswith("nxdt_nemo/nemo/examples/megatron_finetuning.py")
+
+
+def test_alignment_is_refused_in_one_line(type_):
     code, _, err = type_("run", "--config", NXDT, "+model_alignment_strategy.dpo.kl_beta=0.1")
     assert code == 2
     line = err.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -15,14 +16,12 @@ NXDT = Path(__file__).parents[1] / "config" / "migrate" / "data" / "small_nxdt.y
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
 
-def started(corpus: Path, tmp_path: Path, *words: str):
-    data = [
-        f"model.tokenizer.model={corpus / 'tokenizer.model'}",
-        f"data.data_prefix=[1.0,{corpus / 'text_document'}]",
-        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
-    ]
+def started(corpus: Path, tmp_path: Path, *words: str, data: bool = True):
+    given = [f"model.tokenizer.model={corpus / 'tokenizer.model'}", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]
+    if data:
+        given.append(f"data.data_prefix=[1.0,{corpus / 'text_document'}]")
     environment = {"NXDT_NEMO_RUNTIME": "cpu"}
-    return run(Path("--config"), [str(NXDT), *data, *words], tmp_path / "run", cwd=tmp_path, environment=environment)
+    return run(Path("--config"), [str(NXDT), *given, *words], tmp_path / "run", cwd=tmp_path, environment=environment)
 
 
 def test_two_ranks_of_an_nxdt_file(corpus, tmp_path):
@@ -43,6 +42,25 @@ def test_layouts_train_the_same(corpus, tmp_path):
     other = started(corpus, tmp_path / "two", *one, *same, "model.optim.lr=1e-2")
     assert single.curve()[0] == other.curve()[0]
     assert abs(single.curve()[2] - other.curve()[2]) > 1e-4
+
+
+def test_a_lora_file_tunes_what_pretraining_saved(corpus, tmp_path):
+    """NxD Training's keys of LoRA, from a .nemo of the same file's pretraining."""
+    sizes = ["precision.type=fp32", "model.make_vocab_size_divisible_by=128"]
+    params = "exp_manager.checkpoint_callback_params"
+    saves = ["exp_manager.create_checkpoint_callback=True", f"{params}.save_nemo_on_train_end=True"]
+    base = started(corpus, tmp_path / "base", *sizes, *saves, f"{params}.save_top_k=1", f"{params}.monitor=val_loss")
+    assert base.code == 0, base.output[-3000:]
+    (saved,) = (tmp_path / "base").rglob("*.nemo")
+    lines = [json.dumps({"input": f"the sum of {n} and", "output": f"{n} is {2 * n}"}) for n in range(64)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    strategy = "model_alignment_strategy.peft"
+    tuning = [f"{strategy}.lora_rank=4", f"{strategy}.lora_alpha=8", f"{strategy}.lora_dropout=0.0"]
+    files = [f"data.{name}={tmp_path / 'sums.jsonl'}" for name in ("train_dir", "val_dir")]
+    base_model = [f"model.restore_from_path={saved}", "model.tokenizer.sentencepiece_legacy=false"]
+    found = started(corpus, tmp_path / "tuned", *sizes, *tuning, *files, *base_model, data=False)
+    assert found.code == 0, found.output[-3000:]
+    assert sorted(found.curve()) == [0, 1, 2]
 
 
 @pytest.mark.upstream

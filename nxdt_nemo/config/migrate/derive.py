@@ -410,14 +410,23 @@ def _alignment_files(m: Migration, folder: Any, held: Any) -> None:
         m.put(f"model.data.{section}.max_seq_length", "${model.encoder_seq_length}", "NeMo reads it there")
 
 
-# What NeMo 2.4's megatron_gpt_sft_model.py reads without a default, as its megatron_gpt_finetuning_config.yaml has it.
+# What NeMo 2.4's megatron_gpt_sft_model.py reads without a default, as its megatron_gpt_finetuning_config.yaml has it;
+# and, where its default is another, how NxD Training reads {"input": ..., "output": ...} into sequences of one length.
+_RECORDS = {
+    "num_workers": 0,
+    "pin_memory": True,
+    "drop_last": True,
+    "min_seq_length": 1,
+    "label_key": "output",
+    "truncation_field": "input",
+    "prompt_template": "{input} {output}",
+    "pad_to_max_length": True,
+}
 TUNING_DATA: dict[str, dict[str, Any]] = {
-    "train_ds": {"shuffle": True, "num_workers": 0, "pin_memory": True, "drop_last": True},
+    "train_ds": {"shuffle": True, "concat_sampling_probabilities": [1.0], **_RECORDS},
     "validation_ds": {
         "shuffle": False,
-        "num_workers": 0,
-        "pin_memory": True,
-        "drop_last": True,
+        **_RECORDS,
         "metric.name": "loss",
         "metric.average": None,
         "metric.num_classes": None,
@@ -428,7 +437,7 @@ TUNING_DATA: dict[str, dict[str, Any]] = {
 def _tuning_data(m: Migration) -> None:
     for section, keys in TUNING_DATA.items():
         for name, value in keys.items():
-            m.put(f"model.data.{section}.{name}", value, "NeMo's tuning reads it without a default")
+            m.put(f"model.data.{section}.{name}", value, "NeMo's tuning reads it")
 
 
 def _prefers(m: Migration) -> bool:
@@ -486,7 +495,7 @@ def peft(m: Migration) -> None:
     elif _aligns(m) and not _prefers(m):
         m.put("model.peft.peft_scheme", None, "all weights are tuned")
     if lora or (_aligns(m) and not _prefers(m)):
-        m.put("model.peft.restore_from_path", None, "NeMo's tuning reads it without a default")
+        m.put("model.peft.restore_from_path", None, "NeMo's tuning reads it")
     if not lora:
         return
     m.put("model.peft.lora_tuning.weight_tying", False, "NeMo's LoRA reads it without a default")
