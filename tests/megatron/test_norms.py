@@ -42,7 +42,7 @@ def norms_of(recipe: Recipe, weights: dict[str, torch.Tensor], place: Layout, bl
         found = {"parameters": float(parameter_norm(params))}
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        ours._forward_backward(
+        ours.forward_backward(
             chunks, recipe, micro_batches(recipe, 0)[parallel_state.get_data_parallel_rank() :: place.dp]
         )
         if place.zero:

@@ -17,7 +17,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
 
 def started(corpus: Path, tmp_path: Path, *words: str, data: bool = True):
-    given = [f"model.tokenizer.model={corpus / 'tokenizer.model'}", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]
+    given = [
+        f"model.tokenizer.model={corpus / 'tokenizer.model'}",
+        "model.tokenizer.sentencepiece_legacy=False",  # the test tokenizer's end of text; NeMo's default hides it
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+    ]
     if data:
         given.append(f"data.data_prefix=[1.0,{corpus / 'text_document'}]")
     environment = {"NXDT_NEMO_RUNTIME": "cpu"}
@@ -57,8 +61,8 @@ def test_a_lora_file_tunes_what_pretraining_saved(corpus, tmp_path):
     strategy = "model_alignment_strategy.peft"
     tuning = [f"{strategy}.lora_rank=4", f"{strategy}.lora_alpha=8", f"{strategy}.lora_dropout=0.0"]
     files = [f"data.{name}={tmp_path / 'sums.jsonl'}" for name in ("train_dir", "val_dir")]
-    base_model = [f"model.restore_from_path={saved}", "model.tokenizer.sentencepiece_legacy=false"]
-    found = started(corpus, tmp_path / "tuned", *sizes, *tuning, *files, *base_model, data=False)
+    base_model = f"model.restore_from_path={saved}"
+    found = started(corpus, tmp_path / "tuned", *sizes, *tuning, *files, base_model, data=False)
     assert found.code == 0, found.output[-3000:]
     assert sorted(found.curve()) == [0, 1, 2]
 

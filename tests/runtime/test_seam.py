@@ -28,6 +28,7 @@ ALLOWED = {  # file: (what it may use, why)
         + [f"testing/neuron_standin/torch_neuronx/{name}.py" for name in ("__init__", "neuron", "process_group")],
         (r"torch_neuronx(\..*)?", "the stand-in for the package of that name"),
     ),
+    "cli/early.py": ("asks for the lane", "tells of Trainium's variables where they are not for a rehearsal"),
     "audit/logits/megatron.py": (r"torch\.cuda(\..*)?|gloo", "upstream's own code on a checkpoint, no lane in it"),
     "checkpoint/formats/nxdt.py": (r"torch_xla\.utils\.serialization", "a class's name in files, never imported"),
     "testing/moe_layer.py": (r"torch\.cuda(\..*)?", "stock layers of experts as the reference, no lane in it"),
