@@ -24,6 +24,7 @@ def started(corpus: Path, tmp_path: Path, *words: str, data: bool = True):
     ]
     if data:
         given.append(f"data.data_prefix=[1.0,{corpus / 'text_document'}]")
+    tmp_path.mkdir(exist_ok=True)
     environment = {"NXDT_NEMO_RUNTIME": "cpu"}
     return run(Path("--config"), [str(NXDT), *given, *words], tmp_path / "run", cwd=tmp_path, environment=environment)
 
