@@ -35,9 +35,9 @@ def main(cfg: DictConfig) -> None:
     settings = MegatronGPTSFTModel.merge_cfg_with(base, cfg)
     model = MegatronGPTSFTModel.restore_from(base, settings, trainer=trainer)
     peft = cfg.model.get("peft") or {}
-    scheme = PEFT_CONFIG_MAP[peft.get("peft_scheme")]
-    if scheme is not None and peft.get("restore_from_path") is not None:
-        model.load_adapters(peft.restore_from_path, scheme(settings))
+    scheme, trained = PEFT_CONFIG_MAP[peft.get("peft_scheme")], peft.get("restore_from_path")
+    if scheme is not None and trained is not None:
+        model.load_adapters(trained, scheme(settings))
     elif scheme is not None:
         model.add_adapter(scheme(settings))
     trainer.fit(model)
