@@ -30,7 +30,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nxdt_nemo.runtime.groups import Group
-from nxdt_nemo.runtime.ops import Arriving, Receive, Send
+from nxdt_nemo.runtime.ops import Arriving, Receive, Send, equal_part
 
 __all__ = [
     "all_gather",
@@ -225,13 +225,7 @@ def reshard(x: torch.Tensor, from_dim: int, to_dim: int, group: Group) -> torch.
     """A part along from_dim becomes a part along to_dim: [.., n, .., t*m, ..] to [.., t*n, .., m, ..]."""
     if group.size == 1:
         return x
-    part, rest = divmod(x.shape[to_dim], group.size)
-    if rest:
-        raise ValueError(
-            f"{tuple(x.shape)} cannot be cut equally among the {group.size} ranks of {group.name!r} "
-            f"along dimension {to_dim}"
-        )
-    pieces = torch.stack(x.split(part, to_dim))
+    pieces = torch.stack(x.split(equal_part(x, to_dim, group), to_dim))
     return torch.cat(all_to_all(pieces, group).unbind(), from_dim)
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
-from nxdt_nemo.runtime.ops import Ops, Receive, Send
+from nxdt_nemo.runtime.ops import Ops, Receive, Send, equal_part
 
 __all__ = ["table"]
 
@@ -73,7 +73,7 @@ def _all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
 
 
 def _reduce_scatter(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    part = _part(x, dim, group)
+    part = equal_part(x, dim, group)
     if dim not in (0, -x.dim()):
         x = torch.cat(x.split(part, dim))
     shape = list(x.shape)
@@ -87,7 +87,7 @@ def _all_to_all(
     x: torch.Tensor, group: Group, out: Sequence[int] | None = None, given: Sequence[int] | None = None
 ) -> torch.Tensor:
     if given is None:
-        _part(x, 0, group)
+        equal_part(x, 0, group)
     rows = x.shape[0] if out is None else sum(out)
     received = x.new_empty((rows, *x.shape[1:]))
     splits = None if out is None else list(out), None if given is None else list(given)
@@ -131,15 +131,5 @@ def _exchange(
 
 
 def _shard(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    part = _part(x, dim, group)
+    part = equal_part(x, dim, group)
     return x.narrow(dim, group.rank * part, part)
-
-
-def _part(x: torch.Tensor, dim: int, group: Group) -> int:
-    part, rest = divmod(x.shape[dim], group.size)
-    if rest:
-        raise ValueError(
-            f"{tuple(x.shape)} cannot be cut equally among the {group.size} ranks of {group.name!r} "
-            f"along dimension {dim}"
-        )
-    return part

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from nxdt_nemo.runtime.groups import Group
 
-__all__ = ["Arriving", "Ops", "Receive", "Send"]
+__all__ = ["Arriving", "Ops", "Receive", "Send", "equal_part"]
 
 Send = tuple["torch.Tensor", int]
 """A tensor and the group rank that gets it."""
@@ -52,3 +52,14 @@ class Ops:
     permute: Callable[[torch.Tensor, Sequence[tuple[int, int]], Group], torch.Tensor]
     exchange: Callable[[Sequence[Send], Sequence[Receive], Group], Arriving]
     shard: Callable[[torch.Tensor, int, Group], torch.Tensor]
+
+
+def equal_part(x: torch.Tensor, dim: int, group: Group) -> int:
+    """n of [.., t*n, ..] along `dim`. Raises ValueError where it cannot be cut equally among the group's t ranks."""
+    part, rest = divmod(x.shape[dim], group.size)
+    if rest:
+        raise ValueError(
+            f"{tuple(x.shape)} cannot be cut equally among the {group.size} ranks of {group.name!r} "
+            f"along dimension {dim}"
+        )
+    return part

@@ -25,7 +25,7 @@ import torch_xla.core.xla_model as xm
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
-from nxdt_nemo.runtime.ops import Arriving, Ops, Receive, Send
+from nxdt_nemo.runtime.ops import Arriving, Ops, Receive, Send, equal_part
 
 __all__ = ["Dialect", "Replicas", "in_graph"]
 
@@ -114,7 +114,7 @@ def in_graph(dialect: Dialect) -> Ops:
         return x if group.size == 1 else dialect.all_gather(x, dim % x.dim(), _even(group))
 
     def reduce_scatter(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        _part(x, dim, group)
+        equal_part(x, dim, group)
         return x if group.size == 1 else dialect.reduce_scatter(x, dim % x.dim(), _even(group))
 
     def all_to_all(
@@ -122,7 +122,7 @@ def in_graph(dialect: Dialect) -> Ops:
     ) -> torch.Tensor:
         if len({*(out or ()), *(given or ())}) > 1:
             raise LaneError(f"an all-to-all of {group.name!r} with unequal parts has no fixed shape to trace")
-        _part(x, 0, group)
+        equal_part(x, 0, group)
         return x if group.size == 1 else dialect.all_to_all(x, group, _even(group))
 
     def permute(x: torch.Tensor, pairs: Sequence[tuple[int, int]], group: Group) -> torch.Tensor:
@@ -137,7 +137,7 @@ def in_graph(dialect: Dialect) -> Ops:
         return _Arrived(_between_stages(dialect, sends, receives, group))
 
     def shard(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        part = _part(x, dim, group)
+        part = equal_part(x, dim, group)
         if group.size == 1:
             return x
         dim = dim % x.dim()
@@ -157,16 +157,6 @@ def _groups(group: Group) -> Groups:
 def _even(group: Group) -> Groups:
     """Groups of one size: what a gathering needs. Ranks that are in none have one of their own, and are left out."""
     return [list(ranks) for ranks in group.mesh if len(ranks) == group.size]
-
-
-def _part(x: torch.Tensor, dim: int, group: Group) -> int:
-    part, rest = divmod(x.shape[dim], group.size)
-    if rest:
-        raise ValueError(
-            f"{tuple(x.shape)} cannot be cut equally among the {group.size} ranks of {group.name!r} "
-            f"along dimension {dim}"
-        )
-    return part
 
 
 @dataclass(frozen=True)
