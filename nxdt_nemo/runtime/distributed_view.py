@@ -7,6 +7,8 @@ where upstream calls it. Proof: tests/runtime/test_distributed_view.py.
 from __future__ import annotations
 
 import functools
+import os
+import socket
 from typing import Any
 
 import torch
@@ -55,9 +57,31 @@ class _DeviceMesh(metaclass=_DeviceMeshType):
         return DeviceMesh.from_group(group, _type(device_type), *args, **kwargs)
 
 
+class _P2POp(dist.P2POp):
+    """torch.distributed.P2POp, which compares its function with torch's own isend."""
+
+    def __new__(cls, op: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> dist.P2POp:  # type: ignore[misc]
+        if op is gaps.isend:
+            return dist.P2POp(dist.isend, tensor.detach(), *args, **kwargs)
+        return dist.P2POp(op, tensor, *args, **kwargs)
+
+
+def _alone() -> None:
+    """The addresses of a world of one, where no launcher gave any: `python script.py` is one rank."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+
+
 @functools.wraps(dist.init_process_group)
 def _init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
     kwargs.pop("device_id", None)  # NCCL's, to connect at once
+    if not args and kwargs.get("init_method") in (None, "env://") and kwargs.get("store") is None:
+        _alone()
     dist.init_process_group(to_backend(backend), *args, **kwargs)
     if dist.is_initialized() and dist.get_backend() == current().backend:
         current().ranks_are_up()
@@ -106,6 +130,8 @@ def distributed_view() -> ModuleView:
             "all_gather_into_tensor": _all_gather_into_tensor,
             "barrier": _barrier,
             "all_gather": gaps.all_gather,
+            "isend": gaps.isend,
+            "P2POp": _P2POp,
             "reduce_scatter": gaps.reduce_scatter,
             "device_mesh": ModuleView(dist.device_mesh, meshes),
         },

@@ -2,8 +2,8 @@
 
 Room runtime/. Stands in for all_reduce with PREMUL_SUM (gloo 2.9 fails in the work's wait, which upstream
 never calls: gradients stay unreduced in silence), _coalescing_manager with a device (no startCoalescing), the list
-form of all_to_all, and the list forms of all_gather and reduce_scatter where ranks have different sizes (experts'
-tokens). Imports torch. Proof: tests/runtime/test_gaps.py.
+form of all_to_all, the list forms of all_gather and reduce_scatter where ranks have different sizes (experts'
+tokens), and isend of a tensor that gives its memory back while it is sent. Imports torch. Proof: tests/runtime/test_gaps.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-__all__ = ["PremulSum", "all_gather", "all_reduce", "all_to_all", "coalescing", "reduce_scatter"]
+__all__ = ["PremulSum", "all_gather", "all_reduce", "all_to_all", "coalescing", "isend", "reduce_scatter"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,22 @@ def all_to_all(
     parts = received.split([tensor.numel() for tensor in output_tensor_list])
     for tensor, part in zip(output_tensor_list, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+    return work
+
+
+def isend(
+    tensor: torch.Tensor,
+    dst: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    tag: int = 0,
+    group_dst: int | None = None,
+) -> dist.Work | None:
+    """torch.distributed.isend that keeps the memory until it is sent.
+
+    A pipeline stage drops its output by `output.data = torch.empty(1)` (deallocate_pipeline_outputs) as soon as the
+    transfer is started: on CUDA the memory's next use comes later in the stream; gloo would read freed memory.
+    """
+    work: dist.Work | None = dist.isend(tensor.detach(), dst, group, tag, group_dst)
     return work
 
 

@@ -128,7 +128,10 @@ def test_the_sdk_chooses_the_name():
 
 
 def test_the_cpu_lane_gets_what_it_heeds():
-    assert values(lane="cpu", precision="mixed_precision_SR") == {"NEURON_RT_STOCHASTIC_ROUNDING_EN": "1"}
+    assert values(lane="cpu", precision="mixed_precision_SR") == {
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
     assert values(lane="cpu", precision="fp32", instance=TRN2) == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ def seen() -> Iterator[ModuleView]:
 )
 def test_backends(seen: ModuleView, monkeypatch: pytest.MonkeyPatch, asked: Any, given: Any) -> None:
     calls: list[Any] = []
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setattr(dist, "init_process_group", lambda backend, *args, **kwargs: calls.append((backend, kwargs)))
     monkeypatch.setattr(dist, "new_group", lambda ranks, timeout, backend, **kwargs: calls.append((ranks, backend)))
     seen.init_process_group(asked, rank=0, device_id=torch.device("cuda:0"))
@@ -39,12 +41,42 @@ def test_the_lane_looks_at_ranks_that_a_script_brings_up(
     seen: ModuleView, monkeypatch: pytest.MonkeyPatch, running: str, looks: int
 ) -> None:
     looked: list[str] = []
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setattr(type(current()), "ranks_are_up", lambda lane: looked.append(lane.name))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: running)
     seen.init_process_group("nccl")
     assert looked == ["cpu"] * looks
+
+
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("given", "alone"), [({}, True), ({"WORLD_SIZE": "2"}, False), ({"MASTER_ADDR": "other", "MASTER_PORT": "1"}, False)]
+)
+def test_a_script_without_a_launcher_is_a_world_of_one(
+    seen: ModuleView, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], alone: bool
+) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever the call sets
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    seen.init_process_group("nccl")
+    found = {name: os.environ[name] for name in NAMES if name in os.environ}
+    assert found.keys() == set(NAMES) and found["WORLD_SIZE"] == "1" if alone else found == given
+
+
+def test_transfers_are_torchs_own(seen: ModuleView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist.distributed_c10d, "_group_or_default_group", lambda group: group)
+    monkeypatch.setattr(dist.distributed_c10d, "_canonicalize_group_rank", lambda *_, **__: 1)
+    x = torch.ones(2)
+    sent, taken = seen.P2POp(seen.isend, x, 1), seen.P2POp(seen.irecv, x, 1)
+    assert (sent.op, taken.op) == (dist.isend, dist.irecv)
+    assert sent.tensor is not x and sent.tensor.data_ptr() == x.data_ptr() and taken.tensor is x
 
 
 def test_the_rest_is_torchs(seen: ModuleView) -> None:

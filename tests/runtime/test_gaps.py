@@ -117,3 +117,25 @@ def largest(lane: CpuLane) -> str:
 
 def test_different_sizes_are_summed_only(ranks: Run) -> None:
     assert all("different sizes" in said for said in ranks(2, largest))
+
+
+def dropped_while_sent(lane: CpuLane) -> list[float]:
+    """Rank 0 gives its memory to others as soon as the transfer is started; rank 1 takes it later."""
+    size = 1 << 16
+    if dist.get_rank():
+        taken = torch.empty(size)
+        dist.barrier()
+        dist.recv(taken, 0)
+        return [float(taken.min()), float(taken.max())]
+    given = torch.ones(size)
+    work = gaps.isend(given, 1)
+    assert work is not None
+    given.data = torch.empty(1)  # as megatron-core's deallocate_output_tensor
+    others = [torch.full((size,), 7.0) for _ in range(8)]
+    dist.barrier()
+    work.wait()
+    return [float(others[0].min()), 1.0]
+
+
+def test_what_is_sent_keeps_its_memory(ranks: Run) -> None:
+    assert ranks(2, dropped_while_sent) == [[7.0, 1.0], [1.0, 1.0]]

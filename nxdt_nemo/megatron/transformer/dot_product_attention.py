@@ -11,6 +11,7 @@ test_parity.py.
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,14 @@ from nxdt_nemo.megatron.transformer.packed_sequences import chunks_of, local_ord
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["DotProductAttention", "of_its_own"]
+
+
+_last_causal: weakref.ref[Tensor] | None = None  # all layers of a micro-batch are handed the same one
+
+
+def _remember_causal(mask: Tensor) -> None:
+    global _last_causal
+    _last_causal = weakref.ref(mask)
 
 
 class DotProductAttention(_DotProductAttention):
@@ -101,6 +110,8 @@ class DotProductAttention(_DotProductAttention):
         if packed is not None:  # what the lengths say is all there is to say
             query, key, value, attention_mask = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), None
         value = of_its_own(value, query, key)
+        if attention_mask is not None and self.config.context_parallel_size > 1 and self._is_causal(False):
+            attention_mask = self._beyond_causal(attention_mask)
         call = self._call(query, key, value, attention_mask, attention_bias, packed)
         name = choose(call).name
         if name == "upstream":
@@ -158,6 +169,27 @@ class DotProductAttention(_DotProductAttention):
         TransformerEngine has besides, it hides nothing for padding_causal."""
         mask_type, beyond = self.scale_mask_softmax.attn_mask_type, packed or self.config.context_parallel_size > 1
         return mask_type == AttnMaskType.causal or (mask_type == AttnMaskType.padding_causal and beyond)
+
+    def _beyond_causal(self, mask: Tensor) -> Tensor | None:
+        """None for the mask that a causal layer has anyway, which Megatron-LM's loader hands to every layer.
+
+        mask  [B or 1, 1, S / p, S], this rank's queries in Megatron's order
+        Under context parallelism TransformerEngine goes by the layer's type and never looks at a mask. A traced lane
+        cannot look either; elsewhere one that hides more (--reset-attention-mask) stays, and is refused.
+        """
+        if current().traced:
+            return None
+        if (of_last := _last_causal) is None or of_last() is not mask:
+            parts, (rows, columns) = self.config.context_parallel_size, mask.shape[-2:]
+            if rows * parts != columns:
+                return mask
+            chunks = chunks_of(None, None, rows // 2, parts, mask.device).positions
+            rank = current().group_of(self.cp_group).rank
+            mine = torch.cat((chunks[rank], chunks[2 * parts - 1 - rank]))
+            if not torch.equal(mask, (torch.arange(columns, device=mask.device) > mine.unsqueeze(1)).expand_as(mask)):
+                return mask
+            _remember_causal(mask)
+        return None
 
     def _rule(self, call: Call, mask: Tensor | None) -> Rule:
         """Bounds and the caller's mask. Under a causal layer a window looks back only, as in TransformerEngine."""
