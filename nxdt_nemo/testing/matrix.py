@@ -18,15 +18,16 @@ LAYOUTS: dict[Family, str] = {
     "gpt": (
         "tp2 tp2sp tp4sp pp2 pp4 pp2first1 pp3first1last1 pp3account pp2cut0-4"
         " pp2cut1-0-2-1vpp2 pp2vpp2 pp4vpp2 tp2pp2 tp2sppp2vpp2 dp2 dp2+zero tp2spdp2+zero"
-        " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero cp2 cp2dp2+zero tp2spcp2pp2"
+        " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero cp2 cp2dp2+zero cp2pp2vpp2 tp2spcp2pp2"
     ),
     "llama": (
-        "tp2 tp2sp tp4sp pp2 pp2vpp2 tp2pp2 dp2 dp4+zero tp2spdp2+zero pp2vpp2dp2+zero"
-        " tp2sppp2vpp2dp2+zero cp2 cp4 tp2cp2 cp2pp2vpp2 tp2spcp2dp2+zero tp8"
+        "tp2 tp2sp tp4sp pp2 pp4 pp2first1 pp2vpp2 pp4vpp2 tp2pp2 tp2sppp2vpp2 dp2 dp2+zero dp4+zero tp2spdp2+zero"
+        " pp2dp2+zero pp2vpp2dp2+zero tp2sppp2vpp2dp2+zero cp2 cp4 cp2dp2+zero tp2cp2 cp2pp2vpp2 tp2spcp2dp2+zero tp8"
     ),
     "mixtral": (
-        "tp2sp tp4sp pp2 pp2cut1-3 pp2vpp2 dp2+zero ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero tp2spep2dp2 tp2spep2etp1"
-        " tp2spep2etp1dp2+zero ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2 one+grouped one+static tp2sp+grouped"
+        "tp2sp tp4sp pp2 pp4 pp2cut1-3 pp2vpp2 tp2sppp2 dp2 dp2+zero tp2spdp2+zero pp2dp2+zero cp2"
+        " ep2dp2 ep4dp4 ep2dp2+zero ep2dp4+zero ep4dp4+zero tp2spep2dp2 tp2spep2etp1 tp2spep2etp1dp2+zero"
+        " ep2pp2dp2 ep2pp2vpp2dp2+zero cp2ep2 tp2spcp2ep2 one+grouped one+static tp2sp+grouped"
         " tp2spep2etp1+grouped ep2dp2+zero+grouped ep2dp2+grouped+static tp2spep2dp2+grouped+static"
     ),
     "bert": "tp2 tp2sp pp2 pp2vpp2 dp2+zero",

@@ -1,8 +1,15 @@
-"""What a checkpoint's writers leave on a disk: whole metadata, and plain files for plain paths."""
+"""What a checkpoint's writers leave on a disk, whole metadata and plain files for plain paths, and how they report."""
 
 from __future__ import annotations
 
+import multiprocessing
+import operator
+import os
 import pickle
+import queue
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +21,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nxdt_nemo.megatron.dist_checkpointing.filesystem_async import finish, write_preloaded_data
+from nxdt_nemo.megatron.dist_checkpointing.filesystem_async import (
+    finish,
+    get_write_results_queue,
+    write_preloaded_data,
+)
 
 
 def writer(folder: Path, use_msc: bool = False) -> Any:
@@ -57,3 +68,64 @@ def test_files_on_a_disk_are_plain_files(path: str, kept: bool) -> None:
     called: dict[str, Any] = {}
     write_preloaded_data(lambda *_, **named: called.update(named), [], 0, (path, "key", ()), 1, 2, True, use_msc=True)
     assert called == ({"use_msc": True} if kept else {})
+
+
+def test_a_forked_writer_reports() -> None:
+    results = get_write_results_queue()
+    writer = multiprocessing.get_context("fork").Process(target=lambda: results.put((0, "written")))
+    writer.start()
+    assert results.get_nowait() == (0, "written")
+    writer.join()
+    results.put((1, "here"))
+    assert results.get_nowait() == (1, "here")
+
+
+@pytest.fixture
+def persistent() -> Iterator[Executor]:
+    """A process started by spawn, which gets its work pickled, as megatron-core's persistent writer."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def test_a_persistent_writer_reports_each_save_to_who_asked_for_it(persistent: Executor) -> None:
+    first, second = get_write_results_queue(), get_write_results_queue()
+    large = {0: b"more than a pipe holds" * 10_000}
+    for results, item in ((first, large), (second, {1: b"later"})):
+        persistent.submit(operator.methodcaller("put", item), results).result()  # done, and nobody has read it yet
+    assert second.get_nowait() == {1: b"later"} and first.get_nowait() == large
+
+
+def test_a_persistent_writer_that_is_gone_is_no_result(persistent: Executor) -> None:
+    results = get_write_results_queue()
+    persistent.submit(operator.methodcaller("__class__"), results).exception()  # has its end, and puts nothing
+    os.kill(persistent.submit(os.getpid).result(), signal.SIGKILL)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+def saved_by(persistent: bool, folder: Path) -> tuple[list[float], list[str]]:
+    """What a rank reads of a save in the background during which another is waited for; processes that stayed."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor, load, save
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    def state(value: float) -> dict[str, Any]:
+        return {"weight": ShardedTensor.from_rank_offsets("weight", torch.full((3,), value), replica_id=0)}
+
+    parallel_state.initialize_model_parallel()
+    calls = AsyncCallsQueue(persistent)
+    for name in ("background", "waited for"):
+        (folder / name).mkdir()
+    calls.schedule_async_request(save(state(1.5), str(folder / "background"), async_sharded_save=True))
+    save(state(2.5), str(folder / "waited for"))
+    calls.maybe_finalize_async_calls(blocking=True)
+    read = [load(state(0.0), str(folder / name))["weight"] for name in ("background", "waited for")]
+    calls.close()
+    parallel_state.destroy_model_parallel()
+    return torch.cat(read).tolist(), [process.name for process in multiprocessing.active_children()]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_save_in_the_background(active: Any, tmp_path: Path, persistent: bool) -> None:
+    assert active(saved_by, persistent, tmp_path) == ([1.5] * 3 + [2.5] * 3, [])

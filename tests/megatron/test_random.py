@@ -1,4 +1,4 @@
-"""Megatron's tracked random streams on the lane's generator, and the queue of the checkpoint writers."""
+"""Megatron's tracked random streams on the lane's generator."""
 
 from __future__ import annotations
 
@@ -94,24 +94,3 @@ def test_without_megatron_there_are_no_streams():
         assert get_tracker_states() == {}
         set_tracker_states({"a": torch.zeros(1)})
         assert get_tracker_states() == {}
-
-
-def results() -> list[Any]:
-    """A forked writer reports through the queue that upstream asks for."""
-    import multiprocessing
-
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    queue = filesystem_async._get_write_results_queue()
-    context = multiprocessing.get_context("fork")
-    writer = context.Process(target=lambda: queue.put((0, "written")))
-    writer.start()
-    found = queue.get_nowait()
-    writer.join()
-    queue.put((1, "here"))
-    same = filesystem_async._get_write_results_queue() is queue
-    return [found, queue.get_nowait(), same, [p.name for p in multiprocessing.active_children()]]
-
-
-def test_results_queue(active):
-    assert active(results) == [(0, "written"), (1, "here"), True, []]

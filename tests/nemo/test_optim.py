@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo.config.checks import OPTIMIZERS, SCHEDULES, UNSAVED
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 
 pytestmark = pytest.mark.ranks
@@ -435,6 +436,28 @@ def schedulers() -> list[float]:
 
 def test_schedulers(ranks):
     assert ranks(1, schedulers)[0] == pytest.approx([1e-2 / 2, 1e-2 / 3, 1e-2 / 4])
+
+
+def by_name() -> tuple[set[str], dict[str, bool], set[str]]:
+    """NeMo's optimizers; of those that need no parallel state, whether one takes a step; NeMo's schedules."""
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS, get_optimizer
+
+    moved = {}
+    for name in AVAILABLE_OPTIMIZERS.keys() & set(OPTIMIZERS) - {"distributed_fused_adam", "megatron_fused_adam"}:
+        weight = torch.nn.Parameter(torch.ones(3, 2))
+        weight.grad = torch.full_like(weight, 0.5)
+        get_optimizer(name, lr=1e-2)([weight]).step()
+        moved[name] = bool((weight < 1).all())
+    return set(AVAILABLE_OPTIMIZERS), moved, set(AVAILABLE_SCHEDULERS)
+
+
+def test_every_name_is_nemos_or_refused(ranks):
+    """mcore_distributed_optim is a name that NeMo's models know, and nobody's registry."""
+    optimizers, moved, schedules = ranks(1, by_name)[0]
+    assert optimizers == set(OPTIMIZERS) - {"mcore_distributed_optim"} | set(UNSAVED)
+    assert len(moved) == len(OPTIMIZERS) - 3 and all(moved.values()), moved
+    assert schedules == set(SCHEDULES)
 
 
 def _line(optimizer_class: type, steps: int, state: dict[str, Any] | None = None) -> tuple[list[Any], dict[str, Any]]:

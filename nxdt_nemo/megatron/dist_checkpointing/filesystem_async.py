@@ -1,19 +1,22 @@
 """The queue through which checkpoint writers report back, and what is written to a disk.
 
 Room megatron/. Stands in for three functions of megatron.core.dist_checkpointing.strategies.filesystem_async. The queue
-on the cpu lane only: there forked writers, which upstream starts in the same process, share a plain queue.
+on the cpu lane only: there writers that were forked share a plain queue, and one that was spawned gets a pipe.
 Proof: tests/megatron/test_filesystem_async.py, tests/nemo/test_resume.py; and upstream's own
-dist_checkpointing/test_flattened_resharding.py, which tools/test_megatron.py runs.
+dist_checkpointing/test_flattened_resharding.py and test_async_save.py, which tools/test_megatron.py runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import multiprocessing
 import os
 import pickle
+import queue
+import threading
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +30,51 @@ class _Results:
 
     A multiprocessing queue hands items over in a thread, so a look right after a put may come too early:
     get_nowait waits. Raises queue.Empty after SECONDS.
+
+    Forked writers inherit the queue. A persistent writer (megatron-core's PersistentAsyncCaller) was started by spawn
+    before the save and gets its requests pickled, which no such queue can be; what it gets is a pipe's end.
     """
 
     def __init__(self) -> None:
         self._queue: Any = multiprocessing.get_context("fork").Queue()
+        self._pipe: Connection | None = None
 
     def put(self, item: Any) -> None:
         self._queue.put(item)
 
     def get_nowait(self) -> Any:
-        return self._queue.get(timeout=SECONDS)
+        if self._pipe is None:
+            return self._queue.get(timeout=SECONDS)
+        with contextlib.suppress(EOFError):  # the writer is gone
+            if self._pipe.poll(SECONDS):
+                return self._pipe.recv()
+        raise queue.Empty
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._pipe, end = multiprocessing.Pipe(duplex=False)
+        return _PipedResults, (end,)
 
 
-@functools.cache
+class _PipedResults:
+    """What another process gets of _Results: put, once."""
+
+    def __init__(self, end: Connection) -> None:
+        self._end = end
+
+    def put(self, item: Any) -> None:
+        # A pipe holds 64 KB, and upstream reads it only after the writer has said that it is done.
+        threading.Thread(target=self._send, args=(item,), daemon=True).start()
+
+    def _send(self, item: Any) -> None:
+        with self._end, contextlib.suppress(BrokenPipeError):  # whoever asked is gone
+            self._end.send(item)
+
+
 def get_write_results_queue() -> _Results:
-    """One queue a process; no manager process, which a killed rank would leave behind."""
+    """One for each save; no manager process, which a killed rank would leave behind.
+
+    Upstream has one for all, in which a save that is waited for may find the result of one in the background.
+    """
     return _Results()
 
 
