@@ -48,7 +48,7 @@ def test_the_lane_looks_at_ranks_that_a_script_brings_up(
 
 
 def test_the_rest_is_torchs(seen: ModuleView) -> None:
-    assert seen.all_reduce is dist.all_reduce
+    assert seen.broadcast is dist.broadcast
     assert seen.ReduceOp is dist.ReduceOp
     assert isinstance(object(), seen.DeviceMesh) is False
     assert seen.device_mesh.DeviceMesh is seen.DeviceMesh
