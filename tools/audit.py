@@ -37,8 +37,7 @@ SEVENTY = (
     "model.tensor_model_parallel_size=32",
     "model.pipeline_model_parallel_size=8",
 )
-STAGES = ("--rank", "0,31,64,448")  # of the first stage its first and last rank, of the second, of the last
-STAGES_2048 = ("--rank", "0,31,256,1792")
+STAGES_2048 = ("--rank", "0,31,256,1792")  # of the first stage its first and last rank, of the second, of the last
 FEW = ("model.num_layers=8", "model.global_batch_size=8")  # 4 micro-batches: what can be lowered whole
 
 
@@ -58,8 +57,15 @@ ROWS = (
     Row("8b-64", "Llama-3 8B, TP 32 x DP 2", 64, EIGHT),
     Row("8b-512", "Llama-3 8B, TP 32 x DP 16", 512, EIGHT),
     Row("8b-2048", "Llama-3 8B, TP 32 x DP 64", 2048, EIGHT),
-    Row("70b-512", "Llama-3 70B, TP 32 x PP 8 x DP 2", 512, SEVENTY, STAGES),
+    Row("70b-512", "Llama-3 70B, TP 32 x PP 8 x DP 2, every stage", 512, SEVENTY),
     Row("70b-2048", "Llama-3 70B, TP 32 x PP 8 x DP 8", 2048, SEVENTY, STAGES_2048),
+    Row(
+        "all",
+        "Llama-3 8B of 1 layer, TP 32, every rank",
+        32,
+        (*EIGHT, "model.num_layers=1", "model.global_batch_size=1"),
+        ("--ranks", "all"),
+    ),
     Row("small", "Llama-3 8B of 8 layers, by small steps", 64, EIGHT + FEW, ("--rank", "0"), "pair"),
     Row("whole", "the same, lowered whole", 64, EIGHT + FEW, ("--rank", "0", "--full"), "pair"),
     Row(
@@ -133,6 +139,7 @@ def size(row: Row, found: Found) -> tuple[str, bool]:
         f"{found.seconds:.0f}",
         f"{found.busy:.0f}",
         f"{found.memory / 1e9:.1f}",
+        len({one["program"] for one in ranks}),
         "green" if good else "RED",
     )
     return f"| {' | '.join(map(str, cells))} |", good
@@ -140,7 +147,7 @@ def size(row: Row, found: Found) -> tuple[str, bool]:
 
 COLUMNS = (
     "job", "world", "ranks lowered", "FLOPs / by hand", "collectives' bytes / least", "graphs", "live GB",
-    "no faster than", "MFU bound", "s", "processor s", "GB", "",
+    "no faster than", "MFU bound", "s", "processor s", "GB", "programs", "",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ scores     2 B q D pairs for each of the two products; pairs = S S, in causal bl
 head       2 T H v, v the rank's part of the vocabulary
 backward   twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
 recompute  full: a layer's forward once more; selective: its attention's; but for a last product that nothing reads:
-           full, the MLP's second, unless tensor-parallel ranks add it up; selective, of whole scores, theirs with V
+           full, the MLP's second; selective, of whole scores, theirs with V
 """
 
 Recompute = Literal["", "selective", "full"]
@@ -32,7 +32,6 @@ class Decoder:
     layers     of this rank
     experts    products of an MLP that a token has: 1, or the experts it is computed by
     block      queries of a block of causal attention; 0 where scores are made whole
-    reduced    do ranks add the MLP's output up?
     head       does it have the output layer?
     """
 
@@ -50,7 +49,6 @@ class Decoder:
     block: int = 0
     recompute: Recompute = ""
     recomputed_layers: int = 0
-    reduced: bool = True
     experts: float = 1.0
     router: int = 0
 
@@ -74,7 +72,7 @@ def count(part: Decoder) -> Count:
     head = 2 * tokens * part.hidden * part.vocab if part.head else 0
     linear, attention = projections + mlp + router, 2 * product
     model = part.layers * (3 * linear + 3 * attention) + 3 * head
-    unread = 0 if part.reduced else 2 * tokens * part.hidden * part.ffn * part.experts
+    unread = 2 * tokens * part.hidden * part.ffn * part.experts
     selective = attention if part.block else product
     again = {"": 0.0, "selective": selective, "full": linear + attention - unread}[part.recompute]
     scores_again = product if part.block else 0

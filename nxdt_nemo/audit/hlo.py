@@ -1,4 +1,4 @@
-"""HLO text as torch_xla lowers it, read: operations, FLOPs, collectives, bytes that live.
+"""HLO text as torch_xla lowers it, read: operations, FLOPs, collectives.
 
 Room audit/. Standard library only. The text is the graph before XLA's passes, in an order that can be run as it stands.
 Proof: tests/audit/test_hlo.py.
@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -160,14 +160,6 @@ class Graph:
         whole = sent * max(map(len, groups), default=1) if one.opcode == "all-gather" else sent
         return Collective(one.opcode, given[0].dtype, groups, whole)
 
-    def peak_bytes(self) -> int:
-        """The most bytes that live at once when the operations run in the text's order.
-
-        An estimate: what XLA fuses is not kept (an elementwise operation, or one that only moves data, is made again
-        where it is used), parameters live to the end, since each has a successor that takes its place.
-        """
-        return _peak(self.operations)
-
 
 def _operations(text: str) -> Iterator[Operation]:
     # A step of a large model has the same few shapes a hundred thousand times.
@@ -221,34 +213,3 @@ def _from_iota(count: int, size: int, dims: str, order: str | None) -> tuple[tup
     for axis in axes:
         ranks = [rank + step * strides[axis] for rank in ranks for step in range(shape[axis])]
     return tuple(tuple(ranks[group * size : (group + 1) * size]) for group in range(count))
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-KEPT = frozenset((*COLLECTIVES, "dot", "reduce", "gather", "scatter", "concatenate", "custom-call", "rng", "sort",
-                  "rng-bit-generator", "reduce-window", "dynamic-update-slice", "batch-norm-training",
-                  "batch-norm-grad"))  # fmt: skip
-
-
-def _peak(operations: Iterable[Operation]) -> int:
-    """See Graph.peak_bytes. What a fused operation reads lives as long as whoever reads it."""
-    listed = list(operations)
-    place = {one.name: index for index, one in enumerate(listed)}
-    kept = [one.opcode in KEPT or one.opcode == "parameter" for one in listed]
-    last = list(range(len(listed)))
-    for index in range(len(listed) - 1, -1, -1):
-        reader = index if kept[index] else last[index]
-        for name in listed[index].operands:
-            source = place[name]
-            last[source] = max(last[source], reader)
-    ends: list[int] = [0] * (len(listed) + 1)
-    live = peak = 0
-    for index, one in enumerate(listed):
-        if one.opcode == "parameter":
-            live += one.bytes
-        elif kept[index]:
-            live += one.bytes
-            ends[last[index]] += one.bytes
-        peak = max(peak, live)
-        live -= ends[index]
-    return peak

@@ -19,6 +19,7 @@ from nxdt_nemo.audit.formula import Count, Decoder, count
 from nxdt_nemo.audit.hlo import Collective, Graph
 from nxdt_nemo.audit.lowering import STEPS, Lowered, lower
 from nxdt_nemo.audit.points import Point, Points, points
+from nxdt_nemo.audit.schedule import peak_bytes
 from nxdt_nemo.config.instances import Dtype, Instance
 from nxdt_nemo.errors import ConfigError
 
@@ -46,7 +47,7 @@ class Rank:
     flops           of a micro-batch, recomputation included; analytic: the same by hand
     least_bytes     of whole tensors that a step's collectives cannot do without (docs/communication.md), None without
                     a formula
-    peak_bytes      live at once, program order
+    peak_bytes      live at once, in an order that keeps few alive (schedule.py)
     state_bytes     that the step is given: weights, gradients' and optimizer's memory, the batch
     program         digest of the largest step that was lowered: equal for ranks that run one program
     """
@@ -235,7 +236,9 @@ def _rank(config: Any, lowered: Mapping[Point, Lowered], wanted: Points, target:
         analytic,
         _transfers(times, last.rank),
         _least(config, last, count_of),
-        round(wanted.at_full_pipeline(lambda point: max(graph.peak_bytes() for graph in lowered[point].step))),
+        round(
+            wanted.at_full_pipeline(lambda point: max(peak_bytes(graph.operations) for graph in lowered[point].step))
+        ),
         round(wanted.value(lambda point: max(_given(graph) for graph in lowered[point].step))),
         found,
         last.reads,
@@ -342,7 +345,6 @@ def _analytic(config: Any, lowered: Lowered) -> Count | None:
         gated="glu" in str(model.get("activation", "gelu")),
         vocab=lowered.vocab,
         head=stage == stages - 1,
-        reduced=tp > 1,
         block=BLOCK if seq >= LONG else 0,
         recompute="full" if asked == "full" else "selective" if asked == "selective" else "",
         recomputed_layers=(layers if every else min(some, layers)) if asked else 0,

@@ -174,7 +174,7 @@ def _verdicts(found: Audit) -> Iterator[str]:
     if found.hbm:
         peak = max(one.peak_bytes for one in found.ranks)
         word = "fits" if peak <= found.hbm else "DOES NOT FIT"
-        live = f"{peak / 1e9:.1f} GB live at most, in program order, of {found.hbm / 1e9:.1f} GB a rank"
+        live = f"{peak / 1e9:.1f} GB live at once, in an order that keeps few alive, of {found.hbm / 1e9:.1f} GB a rank"
         yield f"- memory: {live}: {word}"
     for one in found.ranks:
         if one.bounds:

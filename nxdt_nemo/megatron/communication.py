@@ -22,7 +22,6 @@ GRADIENT = 4  # bytes of a gradient where it is reduced: float32 (grad_reduce_in
 LOSS = 4  # and of the loss, of a router's probability, of a norm
 COUNT = 8  # of a number of tokens
 
-NOT_READ = "upstream's checkpoint runs whole layers again, also the last sum, which nobody reads"
 NOT_CUT = (
     "upstream adds learned positions before it cuts the sequence, so it all-reduces where a reduce-scatter would do"
 )
@@ -209,8 +208,8 @@ class _Rank:
         if not self.step.sp:
             yield self._same("tp", "all_reduce", "results of row-parallel layers", blocks * n)
             yield self._same("tp", "all_reduce", "gradients of column-parallel layers' inputs", blocks * n)
-            if self.step.recompute:
-                yield Term("tp", "all_reduce", "results once more", blocks * n, n, NOT_READ)
+            if self.step.recompute:  # the layer's last sum is not needed for gradients
+                yield self._same("tp", "all_reduce", "results once more", n)
             return
         yield self._same("tp", "all_gather", "inputs of column-parallel layers", blocks * n)
         yield self._same("tp", "reduce_scatter", "results of row-parallel layers", blocks * n)
@@ -219,14 +218,7 @@ class _Rank:
         yield self._same("tp", "reduce_scatter", "gradients of the inputs", blocks * n)
         if self.step.recompute:
             yield self._same("tp", "all_gather", "inputs of layers that run again", blocks * n)
-            yield Term(
-                "tp",
-                "reduce_scatter",
-                "results of layers that run again",
-                blocks * n,
-                n,
-                NOT_READ if blocks > 1 else "",
-            )
+            yield self._same("tp", "reduce_scatter", "results of layers that run again, but the last", n)
 
     def ends(self) -> Iterator[Term]:
         """Of the embedding, the output layer and the loss."""
@@ -317,7 +309,6 @@ class _Rank:
         if step.ep > 1:
             yield self._same("ep", "all_to_all", "tokens and probabilities to experts", rows * (row + LOSS) * passes)
             yield self._same("ep", "all_to_all", "results back", rows * row)
-            yield Term("ep", "all_to_all", "results of layers that run again", rows * row * (passes - 1), 0, NOT_READ)
             yield self._same("ep", "all_to_all", "gradients of both", rows * (2 * row + LOSS))
         if step.etp > 1:
             yield from self._expert_tensor_parallel(rows * step.etp, row, passes)
@@ -328,8 +319,6 @@ class _Rank:
         gathered = "tokens and probabilities of all"
         yield self._same("expert-tp", "all_gather", gathered, rows * (row + LOSS) * passes)
         yield Term("expert-tp", "reduce_scatter", "results", rows * exact, rows * row, why)
-        again = rows * exact * (passes - 1)
-        yield Term("expert-tp", "reduce_scatter", "results of layers that run again", again, 0, NOT_READ)
         yield Term("expert-tp", "all_gather", "gradients of the results", rows * exact, rows * row, why)
         yield self._same("expert-tp", "reduce_scatter", f"gradients of {gathered}", rows * (row + LOSS))
 

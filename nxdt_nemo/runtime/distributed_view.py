@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nxdt_nemo.patching.view import ModuleView
 from nxdt_nemo.runtime import gaps
 from nxdt_nemo.runtime.select import current
+from nxdt_nemo.runtime.unread import skippable
 
 __all__ = ["distributed_view", "to_backend"]
 
@@ -128,6 +129,9 @@ def distributed_view() -> ModuleView:
             "init_process_group": _init_process_group,
             "new_group": _new_group,
             "all_gather_into_tensor": _all_gather_into_tensor,
+            "all_reduce": skippable(dist, "all_reduce"),
+            "all_to_all_single": skippable(dist, "all_to_all_single"),
+            "reduce_scatter_tensor": skippable(dist, "reduce_scatter_tensor"),
             "barrier": _barrier,
             "all_gather": gaps.all_gather,
             "isend": gaps.isend,

@@ -244,6 +244,10 @@ class Lane(ABC):
         """Make what is computed from `tensors` later no common subexpression of what was computed from them before,
         and let it begin when all of them are there. In place; XLA's opt-barrier."""
 
+    def unread(self) -> AbstractContextManager[Any]:
+        """Within it a function runs again for its gradients: a traced lane sends nothing there that nobody reads."""
+        return nullcontext()
+
     def reading(self) -> AbstractContextManager[Any]:
         """Within it the host reads tensors between operations: a traced lane computes nothing twice for that."""
         return nullcontext()

@@ -13,22 +13,19 @@ GPT3 = Decoder(96, 12288, 2048, 1, 96, 96, 128, 49152, False, 51200)
 
 
 def test_a_gpt_has_the_papers_flops() -> None:
-    """arXiv:2104.04473, section 5.1: 96 B s l h^2 (1 + s / 6h + V / 16 l h), with the layer's forward made twice."""
+    """arXiv:2104.04473, section 5.1: 96 B s l h^2 (1 + s / 6h + V / 16 l h), with the layer's forward made twice; here
+    without the MLP's second product the second time, which nothing reads."""
     b, s, n, h, v = 1, 2048, 96, 12288, 51200
     paper = 96 * b * s * n * h * h * (1 + s / (6 * h) + v / (16 * n * h))
     found = count(Decoder(**{**vars(GPT3), "recompute": "full", "recomputed_layers": n}))
-    assert found.hardware == pytest.approx(paper, rel=1e-12)
+    assert found.hardware + n * 2 * s * h * 4 * h == pytest.approx(paper, rel=1e-12)
     assert found.model == pytest.approx(count(GPT3).hardware)
 
 
-def test_what_nothing_reads_is_not_made_again() -> None:
-    """Of a layer's second forward the MLP's output, if no rank waits for it; of whole scores the product with V."""
-    alone = Decoder(**{**vars(GPT3), "recompute": "full", "recomputed_layers": 96})
-    tokens = 2048
-    less = count(alone).hardware - count(Decoder(**{**vars(alone), "reduced": False})).hardware
-    assert less == pytest.approx(96 * 2 * tokens * 12288 * 49152)
-    again = count(Decoder(**{**vars(alone), "recompute": "selective"}))
-    assert again.hardware - again.model == pytest.approx(96 * 2 * 96 * 128 * tokens * tokens)
+def test_a_product_that_nothing_reads_is_not_made_again() -> None:
+    """Of whole scores that are made again, the product with V."""
+    again = count(Decoder(**{**vars(GPT3), "recompute": "selective", "recomputed_layers": 96}))
+    assert again.hardware - again.model == pytest.approx(96 * 2 * 96 * 128 * 2048 * 2048)
 
 
 def test_causal_blocks_make_half_of_the_scores_and_make_them_twice() -> None:

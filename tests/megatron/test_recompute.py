@@ -260,6 +260,54 @@ def test_parts_are_half_of_the_whole(run: Run) -> None:
     assert parts == [whole[0] // 2] * 2
 
 
+# --- a sum at the end ----------------------------------------------------------------------------------------------
+
+
+def summed_last(normed: bool) -> tuple[float, int, bool]:
+    """Of a function that ends with a sum over ranks, or with a norm of it: the gradients' error, the sums of the
+    backward pass, and whether the function was found to read it."""
+    import torch
+    from megatron.core.tensor_parallel import checkpoint
+    from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+    )
+
+    from nxdt_nemo.megatron.tensor_parallel.random import _Runs
+    from nxdt_nemo.runtime.traffic import count_traffic
+
+    state = _model_parallel(recipe_of(CASES["full, uniform"]), TWO)
+    torch.manual_seed(torch.distributed.get_rank())
+    weight = torch.randn(8, 8, requires_grad=True)
+
+    def layer(x: Any) -> Any:
+        y = reduce_from_tensor_model_parallel_region(copy_to_tensor_model_parallel_region(x) @ weight)
+        return torch.nn.functional.rms_norm(y, (8,)) if normed else x + y
+
+    def gradients(call: Callable[[Any], Any]) -> tuple[list[Any], int]:
+        x = torch.ones(4, 8, requires_grad=True)
+        y = call(x)
+        weight.grad = None
+        with count_traffic() as sent:
+            y.pow(2).sum().backward()
+        return [x.grad, weight.grad], sum(one.calls for one in sent.values())
+
+    try:
+        plain, _ = gradients(layer)
+        found, sums = gradients(lambda x: checkpoint(layer, False, x))
+    finally:
+        state.destroy_model_parallel()
+        forget_groups()
+    error = max(float((one - other).abs().max()) for one, other in zip(plain, found, strict=True))
+    return error, sums, any(layer.__code__ in key for key in _Runs.reading if isinstance(key, tuple))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_sum_is_made_again_only_where_it_is_read(run: Run, normed: bool) -> None:
+    """The gradient of the input is one sum."""
+    assert run(2, summed_last, normed) == [(0.0, 2 if normed else 1, normed)] * 2
+
+
 # --- names and combinations that are not there ----------------------------------------------------------------------
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from nxdt_nemo.errors import UserError
 from nxdt_nemo.runtime import current
+from nxdt_nemo.runtime.unread import counted, skipping
 
 __all__ = ["checkpoint", "fork", "get_tracker_states", "init_checkpoint_without_output", "set_tracker_states"]
 
@@ -79,15 +80,17 @@ def checkpoint(original: Callable[..., Any], function: Callable[..., Any], distr
     run then differentiates through the first one, and so on, twice as often a layer.
     On a lane that compiles steps the second run is kept apart from the first, and begins when its gradients are there:
     a compiler would find that both compute the same, and keep the first one's results.
+    The second run's results are read by nobody: what it would send for them alone is not sent.
     """
     gradients: list[torch.Tensor] = []
+    runs = _Runs(function)
 
     def without_parameters(*inputs: Any) -> Any:
         if gradients:
             given = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
             current().optimization_barrier_([*given, *gradients])
             gradients.clear()
-        outputs = function(*inputs)
+        outputs = runs(*inputs)
         if not isinstance(outputs, tuple):
             return outputs
         return tuple(out.view_as(out) if isinstance(out, torch.nn.Parameter) else out for out in outputs)
@@ -99,3 +102,36 @@ def checkpoint(original: Callable[..., Any], function: Callable[..., Any], distr
         if node is not None:
             node.register_prehook(lambda grads: gradients.extend(grad for grad in grads if grad is not None))
     return outputs
+
+
+class _Runs:
+    """A function's runs: the first for its results, all others for its gradients."""
+
+    # Functions whose results are computed from values of their last collective's: not tried again.
+    reading: ClassVar[set[object]] = set()
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._sent: int | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self._sent is None:
+            with counted() as run:
+                outputs = self._function(*inputs)
+            self._sent = run.sent
+            return outputs
+        if current().traced:
+            with current().unread():
+                return self._function(*inputs)
+        key = self._sent, getattr(self._function, "__code__", type(self._function))
+        if not self._sent or key in self.reading:
+            return self._function(*inputs)
+        upstream = sys.modules["megatron.core.tensor_parallel.random"]
+        states = upstream._get_all_rng_states()
+        with skipping(self._sent) as run:
+            outputs = self._function(*inputs)
+        if not run.read:
+            return outputs
+        self.reading.add(key)
+        upstream._set_all_rng_states(*states)
+        return self._function(*inputs)

@@ -7,8 +7,8 @@ the same programs run on XLA:CPU. Proof: tests/runtime/test_xla.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +174,19 @@ class XlaLane(RanksLane):
 
         if there := [tensor for tensor in tensors if tensor.device.type == "xla"]:
             torch_xla._XLAC._xla_optimization_barrier_(there)
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """torch_xla's collectives follow each other by a token, so that each is computed for the sake of the next. What
+        comes after the block does not wait for its last ones: all ranks of their groups run one program."""
+        import torch_xla
+
+        device = str(self.device())
+        token = torch_xla._XLAC._get_all_reduce_token(device)
+        try:
+            yield
+        finally:
+            torch_xla._XLAC._set_all_reduce_token(device, token)
 
     def reading(self) -> AbstractContextManager[Any]:
         from nxdt_nemo.runtime.xla.reading import Reading
