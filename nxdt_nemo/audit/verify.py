@@ -56,13 +56,11 @@ def verify(report: Report, *, trusted: bool = False) -> Iterator[Check]:
 
 def _tensors(first: Any, second: Any, kinds: tuple[str, ...]) -> Check:
     """Every logical tensor of both, equal to the bit, or after the cast that was asked for."""
-    import torch
-
     from nxdt_nemo.checkpoint.boxes import Box
-    from nxdt_nemo.checkpoint.catalog import collect
+    from nxdt_nemo.checkpoint.dtypes import cast, same
     from nxdt_nemo.checkpoint.tensors import logical_of
 
-    count, cast = 0, False
+    count, casts = 0, False
     for kind in kinds:
         for name in first.catalog.names(kind):
             logical = logical_of(name)
@@ -71,12 +69,12 @@ def _tensors(first: Any, second: Any, kinds: tuple[str, ...]) -> Check:
                 shape[0] = first.model.vocab  # the rest is padding
             box = Box((0,) * len(shape), tuple(shape))
             wants = [side.catalog.part(kind, name, box) for side in (first, second)]
-            one, other = (collect(want.moves, want.shape, want.dtype) for want in wants)
-            cast |= one.dtype != other.dtype
-            if not torch.equal(one.to(other.dtype), other):
+            one, other = wants
+            casts |= one.dtype != other.dtype
+            if not same(cast(one.tensor(), one.dtype, other.dtype), other.tensor()):
                 return Check("tensors", False, f"{kind} of {name} is not the same")
             count += 1
-    return Check("tensors", True, f"{count} equal" + (" after the cast to another dtype" if cast else " to the bit"))
+    return Check("tensors", True, f"{count} equal" + (" after the cast to another dtype" if casts else " to the bit"))
 
 
 def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:

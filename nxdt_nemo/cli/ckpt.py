@@ -230,7 +230,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _dtype(name: str) -> Any:
     if not name:
         return None
-    from nxdt_nemo.checkpoint.formats.base import dtype_of
+    from nxdt_nemo.checkpoint.dtypes import dtype_of
 
     full = _DTYPES.get(name, name)
     return dtype_of(_one_of("--dtype", full, *_DTYPES.values()))

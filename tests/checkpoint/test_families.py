@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from nxdt_nemo.checkpoint import catalog, families
 from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16
 from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
 
@@ -98,7 +99,7 @@ def test_sharded_files_and_an_index(hf_model: Callable[[str], Path], tmp_path: P
 
 def test_a_cast(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
     source = hf_model("llama")
-    convert(source, tmp_path / "out", "hf", wanted=Target(dtype=torch.bfloat16))
+    convert(source, tmp_path / "out", "hf", wanted=Target(dtype=BFLOAT16))
     wanted, found = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(found[key], wanted[key].bfloat16()) for key in wanted)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"

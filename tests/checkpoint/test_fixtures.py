@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, same
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.layout import Layout
 
@@ -77,7 +78,27 @@ def test_the_files_of_upstream_come_back_to_the_bit(unpacked: Unpacked, tmp_path
         boxes = dict(ours[key].chunks)
         assert boxes.keys() == {box for box, _ in item.chunks}
         for box, array in item.chunks:
-            assert torch.equal(array.extent.tensor(), boxes[box].extent.tensor()), (key, box)
+            assert same(array.extent.tensor(), boxes[box].extent.tensor()), (key, box)
+
+
+def test_the_metadata_is_what_torch_itself_would_write(unpacked: Unpacked, tmp_path: Path) -> None:
+    """Classes and fields, read by DCP; ours is written without torch."""
+    from torch.distributed.checkpoint import FileSystemReader, metadata
+
+    source = unpacked("ll_td_tp2pp2")
+    convert(source, tmp_path / "out", "torch_dist", wanted=Target(Layout(tp=2, pp=2), kinds=KINDS))
+    theirs, ours = (FileSystemReader(at / "iter_0000002").read_metadata() for at in (source, tmp_path / "out"))
+    assert type(ours) is metadata.Metadata and vars(ours).keys() >= vars(theirs).keys() - {"all_local_plans"}
+    for key, entry in ours.state_dict_metadata.items():
+        wanted = theirs.state_dict_metadata[key]
+        assert type(entry) is type(wanted)
+        if isinstance(entry, metadata.TensorStorageMetadata):
+            assert (entry.properties, entry.size) == (wanted.properties, wanted.size)
+            assert type(entry.size) is torch.Size and type(entry.chunks[0].offsets) is torch.Size
+            assert sorted(map(repr, entry.chunks)) == sorted(map(repr, wanted.chunks))
+    tensors = {index for index in theirs.storage_data if index.offset is not None}
+    assert tensors == {index for index in ours.storage_data if index.offset is not None}
+    assert {type(info) for info in ours.storage_data.values()} == {type(next(iter(theirs.storage_data.values())))}
 
 
 def test_mixtral_of_a_rank_each_for_dense_and_expert_layers(unpacked: Unpacked, tmp_path: Path) -> None:
@@ -134,7 +155,7 @@ def test_hugging_face_folders_with_their_tokenizer(name: str, unpacked: Unpacked
 
 
 def test_a_float32_copy_is_made_of_the_main_parameters(unpacked: Unpacked, tmp_path: Path) -> None:
-    convert(unpacked("ll_td_tp2pp2"), tmp_path / "out", "torch", wanted=Target(dtype=torch.float32, kinds=KINDS))
+    convert(unpacked("ll_td_tp2pp2"), tmp_path / "out", "torch", wanted=Target(dtype=FLOAT32, kinds=KINDS))
     first, second = read(unpacked("ll_td_tp2pp2")), read(tmp_path / "out")
     assert second.catalog.kinds() == {"model", "exp_avg", "exp_avg_sq"}
     for name in first.catalog.names():

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Names are those of megatron/training/arguments.py (core_v0.13.1), whose Namespace is in every
 checkpoint. Where a tensor tells the same, the tensor is believed and a conflict is an error (formats/megatron.py).
-May import torch and this room. Proof: tests/checkpoint/test_families.py.
+May import this room. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, DType
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.errors import UserError
@@ -135,7 +134,7 @@ def _stages(args: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(stage.count("t") for stage in said.split("|"))
 
 
-def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+def to_args(model: Model, layout: Layout, dtype: DType) -> dict[str, Any]:
     """The arguments that say what the model is, and how it is cut."""
     scaling = model.rope_scaling or {}
     return {
@@ -174,8 +173,8 @@ def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.expert_ffn or None,
         "moe_layer_freq": 1,
         "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": dtype == BFLOAT16,
+        "fp16": dtype == FLOAT16,
         **({"window_size": (model.window, 0)} if model.window else {}),
         **layout_args(layout),
         "apply_residual_connection_post_layernorm": model.norm_after,

@@ -1,7 +1,7 @@
 """NeMo's model configuration, 1.x YAML and 2.0 dataclasses, as Megatron's arguments and back.
 
 Room checkpoint/ (leaf). megatron_args.py makes a Model of the arguments; what a YAML leaves open (the vocabulary, which
-is the tokenizer's) is taken from the tensors. May import torch and this room.
+is the tokenizer's) is taken from the tensors. May import this room.
 Proof: tests/checkpoint/test_other_formats.py.
 """
 
@@ -11,9 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
@@ -149,7 +148,7 @@ def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     """A `model:` section: what the source had, with what the model and the layout now are."""
     norm = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm1p" if model.norm_from_one else "layernorm"}[model.norm]
     activations = {
@@ -188,8 +187,8 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "expert_model_parallel_size": layout.ep,
-        "megatron_amp_O2": dtype != torch.float32 and bool(kept.get("megatron_amp_O2", True)),
-        "precision": {torch.bfloat16: "bf16", torch.float16: 16}.get(dtype, 32),
+        "megatron_amp_O2": dtype != FLOAT32 and bool(kept.get("megatron_amp_O2", True)),
+        "precision": {BFLOAT16: "bf16", FLOAT16: 16}.get(dtype, 32),
     }
     if model.experts:
         said |= {"num_moe_experts": model.experts, "moe_router_topk": model.experts_per_token}
@@ -265,9 +264,7 @@ def two_args(config: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def two_config(
-    model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torch.dtype, divisor: int
-) -> dict[str, Any]:
+def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DType, divisor: int) -> dict[str, Any]:
     """The `config` of context/model.yaml: GPTConfig's fields, over those that the source had."""
     base = "nemo.collections.llm.gpt.model"
     llama3 = (model.rope_scaling or {}).get("rope_type", (model.rope_scaling or {}).get("type")) == "llama3"
@@ -305,8 +302,8 @@ def two_config(
         "num_moe_experts": model.experts or None,
         "moe_router_topk": model.experts_per_token,
         "make_vocab_size_divisible_by": divisor,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": dtype == BFLOAT16,
+        "fp16": dtype == FLOAT16,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,

@@ -1,6 +1,6 @@
 """What Megatron's formats share: the folder of an iteration, arguments, how far training is.
 
-Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) has it. May import torch and this room.
+Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) has it. May import this room.
 Proof: tests/checkpoint/test_fixtures.py.
 """
 
@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint import families
 from nxdt_nemo.checkpoint.dialects import megatron_args
+from nxdt_nemo.checkpoint.dtypes import DType
 from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.formats import hf
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Training, constant
@@ -130,7 +129,7 @@ def groups_of(optimizer: Any) -> tuple[list[dict[str, Any]], float | None]:
             groups.extend({k: v for k, v in group.items() if k != "params"} for group in value)
             steps.extend(float(group["step"]) for group in value if isinstance(group.get("step"), (int, float)))
         elif key in ("step", "common_step") and isinstance(value, Extent) and not value.shape:
-            steps.append(float(value.tensor()))
+            steps.append(value.number())
         elif isinstance(value, dict):
             for name, inner in value.items():
                 look(inner, name)
@@ -156,7 +155,7 @@ def asset_outputs(source: Source) -> Iterator[Output]:
         yield constant(f"{ASSETS}/{name}", asset.read_bytes())
 
 
-def args_for(source: Source, model: Model, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:
+def args_for(source: Source, model: Model, layout: Layout, dtype: DType) -> argparse.Namespace:
     """The Namespace to write: the source's own arguments, with what the model and the layout now are."""
     kept = {key: value for key, value in source.training.args.items() if not _is_tensor(value)}
     said = megatron_args.to_args(model, layout, dtype) | {FAMILY: source.family.name, "nxdt_extra": dict(model.extra)}
@@ -182,7 +181,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Extent, torch.Tensor))
+    return isinstance(value, Extent)
 
 
 def folder_name(layout: Layout, tp: int, pp: int, ep: int) -> str:

@@ -5,7 +5,7 @@ Room checkpoint/ (leaf). Parameters are in the order of the rank's model state.
               vectors (wd_mult 0), and comes where its first parameter does (megatron.core's _get_param_groups)
   sharded     distrib_optim.pt: buffers of each kind, parameters in reverse, each at a multiple of 64 elements; the
               padding at the end of buckets is left out (megatron.core's _ParamAndGradBuffer)
-Experts have an optimizer of their own, the second of a list. May import torch and this room.
+Experts have an optimizer of their own, the second of a list. May import this room.
 Proof: tests/checkpoint/test_fixtures.py.
 """
 
@@ -15,8 +15,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from nxdt_nemo.checkpoint.boxes import Box, whole
 from nxdt_nemo.checkpoint.catalog import Reshaped
 from nxdt_nemo.checkpoint.formats.base import Source, Target
@@ -24,6 +22,7 @@ from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
 from nxdt_nemo.checkpoint.formats.per_rank import in_order, pending
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
+from nxdt_nemo.checkpoint.io.pickling import scalar
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
 from nxdt_nemo.errors import UserError
 
@@ -163,7 +162,7 @@ def state_of(source: Source, target: Target, params: Sequence[Stored]) -> Any:
 
 def part_of(source: Source, target: Target, params: Sequence[Stored]) -> dict[str, Any]:
     """The state of one optimizer with these parameters."""
-    step = torch.tensor(float(source.training.step or 0))
+    step = scalar(source.training.step or 0)
     groups: dict[bool, list[Stored]] = {}
     for stored in params:
         groups.setdefault(_no_decay(stored), []).append(stored)

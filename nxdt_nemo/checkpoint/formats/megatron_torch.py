@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) writes it, and older trees
 (dialects/megatron_legacy.py). Optimizer state has no names there: megatron_optimizer.py finds them.
-May import torch and this room. Proof: tests/checkpoint/test_fixtures.py.
+May import this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Room checkpoint/ (leaf).
                or mp_rank_TT/model_weights.ckpt
     nemo_dist  what NeMo 1.x saves in training with megatron-core: a distributed folder, Lightning's dict in common.pt
     nemo2      weights/ (distributed) and context/ (what the model is)
-An archive is read in place. May import torch, yaml and this room. Proof: tests/checkpoint/test_other_formats.py.
+An archive is read in place. May import yaml and this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-import torch
 import yaml
 
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
+from nxdt_nemo.checkpoint.dtypes import FLOAT32
 from nxdt_nemo.checkpoint.formats import distributed, megatron, per_rank, ptl, torch_dist
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
 from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistWriter
@@ -444,7 +444,7 @@ class NemoDistWriter(Writer):
             kept_groups = _fitted(training.groups, int(target.extra.get("groups", len(training.groups))))
             groups = [{**group, "step": training.step} for group in kept_groups]
             state: dict[str, Any] = {"param_groups": groups}
-            state = state if dtype == torch.float32 else {"optimizer": state}
+            state = state if dtype == FLOAT32 else {"optimizer": state}
             weights.content["optimizer_states"] = [state]
             weights.content["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1}]
         # A run of NeMo's goes on as it was.

@@ -1,7 +1,7 @@
 """What formats with a file for each rank share: finding the layout in tensors, collecting, NxD's and NNM's xser.
 
 Room checkpoint/ (leaf). xser (torch_xla's serialization): the file holds references instead of tensors, which are
-files of their own in FILE.tensors/. May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
+files of their own in FILE.tensors/. May import this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import numpy as np
 
 from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.catalog import Catalog, Wanted
+from nxdt_nemo.checkpoint.dtypes import BY_NAME, DType, Raw, cast, same
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
-from nxdt_nemo.checkpoint.io.pickling import Pending
+from nxdt_nemo.checkpoint.io.pickling import Pending, Size
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout, Shard
 from nxdt_nemo.checkpoint.model import Model
@@ -48,6 +49,7 @@ _NOTHING = re.compile(
 )
 _DRIFT = 2**-6  # of the largest element: two bits of bfloat16
 _COMPARED = 1 << 24  # bytes of a copy that are compared with the original; larger ones are not
+_WIDE = BY_NAME["float64"]
 _MAKES = {"configuration": "the configuration makes", "arguments": "its arguments make"}
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
@@ -162,7 +164,7 @@ def collect(
     Raises UserError for a missing tensor, one of another shape, one that is not the model's, and copies that differ.
     """
     drifted: dict[str, float] = {}
-    dtypes: set[torch.dtype] = set()
+    dtypes: set[DType] = set()
     for shard, held in shards:
         claimed = set()
         for stored, place in stacked(rows_of(dialect, source.model, source.names, shard, source.layout, local=local)):
@@ -216,11 +218,13 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
             if block.box != part.box or found.nbytes > _COMPARED:
                 continue
             theirs, mine = block.read(part.box), found.read(part.at)
-            mine = mine.t() if part.turned else mine
-            if torch.equal(theirs, mine):
+            mine = mine.T if part.turned else mine
+            if block.array.dtype == found.dtype and same(theirs, mine):
                 continue
-            largest = float(torch.maximum(theirs.abs().max(), mine.abs().max()))
-            off = float((theirs.double() - mine.double()).abs().max()) / largest
+            theirs, mine = cast(theirs, block.array.dtype, _WIDE), cast(mine, found.dtype, _WIDE)
+            largest = float(max(np.abs(theirs).max(), np.abs(mine).max()))
+            off = float(np.abs(theirs - mine).max())
+            off = off and off / largest
             if not off <= _DRIFT:
                 reason = f"{stored.key} differs from its copy in {block.array.place} by {off:.0%} of the largest"
                 raise UserError(reason, place=str(path), fix=f"files of two runs are mixed{hint}")
@@ -234,7 +238,7 @@ def in_order(found: Iterable[Stored], arrays: Mapping[str, Any]) -> list[Stored]
     return [by_key[key] for key, value in arrays.items() if key in by_key and isinstance(value, Extent)]
 
 
-def pending(source: Source, kind: str, stored: Stored, dtype: torch.dtype | None = None) -> Pending:
+def pending(source: Source, kind: str, stored: Stored, dtype: DType | None = None) -> Pending:
     """An array to write."""
     return Pending.of(source.catalog.want(kind, stored, dtype))
 
@@ -245,13 +249,11 @@ class _Stack:
 
     wants: tuple[Wanted, ...]
 
-    def tensor(self) -> torch.Tensor:
-        return torch.stack([want.tensor() for want in self.wants])
+    def tensor(self) -> Raw:
+        return np.stack([want.tensor() for want in self.wants])
 
 
-def arrays_of(
-    source: Source, kind: str, found: Sequence[Stored], dtype: torch.dtype | None = None
-) -> dict[str, Pending]:
+def arrays_of(source: Source, kind: str, found: Sequence[Stored], dtype: DType | None = None) -> dict[str, Pending]:
     """The arrays of a rank by key; those of experts that share one as one."""
     made: dict[str, Pending] = {}
     shared: dict[str, list[Wanted]] = {}
@@ -278,7 +280,7 @@ class Reference:
     def of(self, number: int, pending: Pending) -> Inert:
         """The object to pickle."""
         kind = type("TensorReference", (Inert,), {"module": self.module, "name": "TensorReference"})
-        shape = torch.Size(pending.shape)
+        shape = Size(pending.shape)
         made: Inert = kind(number, shape, pending.dtype) if self.full else kind(number)
         state: dict[str, Any] = {"tid": number}
         made.__setstate__(state | ({"shape": shape, "dtype": pending.dtype} if self.full else {}))
@@ -293,8 +295,6 @@ def xser(path: str, value: Any, reference: Reference) -> tuple[list[Output], dic
         if isinstance(inner, Pending):
             tensors.append(inner)
             return reference.of(len(tensors) - 1, inner)
-        if isinstance(inner, torch.Tensor):
-            return replaced(Pending.of(inner))
         if isinstance(inner, dict):
             return {key: replaced(item) for key, item in inner.items()}
         return [replaced(item) for item in inner] if isinstance(inner, list) else inner

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Such a file is an uncompressed zip of a pickle (`data.pkl`) and one entry a storage, aligned to
 64 bytes; in a `.distcp` file each item is one, at an offset. Pickles are read by io/unpickle.py. What is written here
-torch.load reads, mapped or not, with `weights_only` where the content allows it. May import torch and this room.
+torch.load reads, mapped or not, with `weights_only` where the content allows it. May import numpy and this room.
 Proof: tests/checkpoint/test_torch_zip.py.
 """
 
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import torch
+import numpy as np
 
+from nxdt_nemo.checkpoint.dtypes import DType, Raw
 from nxdt_nemo.checkpoint.io import unpickle
 from nxdt_nemo.checkpoint.io.files import Extent, Mapped
 from nxdt_nemo.checkpoint.io.pickling import Makes, Pending, dumps
@@ -190,22 +191,22 @@ class Zip:
 class _Later:
     """Of a pickle that is wanted without its tensor."""
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> Raw:
         raise AssertionError("this tensor is not written")
 
 
 @lru_cache(1024)
-def _of_one(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> bytes:
+def _of_one(dtype: DType, shape: tuple[int, ...], nbytes: int) -> bytes:
     """The pickle of a single tensor: chunks of one size have the same, and there are thousands of them."""
     return dumps(Pending(_Later(), dtype, shape, nbytes))[0]
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements in C order; of the tensor itself if it is contiguous."""
-    if not tensor.numel():
+def raw_bytes(array: Raw) -> memoryview:
+    """An array's elements in C order; of the array itself if it is contiguous."""
+    if not array.size:
         return memoryview(b"")
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    content: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return memoryview(content)
 
 
 def _local(name: str, at: int, size: int, crc: int) -> bytes:
@@ -246,6 +247,6 @@ def _ending(count: int, size: int, at: int) -> bytes:
     return wide + _END + struct.pack("<HHHHIIH", 0, 0, *small, 0)
 
 
-def one_tensor(what: Makes, dtype: torch.dtype, shape: Sequence[int]) -> Zip:
+def one_tensor(what: Makes, dtype: DType, shape: Sequence[int]) -> Zip:
     """torch.save of a single tensor, an item of a `.distcp` file."""
     return Zip(Pending(what, dtype, tuple(shape), math.prod(shape) * dtype.itemsize))
