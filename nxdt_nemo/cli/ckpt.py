@@ -27,6 +27,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Checkpoints: inspect, convert.", no_args_is_help=True, rich_markup_mode=None)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_OPTIMIZER_FORMATS = ("fully_sharded_model_space", "model_space", "distrib_optim")
 _SHOWN = 40  # tensors that are listed unless --all
 
 _From = Annotated[str, typer.Option("--from", help="The source's format, if it is not to be found out.")]
@@ -136,7 +137,11 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; as the source's by default.")] = "",
     with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="Take optimizer state along.")] = False,
     optimizer_format: Annotated[
-        str, typer.Option(help="torch_dist: fully_sharded_model_space (Megatron's distributed) or model_space.")
+        str,
+        typer.Option(
+            help="torch_dist: fully_sharded_model_space (Megatron's distributed) or model_space; torch: distrib_optim "
+            "for Megatron's distributed, else the other."
+        ),
     ] = "fully_sharded_model_space",
     spec: Annotated[str, typer.Option(help="torch: layer spec of the run that loads it, local or te.")] = "local",
     divisible_by: Annotated[int, typer.Option(help="Megatron's make_vocab_size_divisible_by.")] = 128,
@@ -164,7 +169,7 @@ def convert(
     kinds = KINDS if with_optimizer else KINDS[:1]
     options = Options(from_, family, model_config, step, vocab_size, with_optimizer, _options(option))
     extra = {
-        "optimizer_format": _one_of("--optimizer-format", optimizer_format, "fully_sharded_model_space", "model_space"),
+        "optimizer_format": _one_of("--optimizer-format", optimizer_format, *_OPTIMIZER_FORMATS),
         "spec": _one_of("--spec", spec, "local", "te"),
         "shard_size": int(shard_size * 1000**3),
         **_options(option),

@@ -336,7 +336,7 @@ def test_a_damaged_source(
 
 REQUESTS: list[tuple[str, dict[str, Any], str]] = [
     ("tp that divides no heads", {"layout": Layout(tp=3)}, "tp=3 does not divide"),
-    ("tp beyond the key-value heads", {"layout": Layout(tp=8)}, "the 4 key-value heads"),
+    ("tp beyond the attention heads", {"layout": Layout(tp=16)}, "neither divides the 4 key-value heads"),
     ("pp that divides no layers", {"layout": Layout(pp=3)}, "pp * vpp = 3 does not divide 4 layers"),
     ("vpp without pp", {"layout": Layout(vpp=2)}, "vpp=2 with pp=1"),
     ("ep without experts", {"layout": Layout(ep=2)}, "the model has no experts"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,24 +43,28 @@ pytestmark = [
     pytest.mark.skipif(not SOURCE, reason="NXDT_MEGATRON_SOURCE names no checkout of Megatron-LM core_v0.13.1"),
 ]
 
-CASES = [  # format, layout that is written, ranks, upstream's arguments
-    ("torch_dist", Layout(tp=2), 2, (*DISTRIBUTED, *TP2)),
-    ("torch_dist", Layout(tp=1), 2, (*DISTRIBUTED, *TP2)),  # resharded by upstream
-    ("torch", Layout(tp=2), 2, ("--ckpt-format", "torch", *TP2)),
+SHARDED = ("--use-distributed-optimizer", "--ckpt-format", "torch")  # distrib_optim.pt
+CASES = [  # format, layout that is written, ranks, upstream's arguments, of the writer
+    ("torch_dist", Layout(tp=2), 2, (*DISTRIBUTED, *TP2), {}),
+    ("torch_dist", Layout(tp=1), 2, (*DISTRIBUTED, *TP2), {}),  # resharded by upstream
+    ("torch", Layout(tp=2), 2, ("--ckpt-format", "torch", *TP2), {}),
+    ("torch", Layout(tp=2), 2, (*SHARDED, *TP2), {"optimizer_format": "distrib_optim"}),
+    ("torch", Layout(tp=1), 2, SHARDED, {"optimizer_format": "distrib_optim", "dp": 2}),
 ]
 
 
-@pytest.mark.parametrize(("to", "layout", "ranks", "arguments"), CASES)
+@pytest.mark.parametrize(("to", "layout", "ranks", "arguments", "extra"), CASES)
 def test_upstream_loads_it_and_saves_the_same(
     to: str,
     layout: Layout,
     ranks: int,
     arguments: tuple[str, ...],
+    extra: dict[str, Any],
     unpacked: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
     source = unpacked("ll_torch_tp2pp2_do")
-    convert(source, tmp_path / "ours", to, wanted=Target(layout, kinds=KINDS))
+    convert(source, tmp_path / "ours", to, wanted=Target(layout, kinds=KINDS, extra=extra))
     given = [*ARGUMENTS.split(), *arguments, "--load", str(tmp_path / "ours"), "--save", str(tmp_path / "theirs")]
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     environment = {"NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -67,7 +67,10 @@ def build(
     place = str(path)
     prefix = _prefix(items, place)
     training = megatron.training_of(common, path)
-    model = _believe(megatron.model_of(training.args, options, place), items, prefix, options, place)
+    model = megatron.model_of(training.args, options, place)
+    if options.config is None:
+        model = megatron.by_tensors(model, {key.removeprefix(prefix): item.shape for key, item in items.items()})
+    model = _believe(model, items, prefix, options, place)
     family = megatron.family_of(model, place)
     model = model.with_(family=family.name).check(place)
     catalog, claimed = Catalog(), set()

@@ -30,6 +30,7 @@ __all__ = [
     "args_for",
     "asset_outputs",
     "assets_of",
+    "by_tensors",
     "flat",
     "folder_name",
     "folder_of",
@@ -94,6 +95,37 @@ def model_of(args: Mapping[str, Any], options: Options, place: str) -> Model:
         )
     model = megatron_args.from_args(args, place)
     return model.with_(family=options.family or str(args.get(FAMILY) or ""), extra=dict(args.get("nxdt_extra") or {}))
+
+
+_ENCODER, _DECODER = (re.compile(rf"{name}\.layers\.(\d+)\.") for name in ("encoder", "decoder"))
+_RELATIVE = "encoder_relative_pos_emb.relative_attention_bias.weight"
+
+
+def by_tensors(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Model:
+    """The model with what only its tensors say: Megatron's arguments are the same for a GPT, a BERT and a T5.
+
+    shapes  of all arrays, by megatron-core's or older names; of a stacked one the first axis counts layers
+    """
+    types = [shape[0] for key, shape in shapes.items() if key.endswith("tokentype_embeddings.weight")]
+    if types:
+        model = model.with_(token_types=types[0], pooled=any("binary_head." in key for key in shapes))
+    if not any(".cross_attention." in key for key in shapes):
+        return model
+    relative = shapes.get(_RELATIVE, (0,))[0]
+    return model.with_(
+        layers=_count(_ENCODER, shapes, "encoder") or model.layers,
+        decoder_layers=_count(_DECODER, shapes, "decoder"),
+        relative_buckets=relative,
+        learned_positions=model.learned_positions and not relative,
+    )
+
+
+def _count(numbered: re.Pattern[str], shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+    """Layers of a T5's encoder or decoder."""
+    stacked = shapes.get(f"{name}.layers.self_attention.linear_proj.weight")
+    if stacked:
+        return stacked[0]
+    return 1 + max((int(match[1]) for key in shapes if (match := numbered.match(key))), default=-1)
 
 
 def family_of(model: Model, place: str) -> Family:

@@ -346,9 +346,12 @@ class NemoWriter(Writer):
         else:
             written, indexes = _Weights().files(source, target)
         kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
-        config = nemo_config.config_of(source.model, target.layout, kept, dtype)
-        config |= {"mcore_gpt": not by_file, "make_vocab_size_divisible_by": target.divisible_by}
-        config |= {"target": kept.get("target") or _TARGET}
+        if source.model.decoder_layers:
+            kept = source.detail.get("nemo_config") or {}
+            config = nemo_config.t5_config(source.model, target.layout, kept, dtype)
+        else:
+            config = nemo_config.config_of(source.model, target.layout, kept, dtype) | {"mcore_gpt": not by_file}
+        config |= {"make_vocab_size_divisible_by": target.divisible_by, "target": kept.get("target") or _target(source)}
         assets, config["tokenizer"] = _tokenizer(source, config)
         memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
         text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False).encode()
@@ -362,6 +365,10 @@ def is_gpt_by_rank(path: Path) -> bool:
         return False
     target = str(_yaml(tree.need(CONFIG)).get("target") or _TARGET)
     return target.rpartition(".")[2].startswith("MegatronGPT")
+
+
+def _target(source: Source) -> str:
+    return _TARGET if not source.model.decoder_layers else _TARGET.replace("gpt", "t5").replace("GPT", "T5")
 
 
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
@@ -483,7 +490,8 @@ class Nemo2Writer(Writer):
         written, indexes = weights.files(source, target)
         kept = source.detail.get("nemo2_config") or {}
         config = nemo_config.two_config(source.model, target.layout, kept, dtype, target.divisible_by)
-        text = yaml.safe_dump({"_target_": _TARGET_2, "config": config}, sort_keys=False).encode()
+        place = _TARGET_2 if not source.model.decoder_layers else "nemo.collections.llm.t5.model.t5.T5Model"
+        text = yaml.safe_dump({"_target_": place, "config": config}, sort_keys=False).encode()
         memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
         self._last = [
             *(constant(f"context/nemo_tokenizer/{name}", asset.read_bytes()) for name, asset in source.assets.items()),

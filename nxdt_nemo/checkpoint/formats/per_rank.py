@@ -37,6 +37,7 @@ __all__ = [
     "in_order",
     "is_reference",
     "of_layers",
+    "once",
     "pending",
     "read",
     "read_only",
@@ -235,7 +236,15 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
 def in_order(found: Iterable[Stored], arrays: Mapping[str, Any]) -> list[Stored]:
     """A rank's arrays in the order of its file, by which optimizers number them."""
     by_key = {key: stored for stored in found for key in (stored.key, *stored.also)}
-    return [by_key[key] for key, value in arrays.items() if key in by_key and isinstance(value, Extent)]
+    return once(by_key[key] for key, value in arrays.items() if key in by_key and isinstance(value, Extent))
+
+
+def once(found: Iterable[Stored]) -> list[Stored]:
+    """Each parameter by the first of its names: T5Model knows two modules by two."""
+    parts: dict[Any, Stored] = {}
+    for stored in found:
+        parts.setdefault(stored.parts, stored)
+    return list(parts.values())
 
 
 def pending(source: Source, kind: str, stored: Stored, dtype: DType | None = None) -> Pending:

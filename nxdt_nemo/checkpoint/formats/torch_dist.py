@@ -8,8 +8,9 @@ Proof: tests/checkpoint/test_fixtures.py, test_resume.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,12 @@ class TorchDistWriter(Writer):
         layout = Layout(
             target.layout.tp, target.layout.pp, 1, target.layout.ep, target.layout.etp, target.layout.stages
         )
+        if source.model.decoder_layers:  # not cut into stages: any rank reads what it needs
+            layout = Layout(layout.tp)
+        if source.model.groups % layout.tp:  # no chunk is less than a query group; ranks read parts of them
+            layout = replace(layout, tp=math.gcd(layout.tp, source.model.groups))
         layout.check(source.model.layers, source.model.experts)
-        rows = padded(source.model.vocab, target.divisible_by, layout.tp)
+        rows = padded(source.model.vocab, target.divisible_by, target.layout.tp)
         self._source, self._target = source, target
         self._model = source.model.with_(padded_vocab=rows)
         self._folder = self.folder()

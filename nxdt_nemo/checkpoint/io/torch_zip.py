@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -173,19 +173,38 @@ class Zip:
         """The file's bytes; tensors are made one at a time."""
         at, table, count = 0, [], 0
         for name, content in self._entries():
-            data = raw_bytes(content.what.tensor()) if isinstance(content, Pending) else content
-            if isinstance(content, Pending) and len(data) != content.nbytes:
-                raise AssertionError(f"{name}: {len(data)} bytes, {content.nbytes} were announced")
-            crc, size, full = zlib.crc32(data), len(data), f"{self.archive}/{name}"
+            parts, full = _parts(content), f"{self.archive}/{name}"
+            crc = size = 0
+            for part in parts():
+                crc, size = zlib.crc32(part, crc), size + len(part)
+            if isinstance(content, Pending) and size != content.nbytes:
+                raise AssertionError(f"{name}: {size} bytes, {content.nbytes} were announced")
             head = _local(full, at, size, crc)
             table.append(_directory(full, at, size, crc))
             yield head
-            yield data
+            yield from parts()
             at += len(head) + size
             count += 1
         whole = b"".join(table)
         yield whole
         yield _ending(count, len(whole), at)
+
+
+@runtime_checkable
+class Pieces(Protocol):
+    """What gives a tensor in parts, since it is larger than what may be in memory. They are made twice: their checksum
+    stands before them."""
+
+    def pieces(self) -> Iterator[Raw]: ...
+
+
+def _parts(content: bytes | Pending) -> Callable[[], Iterable[bytes | memoryview]]:
+    """The bytes of an entry, again at each call."""
+    if isinstance(content, Pending) and isinstance(content.what, Pieces):
+        made = content.what
+        return lambda: map(raw_bytes, made.pieces())
+    whole = (raw_bytes(content.what.tensor()) if isinstance(content, Pending) else content,)
+    return lambda: whole
 
 
 class _Later:
