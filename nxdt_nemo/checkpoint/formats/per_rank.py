@@ -165,7 +165,7 @@ def collect(
     Raises UserError for a missing tensor, one of another shape, one that is not the model's, and copies that differ.
     """
     drifted: dict[str, float] = {}
-    dtypes: set[DType] = set()
+    dtypes: dict[str, tuple[DType, Path]] = {}
     for shard, held in shards:
         claimed = set()
         for stored, place in stacked(rows_of(dialect, source.model, source.names, shard, source.layout, local=local)):
@@ -181,7 +181,10 @@ def collect(
                 reason = f"{key} is {list(found.shape)}, {_MAKES[by]} it {[*experts, *stored.shape]}"
                 raise UserError(reason, place=str(held.path), fix=f"{by} and tensors are of two models")
             claimed.add(key)
-            dtypes.add(found.dtype)
+            dtype, first = dtypes.setdefault(stored.parts[0].name, (found.dtype, held.path))
+            if found.dtype != dtype:
+                reason = f"{key} is {found.dtype}, and {dtype} in {first}"
+                raise UserError(reason, place=str(held.path), fix="files of two runs are mixed")
             if place is None and (off := _compare(source.catalog, stored, found, held.path, hint)):
                 drifted[key] = max(off, drifted.get(key, 0.0))
             source.catalog.add("model", stored.parts, found, whole(stored.shape), lead)
@@ -192,8 +195,9 @@ def collect(
     if drifted:
         said = f"{len(drifted)} tensors that several ranks have differ in the last bits"
         source.notes.append(f"{said}, {max(drifted.values()):.1e} of the largest element: the first rank's are taken")
-    if len(dtypes) > 1:
-        source.notes.append("weights are of several dtypes: " + ", ".join(sorted(map(str, dtypes))))
+    several = sorted({str(dtype) for dtype, _ in dtypes.values()})
+    if len(several) > 1:
+        source.notes.append("weights are of several dtypes: " + ", ".join(several))
 
 
 def stacked(found: Iterable[Stored]) -> Iterator[tuple[Stored, int | None]]:
