@@ -213,7 +213,7 @@ def page(rows: list[Row], executed: int, seconds: float) -> str:
         "",
         f"{len(rows)} bad inputs, each converted by `nxdt-nemo ckpt convert` in a process of its own: {good} end with",
         "exit code 2, one line that names the file, no traceback, and nothing at the target.",
-        f"{malicious} hold a call that python's own unpickler runs (the control); of these **{executed} were executed**.",
+        f"{malicious} hold a call that python's own unpickler runs (the control); of these **{executed} ran**.",
         "",
         "| | What | Format | Exit code | The line |",
         "|---|---|---|---|---|",

@@ -129,6 +129,7 @@ def without_tensor(name: str) -> Damage:
 
 TORCH, DIST, ZARR, HF = "ll_torch_tp2pp2_do", "ll_td_tp2pp2", "zarr_tp1", "hf_llama_tiny"
 IT = "iter_0000002/"
+NORM = "decoder.layers.0.input_layernorm.weight"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 CASES: list[tuple[str, str, Damage, str]] = [
     # name, fixture, damage, what the line says

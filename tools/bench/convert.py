@@ -292,7 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=20, help="20 make a billion parameters")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--peer", type=Path, help="a checkout of NeMo v2.4.0, whose converter runs beside ours")
     parser.add_argument("--peer-pairs", type=int, default=3)
     parser.add_argument("--peer-layers", type=int, default=20, help="NeMo's wants 14 bytes a parameter")
