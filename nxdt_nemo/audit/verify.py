@@ -87,6 +87,8 @@ def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:
         return Check(what, None, f"not for {first.family.name}")
     if cast:
         return Check(what, None, "the weights were cast")
+    if not isinstance(first.path, Path):
+        return Check(what, None, "the source is at a URL, where upstream's code does not read")
     with tempfile.TemporaryDirectory() as place:
         found = [
             _run(side, Path(place) / f"{number}.pt", first.model.vocab) for number, side in enumerate((first, second))

@@ -53,14 +53,14 @@ def tensors(source: Source) -> list[Tensor]:
         for name in source.catalog.names(kind):
             blocks = source.catalog.blocks(kind, name)
             files = dict.fromkeys(block.array.place.rpartition(": ")[0] for block in blocks)
-            where = tuple(_relative(Path(file), source.path) for file in files)
+            where = tuple(_relative(file, source.path) for file in files)
             shape = logical_of(name).size(source.model)
             found.append(Tensor(kind, name, shape, blocks[0].array.dtype.code, where))
     return found
 
 
-def _relative(file: Path, root: Path) -> str:
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+def _relative(file: object, root: Path) -> str:
+    return str(file).removeprefix(f"{root}/")
 
 
 def summary(source: Source) -> dict[str, Any]:

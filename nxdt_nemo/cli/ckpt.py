@@ -47,7 +47,7 @@ _Vocab = Annotated[int | None, typer.Option("--vocab-size", help="Rows that mean
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_default=False)],
+    path: Annotated[str, typer.Argument(help="A checkpoint's folder, or its URL.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: all there is.")] = False,
     every: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
     from_: _From = "",
@@ -61,8 +61,9 @@ def inspect(
     from nxdt_nemo.checkpoint.formats.base import Options
     from nxdt_nemo.checkpoint.inspect import inspect as look
     from nxdt_nemo.checkpoint.inspect import summary
+    from nxdt_nemo.checkpoint.io.remote import path_of
 
-    found = summary(look(path, Options(from_, family, model_config, step, vocab_size, extra=_options(option))))
+    found = summary(look(path_of(path), Options(from_, family, model_config, step, vocab_size, extra=_options(option))))
     if as_json:
         typer.echo(json.dumps(found, indent=2, default=str))
     else:
@@ -119,7 +120,7 @@ def _size(count: float) -> str:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="The checkpoint to read, or its URL.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
     to: Annotated[
         str,
@@ -152,7 +153,7 @@ def convert(
     step: _Step = None,
     vocab_size: _Vocab = None,
     option: _Option = None,
-    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 2,
+    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the target.")] = False,
     digest: Annotated[str, typer.Option(help="Of each file, in the manifest: xxh3_128 or sha256.")] = "xxh3_128",
     verify: Annotated[bool, typer.Option("--verify", help="Check digests, tensors and logits afterwards.")] = False,
@@ -163,6 +164,7 @@ def convert(
     """Write SOURCE as another format or layout at TARGET. Nothing is at TARGET before all of it is."""
     from nxdt_nemo.checkpoint.convert import convert as run
     from nxdt_nemo.checkpoint.formats.base import Options, Target
+    from nxdt_nemo.checkpoint.io.remote import path_of
     from nxdt_nemo.checkpoint.layout import Layout
     from nxdt_nemo.checkpoint.tensors import KINDS
 
@@ -178,7 +180,7 @@ def convert(
     wanted = Target(layout, _dtype(dtype), kinds, _positive("--divisible-by", divisible_by), extra)
     with _progress() as progress:
         report = run(
-            source,
+            path_of(source),
             target,
             to,
             options,

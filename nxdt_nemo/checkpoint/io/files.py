@@ -18,6 +18,7 @@ import numpy as np
 
 from nxdt_nemo.checkpoint.boxes import Box
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType, Raw, cast
+from nxdt_nemo.checkpoint.io.remote import RemotePath
 from nxdt_nemo.errors import UserError
 
 __all__ = ["Extent", "Files", "Mapped", "checked_path"]
@@ -37,11 +38,15 @@ def checked_path(path: Path) -> Path:
 
 
 class Mapped:
-    """A file in memory, private and read lazily. Closed when nothing uses it any more."""
+    """A file in memory, private and read lazily. Closed when nothing uses it any more.
+
+    One at a URL is not mapped: what is asked for is read then, and no more of it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = checked_path(path)
-        self.size = path.stat().st_size
+        self.remote = path if isinstance(path, RemotePath) else None
+        self.size: int = path.stat().st_size
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
 
@@ -58,8 +63,14 @@ class Mapped:
 
     def bytes(self, offset: int, size: int) -> bytes:
         """A copy of a few bytes. Raises UserError if the file ends before them."""
+        return bytes(self.view(offset, size))
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Bytes of the file, of the mapping where there is one. Raises UserError if it ends before them."""
         self.need(offset, size)
-        return self.buffer()[offset : offset + size] if size else b""
+        if self.remote is not None:
+            return memoryview(self.remote.range(offset, size))
+        return memoryview(self.buffer())[offset : offset + size] if size else memoryview(b"")
 
     def need(self, offset: int, size: int) -> None:
         """Raises UserError if the file does not have these bytes."""
@@ -104,7 +115,22 @@ class Extent:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, box: Box) -> Raw:
-        return self.tensor()[box.inside((0,) * len(box.start))]
+        if self.file.remote is None or self.strides is not None:
+            return self.tensor()[box.inside((0,) * len(box.start))]
+        return self._run(box)
+
+    def _run(self, box: Box) -> Raw:
+        """The box by reading the rows that it has, along the first axis on which it has more than one."""
+        axis, last = 0, len(self.shape) - 1
+        while axis < last and box.size[axis] == 1:
+            axis += 1
+        inner = math.prod(self.shape[axis + 1 :])
+        before = sum(start * math.prod(self.shape[place + 1 :]) for place, start in enumerate(box.start[: axis + 1]))
+        rows = (1,) * axis + box.size[axis : axis + 1]
+        at = self.offset + before * self.dtype.itemsize
+        flat = Extent(self.file, self.key, self.dtype, (math.prod(rows) * inner,), at).tensor()
+        read = Box((0,) * (axis + 1) + box.start[axis + 1 :], box.size)
+        return flat.reshape(rows + self.shape[axis + 1 :])[read.inside((0,) * len(box.start))]
 
     def tensor(self) -> Raw:
         """All of it, a view of the mapping."""
@@ -114,7 +140,7 @@ class Extent:
         self.file.need(self.offset, count * self.dtype.itemsize)
         if count == 0:
             return np.empty(self.shape, self.dtype.raw)
-        flat = np.frombuffer(self.file.buffer(), self.dtype.raw, count, self.offset)
+        flat = np.frombuffer(self.file.view(self.offset, count * self.dtype.itemsize), self.dtype.raw)
         if self.strides is None:
             return flat.reshape(self.shape)
         strides = tuple(step * self.dtype.itemsize for step in self.strides)

@@ -129,7 +129,7 @@ def verify(file: Mapped, offset: int = 0, length: int | None = None) -> None:
 
 
 def _check(file: Mapped, name: str, entry: Entry) -> None:
-    view = memoryview(file.buffer())[entry.offset : entry.offset + entry.size]
+    view = file.view(entry.offset, entry.size)
     if zlib.crc32(view) != entry.crc and entry.crc:
         raise UserError(f"{name} is damaged: its checksum does not match", place=str(file.path), fix="copy it again")
 
