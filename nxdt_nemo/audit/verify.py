@@ -81,12 +81,14 @@ def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:
     import torch
 
     what = "logits"
-    if first.format in _MEGATRON and not trusted:
+    if not _is_hf(first) and not trusted:
         return Check(what, None, "Megatron's loader would run what the source's pickles say: --trust-source")
     if first.model.token_types or first.model.decoder_layers:
         return Check(what, None, f"not for {first.family.name}")
     if cast:
         return Check(what, None, "the weights were cast")
+    if unread := [side.format for side in (first, second) if not _is_hf(side) and _megatron(side) is None]:
+        return Check(what, None, f"no loader of upstream's is run on {unread[0]}")
     if not isinstance(first.path, Path):
         return Check(what, None, "the source is at a URL, where upstream's code does not read")
     with tempfile.TemporaryDirectory() as place:
@@ -100,20 +102,35 @@ def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:
     return Check(what, bool(error <= limit), f"{_name(first)} against {_name(second)}: {said}")
 
 
+def _is_hf(side: Any) -> bool:
+    return str(side.format) == "hf"
+
+
+def _megatron(side: Any) -> tuple[str, Path] | None:
+    """The format and the folder that megatron-core's own loaders take; None if there are none for it."""
+    if side.format in _MEGATRON and not side.training.args.get("use_legacy_models"):
+        return side.format, side.path
+    folders = {"nemo": "model_weights", "nemo2": "weights", "nemo_dist": "."}
+    folder = side.path / folders.get(side.format, "")
+    there = side.format in folders and (folder / ".metadata").is_file()
+    return ("torch_dist", folder) if there else None
+
+
 def _name(side: Any) -> str:
-    return "megatron-core" if side.format in _MEGATRON else "transformers"
+    return "transformers" if _is_hf(side) else "megatron-core"
 
 
 def _run(side: Any, out: Path, vocab: int) -> Path:
     """Logits of one side, by a process of upstream's."""
-    arguments = ["-m", f"nxdt_nemo.audit.logits.{'megatron' if side.format in _MEGATRON else 'hf'}"]
-    if side.format in _MEGATRON:
+    found = _megatron(side)
+    arguments = ["-m", f"nxdt_nemo.audit.logits.{'megatron' if found else 'hf'}"]
+    if found:
         layout = dataclasses.asdict(side.layout)
         model = dataclasses.asdict(side.model) | layout | {"vocab": vocab, "prefix": side.detail.get("prefix", "")}
         model["padded_vocab"] = side.model.padded_vocab or side.model.vocab
         numbers = out.with_suffix(".json")
         numbers.write_text(json.dumps(model))
-        arguments += [side.format, str(side.path), str(numbers), str(out)]
+        arguments += [found[0], str(found[1]), str(numbers), str(out)]
     else:
         arguments += [str(side.path), str(out)]
     environment = {**os.environ, "NXDT_NEMO": "0"}

@@ -144,7 +144,9 @@ def convert(
             "for Megatron's distributed, else the other."
         ),
     ] = "fully_sharded_model_space",
-    spec: Annotated[str, typer.Option(help="torch: layer spec of the run that loads it, local or te.")] = "local",
+    spec: Annotated[
+        str, typer.Option(help="torch: layer spec of the run that loads it, local or te; legacy for old names.")
+    ] = "local",
     divisible_by: Annotated[int, typer.Option(help="Megatron's make_vocab_size_divisible_by.")] = 128,
     shard_size: Annotated[float, typer.Option(help="hf: GB of a file.")] = 5.0,
     from_: _From = "",
@@ -172,7 +174,7 @@ def convert(
     options = Options(from_, family, model_config, step, vocab_size, with_optimizer, _options(option))
     extra = {
         "optimizer_format": _one_of("--optimizer-format", optimizer_format, *_OPTIMIZER_FORMATS),
-        "spec": _one_of("--spec", spec, "local", "te"),
+        "spec": _one_of("--spec", spec, "local", "te", "legacy"),
         "shard_size": int(shard_size * 1000**3),
         **_options(option),
     }

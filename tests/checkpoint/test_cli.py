@@ -71,7 +71,7 @@ def test_convert_in_a_process_without_upstream(unpacked: Unpacked, tmp_path: Pat
     [
         (["--dtype", "int4"], "--dtype: 'int4' is not known; use bfloat16 or float16 or float32"),
         (["--stages", "a,b"], "--stages: 'a,b' is no list of numbers; write it as 5,6,6,5"),
-        (["--spec", "apex"], "--spec: 'apex' is not known; use local or te"),
+        (["--spec", "apex"], "--spec: 'apex' is not known; use local or te or legacy"),
         (["--workers", "0"], "--workers: 0 is not positive"),
         (["--family", "bloom"], "--family: there is no family bloom; use one of t5, llama,"),
         (["--from", "onnx"], "--from: there is no format onnx; use one of hf,"),
@@ -98,7 +98,9 @@ def test_overwrite(unpacked: Unpacked, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, to", [("hf_llama_tiny", "torch_dist"), ("hf_mixtral_tiny", "torch"), ("hf_llama_tiny", "hf")]
+    "name, to",
+    [("hf_llama_tiny", to) for to in ("torch_dist", "hf", "nemo", "nemo2", "nemo_dist")]
+    + [("hf_mixtral_tiny", "torch")],
 )
 def test_verify(name: str, to: str, unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = ["--tp", "2", "--pp", "2"] if to != "hf" else []

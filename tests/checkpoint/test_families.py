@@ -96,6 +96,21 @@ def test_more_ranks_than_key_value_heads(model: str, hf_model: Callable[[str], P
         assert torch.equal(state["model"][at + "proj.weight"], out[:, size * rank : size * rank + size])
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen2 tied", "gpt2", "bert"])
+def test_names_before_megatron_core(model: str, hf_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = hf_model(model)
+    wanted = load_file(source / "model.safetensors")
+    for number, layout in enumerate((Layout(tp=2, pp=2), Layout(tp=4, pp=2, vpp=2), Layout())):
+        there = tmp_path / f"{number}"
+        convert(source, there, "torch", wanted=Target(layout, extra={"spec": "legacy"}))
+        convert(there, tmp_path / f"{number}.hf", "hf")
+        found = load_file(tmp_path / f"{number}.hf/model.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted), layout
+    state = torch.load(there / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+    assert set(state["language_model"]) >= {"embedding", "encoder"}
+    assert "layers.0.self_attention.query_key_value.weight" in state["language_model"]["encoder"]
+
+
 def test_a_tied_embedding_is_on_both_ends(hf_model: Callable[[str], Path], tmp_path: Path) -> None:
     convert(hf_model("gpt2"), tmp_path / "out", "torch", wanted=Target(Layout(tp=1, pp=2)))
     ranks = [

@@ -44,12 +44,14 @@ pytestmark = [
 ]
 
 SHARDED = ("--use-distributed-optimizer", "--ckpt-format", "torch")  # distrib_optim.pt
+DISTRIB_OPTIM = {"optimizer_format": "distrib_optim"}
 CASES = [  # format, layout that is written, ranks, upstream's arguments, of the writer
     ("torch_dist", Layout(tp=2), 2, (*DISTRIBUTED, *TP2), {}),
     ("torch_dist", Layout(tp=1), 2, (*DISTRIBUTED, *TP2), {}),  # resharded by upstream
     ("torch", Layout(tp=2), 2, ("--ckpt-format", "torch", *TP2), {}),
-    ("torch", Layout(tp=2), 2, (*SHARDED, *TP2), {"optimizer_format": "distrib_optim"}),
-    ("torch", Layout(tp=1), 2, SHARDED, {"optimizer_format": "distrib_optim", "dp": 2}),
+    ("torch", Layout(tp=2), 2, (*SHARDED, *TP2), DISTRIB_OPTIM),
+    ("torch", Layout(tp=2), 2, (*SHARDED, *TP2, "--use-legacy-models"), {**DISTRIB_OPTIM, "spec": "legacy"}),
+    ("torch", Layout(tp=1), 2, SHARDED, {**DISTRIB_OPTIM, "dp": 2}),
 ]
 
 
@@ -96,7 +98,7 @@ RESUMED = [  # of the run that is left: its format, arguments; then the layout a
         (*TP2, "--use-distributed-optimizer"),
         Layout(pp=2),
         (*PP2, *SHARDED),
-        {"optimizer_format": "distrib_optim"},
+        DISTRIB_OPTIM,
     ),
     ("torch_dist", (*TP2, *DISTRIBUTED), Layout(tp=1, pp=2), (*PP2, *DISTRIBUTED), {}),
 ]

@@ -18,7 +18,7 @@ from nxdt_nemo.checkpoint.catalog import Catalog
 from nxdt_nemo.checkpoint.dialects import megatron_args
 from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK, PER_RANK_TE
 from nxdt_nemo.checkpoint.dialects.megatron_legacy import legacy
-from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank
+from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, ptl
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
 from nxdt_nemo.checkpoint.formats.per_rank import Held
@@ -168,7 +168,8 @@ def _shards(model: Model, layout: Layout, ranks: Mapping[str, _Rank]) -> Iterato
 class MegatronTorchWriter(Writer):
     """Writes megatron-core's names, and the state of either of Megatron's optimizers.
 
-    Options: spec, `local` or `te`, the layer spec of the run that will load it; optimizer_format, `distrib_optim` for
+    Options: spec, `local` or `te`, the layer spec of the run that will load it, or `legacy`, the names of a run with
+    --use-legacy-models; optimizer_format, `distrib_optim` for
     Megatron's distributed optimizer, else the other one's; dp, its data-parallel ranks, which its buffers' length may
     depend on; bucket_size, in elements, of a run with --overlap-grad-reduce.
     """
@@ -179,7 +180,11 @@ class MegatronTorchWriter(Writer):
         layout = target.layout.check(source.model.layers, source.model.experts)
         self._source = source
         model = source.model.with_(padded_vocab=padded(source.model.vocab, target.divisible_by, layout.tp))
-        dialect = PER_RANK_TE if target.extra.get("spec", "local") == "te" else PER_RANK
+        spec = target.extra.get("spec", "local")
+        dialect = {"te": PER_RANK_TE, "local": PER_RANK, "legacy": legacy(3.0)}[spec]
+        if spec == "legacy" and (model.decoder_layers or model.experts or model.qk_norm or copied(model, layout)):
+            reason = f"names before megatron-core have no place for what {source.family.name} has"
+            raise UserError(reason, place="--spec legacy", fix="use --spec local")
         if len(target.kinds) > 1 and copied(model, layout):
             reason = f"tp={layout.tp} for {model.groups} key-value heads: the state of copies has no place of its own"
             raise UserError(reason, place="--to torch", fix="use torch_dist, or leave out --with-optimizer")
@@ -187,6 +192,7 @@ class MegatronTorchWriter(Writer):
         args = megatron.args_for(source, model, layout, dtype)
         sharded = len(target.kinds) > 1 and target.extra.get("optimizer_format") == megatron_optimizer.DISTRIBUTED
         args.use_distributed_optimizer = sharded
+        args.use_legacy_models = spec == "legacy"
         if sharded:
             args.data_parallel_size = int(target.extra.get("dp", getattr(args, "data_parallel_size", 1)))
             if size := target.extra.get("bucket_size"):
@@ -230,7 +236,8 @@ def _rank_state(
         found = list(rows_of(dialect, model, source.names, shard, layout))
         wants = {stored.key: source.catalog.want("model", stored, target.dtype) for stored in found}
         key = f"model{number}" if layout.vpp > 1 else "model"
-        state[key] = {name: Pending.of(want) for name, want in wants.items()}
+        arrays = {name: Pending.of(want) for name, want in wants.items()}
+        state[key] = ptl.nested(arrays) if args.use_legacy_models else arrays
         chunks.append(per_rank.once(found))
     if len(target.kinds) > 1:
         state["optimizer"] = megatron_optimizer.state_of(source, target, [stored for some in chunks for stored in some])

@@ -464,10 +464,8 @@ class NNMWriter(PTLWriter):
     ) -> dict[str, Any]:
         if len(arrays) == 1:
             return {"state_dict": {f"model.{key}": value for key, value in arrays[0].items()}}
-        nested: dict[str, Any] = {"state_dict": {}}
-        for number, chunk in enumerate(arrays):
-            nested[f"model{number}"] = _nested(chunk)
-        return nested
+        chunks = {f"model{number}": nested(chunk) for number, chunk in enumerate(arrays)}
+        return {"state_dict": {}, **chunks}
 
     def _config(self, source: Source, model: Model, target: Target, dtype: DType) -> dict[str, Any]:
         config = super()._config(source, model, target, dtype)
@@ -498,8 +496,8 @@ class NNMWriter(PTLWriter):
         yield zipped(path, value)
 
 
-def _nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:
-    """A virtual stage as NNM's modules nest it: each takes its own keys off, layers stay joined by dots."""
+def nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:
+    """A model as modules before megatron-core nest it: each takes its own keys off, layers stay joined by dots."""
     model: dict[str, Any] = {"language_model": {}}
     language = model["language_model"]
     for key, value in arrays.items():

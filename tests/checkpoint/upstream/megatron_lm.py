@@ -138,6 +138,10 @@ def main() -> None:
     def provider(pre_process: bool = True, post_process: bool = True) -> Any:
         args = get_args()
         config = core_transformer_config_from_args(args)
+        if args.use_legacy_models:
+            from megatron.legacy.model import GPTModel as Legacy
+
+            return Legacy(config, 0, True, pre_process, post_process)
         spec = get_gpt_layer_local_spec(
             args.num_experts, args.moe_grouped_gemm, args.qk_layernorm, normalization=args.normalization
         )
