@@ -3,8 +3,8 @@
 Room checkpoint/ (leaf). The state is nested (`language_model`, `encoder`, ...); keys here are the path joined by dots.
 Spellings changed over the years: `transformer` and `attention` before 2021, `layernorm` for `norm` before 2023. The
 order of the rows of query_key_value depends on checkpoint_version. May import this room.
-Written with checkpoint_version 3. Proof: tests/checkpoint/test_families.py, test_megatron_lm.py; of versions 0 to 2 none,
-for lack of a file that old.
+Written with checkpoint_version 3. Proof: tests/checkpoint/test_families.py, test_megatron_lm.py; none of
+versions 0 to 2, for lack of a file that old.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import yaml
 
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
-from nxdt_nemo.checkpoint.dtypes import FLOAT32
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType
 from nxdt_nemo.checkpoint.formats import distributed, megatron, per_rank, ptl, torch_dist
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
 from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistWriter
@@ -345,13 +345,13 @@ class NemoWriter(Writer):
             written = list(_by_file(source, target))
         else:
             written, indexes = _Weights().files(source, target)
-        kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
-        if source.model.decoder_layers:
-            kept = source.detail.get("nemo_config") or {}
-            config = nemo_config.t5_config(source.model, target.layout, kept, dtype)
-        else:
-            config = nemo_config.config_of(source.model, target.layout, kept, dtype) | {"mcore_gpt": not by_file}
-        config |= {"make_vocab_size_divisible_by": target.divisible_by, "target": kept.get("target") or _target(source)}
+        config = _section(source, target, dtype)
+        if not source.model.decoder_layers:
+            config["mcore_gpt"] = not by_file
+        config |= {
+            "make_vocab_size_divisible_by": target.divisible_by,
+            "target": config.get("target") or _target(source),
+        }
         assets, config["tokenizer"] = _tokenizer(source, config)
         memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
         text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False).encode()
@@ -365,6 +365,14 @@ def is_gpt_by_rank(path: Path) -> bool:
         return False
     target = str(_yaml(tree.need(CONFIG)).get("target") or _TARGET)
     return target.rpartition(".")[2].startswith("MegatronGPT")
+
+
+def _section(source: Source, target: Target, dtype: DType) -> dict[str, Any]:
+    """The `model:` section, over the one that the source had."""
+    kept = source.detail.get("nemo_config")
+    if source.model.decoder_layers:
+        return nemo_config.t5_config(source.model, target.layout, kept or {}, dtype)
+    return nemo_config.config_of(source.model, target.layout, kept or nemo_config.TEMPLATE, dtype)
 
 
 def _target(source: Source) -> str:
@@ -432,8 +440,7 @@ class NemoDistWriter(Writer):
         weights = _Weights(where=".")
         dtype = target.dtype or source.dtype
         training = source.training
-        kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
-        config = nemo_config.config_of(source.model, target.layout, kept, dtype)
+        config = _section(source, target, dtype)
         config["make_vocab_size_divisible_by"] = target.divisible_by
         step = training.iteration or 0
         weights.content = {
