@@ -221,7 +221,7 @@ class _Flat:
 
 
 def buffers_of(
-    source: Source, target: Target, chunks: Sequence[Sequence[Stored]], buckets: Sequence[Buckets], dense: bool
+    source: Source, target: Target, chunks: Sequence[Sequence[Stored]], buckets: Sequence[Buckets], *, dense: bool
 ) -> Any:
     """What distrib_optim.pt holds of a rank.
 

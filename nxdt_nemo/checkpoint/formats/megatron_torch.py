@@ -198,6 +198,8 @@ class MegatronTorchWriter(Writer):
             if size := target.extra.get("bucket_size"):
                 args.overlap_grad_reduce, args.ddp_bucket_size = True, int(size)
         folder = megatron.iteration_name(source.training.iteration)
+        # Of groups of experts that share a slice of the dense parameters, the first has its state.
+        first = {(tp, min(ep for other, ep, _ in layout.grid() if other == tp)) for tp, _, _ in layout.grid()}
         for pp in range(layout.pp):
             for tp, ep, etp in layout.grid():
                 each = model.experts // layout.ep
@@ -211,7 +213,7 @@ class MegatronTorchWriter(Writer):
                         megatron_optimizer.Buckets.of(vars(args), model, layout, first=not pp and not chunk)
                         for chunk in range(layout.vpp)
                     ]
-                    buffers = megatron_optimizer.buffers_of(source, target, chunks, cuts, not ep)
+                    buffers = megatron_optimizer.buffers_of(source, target, chunks, cuts, dense=(tp, ep) in first)
                     yield zipped(f"{place}/{megatron_optimizer.SHARDED}", buffers)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
