@@ -239,6 +239,10 @@ class Wanted:
         """The array, made now."""
         return collect(self.moves, self.shape, self.dtype)
 
+    def pieces(self) -> Iterator[Raw]:
+        """The same as `blocks`, for torch_zip.py."""
+        return self.blocks()
+
     def blocks(self) -> Iterator[Raw]:
         """The array as runs of rows, each in the place of the one before: a large one is never there at once."""
         rows = max(1, _BLOCK * self.shape[0] // self.nbytes) if self.shape and self.nbytes else 0

@@ -1,6 +1,6 @@
 """From one checkpoint to another: read what is there, plan all of it, write it piece by piece, commit.
 
-Room checkpoint/ (leaf). Memory: `workers` times the largest array that is written, beside the process itself; what is
+Room checkpoint/ (leaf). Memory: `workers` times the largest array that is written, 256 MB at most; what is
 a contiguous part of a source file is written from the mapped file and costs none.
 May import this room. Proof: tests/checkpoint/test_fixtures.py, test_cli.py.
 """

@@ -14,6 +14,7 @@ from nxdt_nemo.checkpoint import catalog, families
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.dtypes import BFLOAT16
 from nxdt_nemo.checkpoint.formats.base import Target
+from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.layout import Layout
 
 MODELS = ["llama", "mistral", "mixtral", "qwen2", "qwen2 tied", "qwen3", "gemma", "bert", "bert before", "gpt2"]
@@ -149,6 +150,8 @@ def test_large_arrays_are_written_in_parts(
     """Transposed and fused ones too: as if a block were a kilobyte."""
     convert(hf_model(model), tmp_path / "there", "torch", wanted=Target(Layout(tp=4, pp=2)))
     monkeypatch.setattr(catalog, "_BLOCK", 1000)
-    convert(tmp_path / "there", tmp_path / "back", "hf", workers=9)
+    monkeypatch.setattr(torch_zip, "_WHOLE", 500)
+    convert(tmp_path / "there", tmp_path / "again", "torch_dist", wanted=Target(Layout(tp=2)))
+    convert(tmp_path / "again", tmp_path / "back", "hf", workers=9)
     wanted, found = load_file(hf_model(model) / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)

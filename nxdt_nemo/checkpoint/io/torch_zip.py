@@ -29,6 +29,7 @@ __all__ = ["Zip", "entries", "one_tensor", "raw_bytes", "read", "verify"]
 _LOCAL, _CENTRAL, _END, _END64, _WHERE64 = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _ALIGN = 64
 _SMALL = 0xFFFFFFFF
+_WHOLE = 256 << 20  # bytes of the largest tensor that is made in one
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Zip:
 
 @runtime_checkable
 class Pieces(Protocol):
-    """What gives a tensor in parts, since it is larger than what may be in memory. They are made twice: their checksum
+    """What gives a tensor in parts, if it is larger than what may be in memory. They are made twice: their checksum
     stands before them."""
 
     def pieces(self) -> Iterator[Raw]: ...
@@ -200,7 +201,7 @@ class Pieces(Protocol):
 
 def _parts(content: bytes | Pending) -> Callable[[], Iterable[bytes | memoryview]]:
     """The bytes of an entry, again at each call."""
-    if isinstance(content, Pending) and isinstance(content.what, Pieces):
+    if isinstance(content, Pending) and content.nbytes > _WHOLE and isinstance(content.what, Pieces):
         made = content.what
         return lambda: map(raw_bytes, made.pieces())
     whole = (raw_bytes(content.what.tensor()) if isinstance(content, Pending) else content,)
