@@ -56,13 +56,11 @@ def verify(report: Report, *, trusted: bool = False) -> Iterator[Check]:
 
 def _tensors(first: Any, second: Any, kinds: tuple[str, ...]) -> Check:
     """Every logical tensor of both, equal to the bit, or after the cast that was asked for."""
-    import torch
-
     from nxdt_nemo.checkpoint.boxes import Box
-    from nxdt_nemo.checkpoint.catalog import collect
+    from nxdt_nemo.checkpoint.dtypes import cast, same
     from nxdt_nemo.checkpoint.tensors import logical_of
 
-    count, cast = 0, False
+    count, casts = 0, False
     for kind in kinds:
         for name in first.catalog.names(kind):
             logical = logical_of(name)
@@ -71,24 +69,28 @@ def _tensors(first: Any, second: Any, kinds: tuple[str, ...]) -> Check:
                 shape[0] = first.model.vocab  # the rest is padding
             box = Box((0,) * len(shape), tuple(shape))
             wants = [side.catalog.part(kind, name, box) for side in (first, second)]
-            one, other = (collect(want.moves, want.shape, want.dtype) for want in wants)
-            cast |= one.dtype != other.dtype
-            if not torch.equal(one.to(other.dtype), other):
+            one, other = wants
+            casts |= one.dtype != other.dtype
+            if not same(cast(one.tensor(), one.dtype, other.dtype), other.tensor()):
                 return Check("tensors", False, f"{kind} of {name} is not the same")
             count += 1
-    return Check("tensors", True, f"{count} equal" + (" after the cast to another dtype" if cast else " to the bit"))
+    return Check("tensors", True, f"{count} equal" + (" after the cast to another dtype" if casts else " to the bit"))
 
 
 def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:
     import torch
 
     what = "logits"
-    if first.format in _MEGATRON and not trusted:
+    if not _is_hf(first) and not trusted:
         return Check(what, None, "Megatron's loader would run what the source's pickles say: --trust-source")
     if first.model.token_types or first.model.decoder_layers:
         return Check(what, None, f"not for {first.family.name}")
     if cast:
         return Check(what, None, "the weights were cast")
+    if unread := [side.format for side in (first, second) if not _is_hf(side) and _megatron(side) is None]:
+        return Check(what, None, f"no loader of upstream's is run on {unread[0]}")
+    if not isinstance(first.path, Path):
+        return Check(what, None, "the source is at a URL, where upstream's code does not read")
     with tempfile.TemporaryDirectory() as place:
         found = [
             _run(side, Path(place) / f"{number}.pt", first.model.vocab) for number, side in enumerate((first, second))
@@ -100,20 +102,35 @@ def _logits(first: Any, second: Any, cast: bool, trusted: bool) -> Check:
     return Check(what, bool(error <= limit), f"{_name(first)} against {_name(second)}: {said}")
 
 
+def _is_hf(side: Any) -> bool:
+    return str(side.format) == "hf"
+
+
+def _megatron(side: Any) -> tuple[str, Path] | None:
+    """The format and the folder that megatron-core's own loaders take; None if there are none for it."""
+    if side.format in _MEGATRON and not side.training.args.get("use_legacy_models"):
+        return side.format, side.path
+    folders = {"nemo": "model_weights", "nemo2": "weights", "nemo_dist": "."}
+    folder = side.path / folders.get(side.format, "")
+    there = side.format in folders and (folder / ".metadata").is_file()
+    return ("torch_dist", folder) if there else None
+
+
 def _name(side: Any) -> str:
-    return "megatron-core" if side.format in _MEGATRON else "transformers"
+    return "transformers" if _is_hf(side) else "megatron-core"
 
 
 def _run(side: Any, out: Path, vocab: int) -> Path:
     """Logits of one side, by a process of upstream's."""
-    arguments = ["-m", f"nxdt_nemo.audit.logits.{'megatron' if side.format in _MEGATRON else 'hf'}"]
-    if side.format in _MEGATRON:
+    found = _megatron(side)
+    arguments = ["-m", f"nxdt_nemo.audit.logits.{'megatron' if found else 'hf'}"]
+    if found:
         layout = dataclasses.asdict(side.layout)
         model = dataclasses.asdict(side.model) | layout | {"vocab": vocab, "prefix": side.detail.get("prefix", "")}
         model["padded_vocab"] = side.model.padded_vocab or side.model.vocab
         numbers = out.with_suffix(".json")
         numbers.write_text(json.dumps(model))
-        arguments += [side.format, str(side.path), str(numbers), str(out)]
+        arguments += [found[0], str(found[1]), str(numbers), str(out)]
     else:
         arguments += [str(side.path), str(out)]
     environment = {**os.environ, "NXDT_NEMO": "0"}

@@ -31,9 +31,14 @@ class Box(NamedTuple):
 
     def meet(self, other: Box) -> Box | None:
         """The elements in both boxes; None if there are none."""
-        start = tuple(map(max, self.start, other.start))
-        size = tuple(min(a, b) - low for a, b, low in zip(self.stop, other.stop, start, strict=True))
-        return Box(start, size) if all(n > 0 for n in size) else None
+        starts, sizes = [], []
+        for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True):  # a plan's hottest loop
+            low, high = (a if a > b else b), (a + n if a + n < b + m else b + m)
+            if high <= low:
+                return None
+            starts.append(low)
+            sizes.append(high - low)
+        return Box(tuple(starts), tuple(sizes))
 
     def inside(self, origin: Sequence[int]) -> tuple[slice, ...]:
         """Slices that cut this box out of a tensor whose first element is at `origin`."""

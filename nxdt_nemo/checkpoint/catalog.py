@@ -1,7 +1,7 @@
 """What a source holds: for each logical tensor the boxes of it that lie in files, and how they are read.
 
 Room checkpoint/ (leaf). Reading is lazy: a block of a mapped file is a view of the page cache until it is copied
-into the array that is being written. May import torch and this room. Proof: tests/checkpoint/test_families.py.
+into the array that is being written. May import numpy and this room. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import torch
+import numpy as np
 
 from nxdt_nemo.checkpoint.boxes import Box, whole
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType, Raw, put
 from nxdt_nemo.checkpoint.placement import Part, Stored
 from nxdt_nemo.checkpoint.tensors import Kind
 from nxdt_nemo.errors import UserError
@@ -33,14 +34,14 @@ class Array(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
     @property
     def place(self) -> str:
         """Where it is, for messages: the file and the key."""
         ...
 
-    def read(self, box: Box) -> torch.Tensor:
-        """The box's elements; a view of the mapped file where there is one. Never write to it."""
+    def read(self, box: Box) -> Raw:
+        """The box's elements as bits (dtypes.py); a view of the mapped file where there is one. Never write to it."""
         ...
 
 
@@ -56,7 +57,7 @@ class Block:
     at: Box
     turned: bool = False
 
-    def read(self, box: Box) -> torch.Tensor:
+    def read(self, box: Box) -> Raw:
         """Elements of the logical tensor, all of them inside self.box; shape box.size."""
         inner = box.moved(self.box.start, (0,) * len(box.start))
         if self.turned:
@@ -64,7 +65,7 @@ class Block:
         lead = len(self.at.start) - len(inner.start)
         start = tuple(a + b for a, b in zip(self.at.start[lead:], inner.start, strict=True))
         found = self.array.read(Box(self.at.start[:lead] + start, (1,) * lead + inner.size)).reshape(inner.size)
-        return found.t() if self.turned else found
+        return found.T if self.turned else found
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,14 @@ class Reshaped:
     shape: tuple[int, ...]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         return self.base.dtype
 
     @property
     def place(self) -> str:
         return self.base.place
 
-    def read(self, box: Box) -> torch.Tensor:
+    def read(self, box: Box) -> Raw:
         return self.base.read(self.at).reshape(self.shape)[box.inside((0,) * len(self.shape))]
 
 
@@ -164,7 +165,7 @@ class Catalog:
         for name in self.names(kind):
             self._blocks[to, name] = self._blocks.pop((kind, name))
 
-    def dtype(self, kind: Kind, name: str) -> torch.dtype:
+    def dtype(self, kind: Kind, name: str) -> DType:
         """The dtype of its first block."""
         return next(iter(self._blocks[kind, name])).array.dtype
 
@@ -183,11 +184,11 @@ class Catalog:
         """One block. A box that is there already is a copy of it and is left out."""
         self._blocks[kind, name].put(block)
 
-    def want(self, kind: Kind, stored: Stored, dtype: torch.dtype | None = None) -> Wanted:
+    def want(self, kind: Kind, stored: Stored, dtype: DType | None = None) -> Wanted:
         """An array as it is to be written. dtype None keeps the source's. Raises UserError as `moves` does."""
         moves = tuple(self.moves(kind, stored))
         if dtype is None:
-            dtype = moves[0].block.array.dtype if moves else torch.float32
+            dtype = moves[0].block.array.dtype if moves else FLOAT32
         return Wanted(moves, stored.shape, dtype)
 
     def part(self, kind: Kind, name: str, box: Box) -> Wanted:
@@ -227,24 +228,29 @@ class Wanted:
 
     moves: tuple[Move, ...]
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> Raw:
         """The array, made now."""
         return collect(self.moves, self.shape, self.dtype)
 
-    def blocks(self) -> Iterator[torch.Tensor]:
+    def pieces(self) -> Iterator[Raw]:
+        """The same as `blocks`, for torch_zip.py."""
+        return self.blocks()
+
+    def blocks(self) -> Iterator[Raw]:
         """The array as runs of rows, each in the place of the one before: a large one is never there at once."""
         rows = max(1, _BLOCK * self.shape[0] // self.nbytes) if self.shape and self.nbytes else 0
         if not rows or rows >= self.shape[0] or len(self.moves) == 1:
             yield self.tensor()
             return
-        place = torch.empty(rows, *self.shape[1:], dtype=self.dtype)  # new memory would cost more than what goes there
+        # New memory would cost more than what goes there.
+        place = np.empty((rows, *self.shape[1:]), self.dtype.raw)
         for begin in range(0, self.shape[0], rows):
             size = (min(rows, self.shape[0] - begin), *self.shape[1:])
             box = Box((begin,) + (0,) * (len(size) - 1), size)
@@ -252,26 +258,26 @@ class Wanted:
             yield collect(cut, size, self.dtype, place[: size[0]])
 
 
-def collect(
-    moves: Sequence[Move], shape: tuple[int, ...], dtype: torch.dtype, place: torch.Tensor | None = None
-) -> torch.Tensor:
+def collect(moves: Sequence[Move], shape: tuple[int, ...], dtype: DType, place: Raw | None = None) -> Raw:
     """The array: a view of the source where one block is all of it, else a new tensor; zeros where nothing goes.
 
     place  a tensor of this shape to fill instead of a new one
     """
     if len(moves) == 1 and moves[0].to == whole(shape):
         found = _oriented(moves[0])
-        if found.dtype == dtype and found.is_contiguous():
+        if moves[0].block.array.dtype == dtype and found.flags.c_contiguous:
             return found
     filled = sum(move.to.volume for move in moves)
-    made = torch.empty(shape, dtype=dtype) if place is None else place
+    made = np.empty(shape, dtype.raw) if place is None else place
     if filled != math.prod(shape):
-        made.zero_()
+        made.fill(0)
     for move in moves:
-        made[move.to.inside((0,) * len(shape))].copy_(_oriented(move))
+        index: Any = (*move.to.inside((0,) * len(shape)), ...)  # a view, of an array without axes too
+        there = made[index]
+        put(there, _oriented(move), move.block.array.dtype, dtype)
     return made
 
 
-def _oriented(move: Move) -> torch.Tensor:
+def _oriented(move: Move) -> Raw:
     found = move.block.read(move.box)
-    return found.t() if move.turned else found
+    return found.T if move.turned else found

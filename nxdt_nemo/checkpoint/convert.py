@@ -1,8 +1,8 @@
 """From one checkpoint to another: read what is there, plan all of it, write it piece by piece, commit.
 
-Room checkpoint/ (leaf). Memory: `workers` times the largest array that is written, beside the process itself; what is
+Room checkpoint/ (leaf). Memory: `workers` times the largest array that is written, 256 MB at most; what is
 a contiguous part of a source file is written from the mapped file and costs none.
-May import torch and this room. Proof: tests/checkpoint/test_fixtures.py, test_cli.py.
+May import this room. Proof: tests/checkpoint/test_fixtures.py, test_cli.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint import formats
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Target
 from nxdt_nemo.checkpoint.output import Folder
 from nxdt_nemo.errors import UserError
@@ -38,7 +37,7 @@ class Report:
     """
 
     source: Source
-    weights: torch.dtype
+    weights: DType
     target: Path
     bytes: int
     seconds: float
@@ -117,11 +116,11 @@ def _with_masters(source: Source, wanted: Target) -> Target:
     for kind in wanted.kinds:
         if kind not in there and kind != "fp32_param":
             raise UserError(f"has no {kind}", place=str(source.path), fix="leave out --with-optimizer")
-    narrow = (wanted.dtype or source.dtype) != torch.float32
+    narrow = (wanted.dtype or source.dtype) != FLOAT32
     if "fp32_param" in there and not narrow:
         source.catalog.rename("fp32_param", "model")
     elif "fp32_param" not in there and narrow:
-        if source.dtype != torch.float32:
+        if source.dtype != FLOAT32:
             raise UserError("has no float32 main parameters", place=str(source.path), fix="leave out --with-optimizer")
         source.catalog.copy("model", "fp32_param")
     kinds = tuple(kind for kind in wanted.kinds if narrow or kind != "fp32_param")

@@ -1,6 +1,6 @@
 """What there is to know of a checkpoint without reading its tensors.
 
-Room checkpoint/ (leaf). May import torch and this room. Proof: tests/checkpoint/test_cli.py.
+Room checkpoint/ (leaf). May import this room. Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.formats.base import Options, Source
-from nxdt_nemo.checkpoint.io.files import name_of
 from nxdt_nemo.checkpoint.io.unpickle import plain
 from nxdt_nemo.checkpoint.output import MANIFEST
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
@@ -54,14 +53,14 @@ def tensors(source: Source) -> list[Tensor]:
         for name in source.catalog.names(kind):
             blocks = source.catalog.blocks(kind, name)
             files = dict.fromkeys(block.array.place.rpartition(": ")[0] for block in blocks)
-            where = tuple(_relative(Path(file), source.path) for file in files)
+            where = tuple(_relative(file, source.path) for file in files)
             shape = logical_of(name).size(source.model)
-            found.append(Tensor(kind, name, shape, name_of(blocks[0].array.dtype), where))
+            found.append(Tensor(kind, name, shape, blocks[0].array.dtype.code, where))
     return found
 
 
-def _relative(file: Path, root: Path) -> str:
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+def _relative(file: object, root: Path) -> str:
+    return str(file).removeprefix(f"{root}/")
 
 
 def summary(source: Source) -> dict[str, Any]:

@@ -27,7 +27,6 @@ class Shard:
     expert_ranks: int = 1
     first: bool = True
     last: bool = True
-    second: Sequence[int] = ()  # T5's decoder layers
     pp: int = 0
     chunk: int = 0
     ep: int = 0

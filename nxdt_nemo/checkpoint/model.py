@@ -56,8 +56,9 @@ class Model:
     experts: int = 0  # E
     experts_per_token: int = 2
     expert_ffn: int = 0
-    decoder_layers: int = 0  # T5
-    relative_buckets: int = 0  # T5
+    decoder_layers: int = 0  # T5, whose encoder has `layers`
+    relative_buckets: int = 0  # T5: of distances, each with a bias; 0 for other positions
+    relative_distance: int = 128  # T5: the distance from which on all are in one bucket
     token_types: int = 0  # BERT
     pooled: bool = False  # BERT: pooler and next-sentence head
     embedding_scale: float | None = None  # Gemma: sqrt(hidden)

@@ -152,7 +152,7 @@ class Folder:
         summed = _hash(self.algorithm)
         try:
             at.parent.mkdir(parents=True, exist_ok=True)
-            with DirectFile(at, blocks, summed) as file:
+            with DirectFile(at, blocks, summed, output.size) as file:
                 for piece in output.stream():
                     view = memoryview(piece)
                     for begin in range(0, len(view), BLOCK):

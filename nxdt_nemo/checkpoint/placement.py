@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from nxdt_nemo.checkpoint.boxes import Box, whole
 from nxdt_nemo.checkpoint.layout import Layout, Shard
@@ -25,9 +26,11 @@ from nxdt_nemo.errors import LayoutError
 
 __all__ = [
     "Blocks",
+    "Copied",
     "Dialect",
     "Groups",
     "How",
+    "Pairs",
     "Part",
     "Row",
     "Rows",
@@ -35,7 +38,9 @@ __all__ = [
     "Segment",
     "Stored",
     "chunks",
+    "copied",
     "gated",
+    "not_copied",
     "not_gated",
     "rows_of",
     "tied_and_split",
@@ -76,6 +81,12 @@ class How(ABC):
 
     names: tuple[str, ...]
     turned: bool = False
+
+    def of(self, names: tuple[str, ...]) -> Self:
+        """The same of other tensors."""
+        made = copy(self)
+        object.__setattr__(made, "names", names)
+        return made
 
     @abstractmethod
     def segments(self, names: Sequence[str], model: Model, rank: int, ranks: int) -> list[Segment]:
@@ -133,6 +144,41 @@ class Groups(How):
 
 
 @dataclass(frozen=True)
+class Pairs(How):
+    """For each key-value head its key and its value, D rows each."""
+
+    def __init__(self, k: str, v: str) -> None:
+        object.__setattr__(self, "names", (k, v))
+        object.__setattr__(self, "turned", False)
+
+    def segments(self, names: Sequence[str], model: Model, rank: int, ranks: int) -> list[Segment]:
+        if model.groups % ranks:
+            reason = f"tp={ranks} does not divide the {model.groups} key-value heads"
+            raise LayoutError(reason, fix="use a divisor, or a format that copies heads: nxdt")
+        each, size = model.groups // ranks, model.head_size
+        heads = range(rank * each, (rank + 1) * each)
+        return [Segment(name, head * size, size) for head in heads for name in names]
+
+
+@dataclass(frozen=True)
+class Copied(How):
+    """A rank's key head and value head where there are more ranks than these, so that neighbouring ranks have copies.
+
+    This backend's own: megatron-core refuses such a layout. Queries lie apart, in plain order.
+    """
+
+    def __init__(self, k: str, v: str) -> None:
+        object.__setattr__(self, "names", (k, v))
+        object.__setattr__(self, "turned", False)
+
+    def segments(self, names: Sequence[str], model: Model, rank: int, ranks: int) -> list[Segment]:
+        if ranks % model.groups or model.heads % ranks:
+            reason = f"tp={ranks} neither divides the {model.groups} key-value heads nor is a multiple of them"
+            raise LayoutError(f"{reason} that divides {model.heads} heads", fix="use such a size")
+        return [Segment(name, rank * model.groups // ranks * model.head_size, model.head_size) for name in names]
+
+
+@dataclass(frozen=True)
 class Rows(How):
     """Rows of several tensors in turn: the first row of each, then the second. Megatron's checkpoint_version 1."""
 
@@ -169,6 +215,16 @@ def tied_and_split(model: Model, layout: Layout) -> bool:
     return model.tied and layout.pp > 1
 
 
+def copied(model: Model, layout: Layout) -> bool:
+    """When of a row: several ranks have a copy of the same key-value head."""
+    return bool(model.groups % layout.tp)
+
+
+def not_copied(model: Model, layout: Layout) -> bool:
+    """When of a row: a rank has whole query groups."""
+    return not copied(model, layout)
+
+
 def gated(model: Model, layout: Layout) -> bool:
     """When of a row: the MLP's first matrix has a gate."""
     return model.gated
@@ -187,7 +243,7 @@ class Row:
     also     other spellings that are read; they are not written
     stacked  the array's leading axes count layers ("l"), or layers and experts ("le")
     zero     the key of layer 0, where it is another; in a key, {before} is the layer before and {last} the last one
-    on       the pipeline stages that have it
+    on       the pipeline stages that have it; `between`, the last encoder stage's end, before a T5's decoder layers
     when     which models and layouts have it
     """
 
@@ -195,7 +251,7 @@ class Row:
     how: How
     also: tuple[str, ...] = ()
     stacked: Literal["", "l", "le"] = ""
-    on: Literal["layers", "first", "last"] = "layers"
+    on: Literal["layers", "first", "between", "last"] = "layers"
     when: Callable[[Model, Layout], bool] = field(default=_always)
     zero: str = ""
 
@@ -203,6 +259,11 @@ class Row:
     def expert(self) -> bool:
         """True if the array is one expert's."""
         return "{e}" in self.how.names[0]
+
+    @property
+    def decoder(self) -> bool:
+        """True if the array is of a decoder's layer, where there is an encoder too."""
+        return self.how.names[0].startswith("decoder.")
 
 
 @dataclass(frozen=True)
@@ -246,27 +307,35 @@ def rows_of(
     names  the patterns of the logical tensors that the model has; rows that need others are left out
     local  keys count the shard's own layers and experts from 0
     """
+    if model.decoder_layers and layout.pp > 1:
+        reason = f"pp={layout.pp}: stages of a model with an encoder and a decoder are not told apart"
+        raise LayoutError(reason, fix="use pp=1, or torch_dist, which is loaded at any layout")
     rows = [row for row in dialect if names.issuperset(row.how.names) and row.when(model, layout)]
-    for row in rows:
-        if row.on == "first" and shard.first:
-            yield _stored(row, model, shard, (), {}, local)
     inner = [row for row in rows if row.on == "layers"]
-    for at in range(max(len(shard.layers), len(shard.second))):
-        for expert, group in groupby(inner, lambda row: row.expert):
-            yield from _layer(list(group), model, shard, at, expert, local)
-    for row in rows:
-        if row.on == "last" and shard.last:
-            yield _stored(row, model, shard, (), {}, local)
+    decoder = [row for row in inner if row.decoder]
+
+    def ends(on: str) -> Iterator[Stored]:
+        return (_stored(row, model, shard, (), {}, local) for row in rows if row.on == on)
+
+    if shard.first:
+        yield from ends("first")
+    yield from _layers([row for row in inner if not row.decoder], model, shard, shard.layers, local)
+    if decoder:
+        yield from ends("between")
+        yield from _layers(decoder, model, shard, range(model.decoder_layers), local)
+    if shard.last:
+        yield from ends("last")
 
 
-def _layer(rows: Sequence[Row], model: Model, shard: Shard, at: int, expert: bool, local: bool) -> Iterator[Stored]:
-    """A layer's arrays; those of experts expert by expert."""
-    for place, number in enumerate(shard.experts) if expert else ((0, -1),):
-        for row in rows:
-            mine = shard.second if row.how.names[0].startswith("decoder.") else shard.layers
-            if at < len(mine):
-                index, places = ((mine[at], number), {"l": at, "e": place}) if expert else ((mine[at],), {"l": at})
-                yield _stored(row, model, shard, index, places, local)
+def _layers(rows: Sequence[Row], model: Model, shard: Shard, layers: Sequence[int], local: bool) -> Iterator[Stored]:
+    """The arrays of layers, one after the other; those of experts expert by expert."""
+    for at, layer in enumerate(layers):
+        for expert, group in groupby(rows, lambda row: row.expert):
+            same = list(group)
+            for place, number in enumerate(shard.experts) if expert else ((0, -1),):
+                index = (layer, number) if expert else (layer,)
+                places = {"l": at, "e": place} if expert else {"l": at}
+                yield from (_stored(row, model, shard, index, places, local) for row in same)
 
 
 def _stored(
@@ -277,7 +346,8 @@ def _stored(
     rank, ranks = (shard.expert_tp, shard.expert_ranks) if row.expert else (shard.tp, shard.ranks)
     segments = row.how.segments(names, model, rank, ranks)
     shape, parts = _parts(segments, logical_of(names[0]), model, row.how.turned)
-    lead = (model.layers, model.experts)[: len(row.stacked)] if row.stacked else ()
+    layers = model.decoder_layers if row.decoder else model.layers
+    lead = (layers, model.experts)[: len(row.stacked)] if row.stacked else ()
     spelled: dict[str, object] = {**(places if local else numbers), "last": model.layers - 1}
     if index:
         spelled["before"] = index[0] - 1

@@ -87,7 +87,7 @@ _DECODER = """
     pooler.bias                            | H   | -
     binary_head.weight                     | 2 H | -
     binary_head.bias                       | 2   | -
-    relative_bias.weight                   | R N | 1
+    relative_bias.weight                   | R N | -
 """
 # T5's decoder: {l} counts its own layers.
 _SECOND = """
@@ -120,7 +120,7 @@ _SECOND = """
     decoder.{l}.mlp.down.bias              | H   | -
     decoder_norm.weight                    | H   | -
     decoder_norm.bias                      | H   | -
-    decoder_relative_bias.weight           | R N | 1
+    decoder_relative_bias.weight           | R N | -
 """
 VOCABULARY: Mapping[str, Logical] = {row.name: row for row in (*_rows(_DECODER), *_rows(_SECOND))}
 

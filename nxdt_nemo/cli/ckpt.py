@@ -27,6 +27,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Checkpoints: inspect, convert.", no_args_is_help=True, rich_markup_mode=None)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_OPTIMIZER_FORMATS = ("fully_sharded_model_space", "model_space", "distrib_optim")
 _SHOWN = 40  # tensors that are listed unless --all
 
 _From = Annotated[str, typer.Option("--from", help="The source's format, if it is not to be found out.")]
@@ -46,7 +47,7 @@ _Vocab = Annotated[int | None, typer.Option("--vocab-size", help="Rows that mean
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_default=False)],
+    path: Annotated[str, typer.Argument(help="A checkpoint's folder, or its URL.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: all there is.")] = False,
     every: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
     from_: _From = "",
@@ -60,8 +61,9 @@ def inspect(
     from nxdt_nemo.checkpoint.formats.base import Options
     from nxdt_nemo.checkpoint.inspect import inspect as look
     from nxdt_nemo.checkpoint.inspect import summary
+    from nxdt_nemo.checkpoint.io.remote import path_of
 
-    found = summary(look(path, Options(from_, family, model_config, step, vocab_size, extra=_options(option))))
+    found = summary(look(path_of(path), Options(from_, family, model_config, step, vocab_size, extra=_options(option))))
     if as_json:
         typer.echo(json.dumps(found, indent=2, default=str))
     else:
@@ -118,7 +120,7 @@ def _size(count: float) -> str:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="The checkpoint to read, or its URL.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
     to: Annotated[
         str,
@@ -136,9 +138,15 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; as the source's by default.")] = "",
     with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="Take optimizer state along.")] = False,
     optimizer_format: Annotated[
-        str, typer.Option(help="torch_dist: fully_sharded_model_space (Megatron's distributed) or model_space.")
+        str,
+        typer.Option(
+            help="torch_dist: fully_sharded_model_space (Megatron's distributed) or model_space; torch: distrib_optim "
+            "for Megatron's distributed, else the other."
+        ),
     ] = "fully_sharded_model_space",
-    spec: Annotated[str, typer.Option(help="torch: layer spec of the run that loads it, local or te.")] = "local",
+    spec: Annotated[
+        str, typer.Option(help="torch: layer spec of the run that loads it, local or te; legacy for old names.")
+    ] = "local",
     divisible_by: Annotated[int, typer.Option(help="Megatron's make_vocab_size_divisible_by.")] = 128,
     shard_size: Annotated[float, typer.Option(help="hf: GB of a file.")] = 5.0,
     from_: _From = "",
@@ -147,7 +155,7 @@ def convert(
     step: _Step = None,
     vocab_size: _Vocab = None,
     option: _Option = None,
-    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 2,
+    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the target.")] = False,
     digest: Annotated[str, typer.Option(help="Of each file, in the manifest: xxh3_128 or sha256.")] = "xxh3_128",
     verify: Annotated[bool, typer.Option("--verify", help="Check digests, tensors and logits afterwards.")] = False,
@@ -158,14 +166,15 @@ def convert(
     """Write SOURCE as another format or layout at TARGET. Nothing is at TARGET before all of it is."""
     from nxdt_nemo.checkpoint.convert import convert as run
     from nxdt_nemo.checkpoint.formats.base import Options, Target
+    from nxdt_nemo.checkpoint.io.remote import path_of
     from nxdt_nemo.checkpoint.layout import Layout
     from nxdt_nemo.checkpoint.tensors import KINDS
 
     kinds = KINDS if with_optimizer else KINDS[:1]
     options = Options(from_, family, model_config, step, vocab_size, with_optimizer, _options(option))
     extra = {
-        "optimizer_format": _one_of("--optimizer-format", optimizer_format, "fully_sharded_model_space", "model_space"),
-        "spec": _one_of("--spec", spec, "local", "te"),
+        "optimizer_format": _one_of("--optimizer-format", optimizer_format, *_OPTIMIZER_FORMATS),
+        "spec": _one_of("--spec", spec, "local", "te", "legacy"),
         "shard_size": int(shard_size * 1000**3),
         **_options(option),
     }
@@ -173,7 +182,7 @@ def convert(
     wanted = Target(layout, _dtype(dtype), kinds, _positive("--divisible-by", divisible_by), extra)
     with _progress() as progress:
         report = run(
-            source,
+            path_of(source),
             target,
             to,
             options,
@@ -230,7 +239,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _dtype(name: str) -> Any:
     if not name:
         return None
-    from nxdt_nemo.checkpoint.formats.base import dtype_of
+    from nxdt_nemo.checkpoint.dtypes import dtype_of
 
     full = _DTYPES.get(name, name)
     return dtype_of(_one_of("--dtype", full, *_DTYPES.values()))

@@ -19,7 +19,9 @@ import torch
 
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.boxes import whole
+from nxdt_nemo.checkpoint.dtypes import DType, Raw, dtype_of
 from nxdt_nemo.checkpoint.formats.base import Options, Source
+from nxdt_nemo.checkpoint.io.pickling import Pending
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
 
 DATA = Path(__file__).parent / "data"
@@ -105,7 +107,19 @@ def read(path: Path, **options: Any) -> Source:
 
 def tensor(source: Source, kind: str, name: str) -> torch.Tensor:
     """One whole logical tensor."""
-    return source.catalog.part(kind, name, whole(logical_of(name).size(source.model))).tensor()
+    want = source.catalog.part(kind, name, whole(logical_of(name).size(source.model)))
+    return as_torch(want.tensor(), want.dtype)
+
+
+def as_torch(array: Raw, dtype: DType) -> torch.Tensor:
+    """A copy of it as torch's."""
+    return torch.from_numpy(array.copy()).view(getattr(torch, dtype.name))
+
+
+def pending(tensor: torch.Tensor) -> Pending:
+    """A torch tensor to be written."""
+    dtype = dtype_of(tensor.dtype)
+    return Pending.given(tensor.contiguous().view(getattr(torch, dtype.raw.name)).numpy(), dtype)
 
 
 def assert_same(first: Source, second: Source, kinds: tuple[str, ...] = KINDS) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Options, Target
@@ -21,7 +22,7 @@ from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.output import check_manifest
 from nxdt_nemo.errors import UserError
 
-from .conftest import KINDS
+from .conftest import KINDS, pending
 from .test_unpickle import Call
 
 Damage = Callable[[Path], Any]
@@ -110,8 +111,25 @@ def evil_blob(root: Path) -> None:
     blob.file.path.write_bytes(held)
 
 
+def tied(state: Any) -> None:
+    state["args"].untie_embeddings_and_output_weights = False
+
+
+def without_tensor(name: str) -> Damage:
+    """A safetensors file without one of its tensors."""
+
+    def damage(root: Path) -> None:
+        found = load_file(root / "model.safetensors")
+        del found[name]
+        (root / "model.safetensors").unlink()
+        save_file(found, root / "model.safetensors")
+
+    return damage
+
+
 TORCH, DIST, ZARR, HF = "ll_torch_tp2pp2_do", "ll_td_tp2pp2", "zarr_tp1", "hf_llama_tiny"
 IT = "iter_0000002/"
+NORM = "decoder.layers.0.input_layernorm.weight"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 CASES: list[tuple[str, str, Damage, str]] = [
     # name, fixture, damage, what the line says
@@ -152,13 +170,13 @@ CASES: list[tuple[str, str, Damage, str]] = [
     (
         "a tensor of no one",
         TORCH,
-        resaved(RANK, lambda s: s["model"].update(strange=torch.ones(3))),
+        resaved(RANK, lambda s: s["model"].update(strange=pending(torch.ones(3)))),
         "strange is not a tensor of llama",
     ),
     (
         "a tensor of another shape",
         TORCH,
-        resaved(RANK, lambda s: s["model"].update({"output_layer.weight": torch.ones(9, 64)})),
+        resaved(RANK, lambda s: s["model"].update({"output_layer.weight": pending(torch.ones(9, 64))})),
         "output_layer.weight is [9, 64]",
     ),
     (
@@ -166,9 +184,26 @@ CASES: list[tuple[str, str, Damage, str]] = [
         TORCH,
         resaved(
             IT + "mp_rank_01_000/model_optim_rng.pt",
-            lambda s: s["model"].update({"decoder.layers.0.input_layernorm.weight": torch.full((64,), 3.0)}),
+            lambda s: s["model"].update(
+                {"decoder.layers.0.input_layernorm.weight": pending(torch.full((64,), 3.0).bfloat16())}
+            ),
         ),
         "differs from its copy",
+    ),
+    (
+        "a rank of another dtype",
+        TORCH,
+        resaved(RANK, lambda s: s["model"].update({"output_layer.weight": pending(torch.ones(2560, 64))})),
+        "output_layer.weight is bfloat16, and float32 in",
+    ),
+    (
+        "an embedding that is tied, and another at its end",
+        TORCH,
+        lambda r: [
+            resaved(f"{IT}mp_rank_{rank}/model_optim_rng.pt", tied)(r)
+            for rank in ("00_000", "01_000", "00_001", "01_001")
+        ],
+        "output_layer.weight differs from its copy",
     ),
     ("no model in a file", TORCH, resaved(RANK, lambda s: s.pop("model")), "has no model"),
     ("no optimizer", TORCH, resaved(RANK, lambda s: s.update(optimizer=None)), "has no optimizer state"),
@@ -243,6 +278,12 @@ CASES: list[tuple[str, str, Damage, str]] = [
         HF,
         edited("config.json", lambda c: c.update(vocab_size=999)),
         "config.json makes it [999, 64]",
+    ),
+    (
+        "no output layer, and not tied",
+        HF,
+        without_tensor("lm_head.weight"),
+        "lm_head.weight is missing",
     ),
     ("config.json without a size", HF, edited("config.json", lambda c: c.pop("hidden_size")), "has no hidden_size"),
     (
@@ -336,7 +377,7 @@ def test_a_damaged_source(
 
 REQUESTS: list[tuple[str, dict[str, Any], str]] = [
     ("tp that divides no heads", {"layout": Layout(tp=3)}, "tp=3 does not divide"),
-    ("tp beyond the key-value heads", {"layout": Layout(tp=8)}, "the 4 key-value heads"),
+    ("tp beyond the attention heads", {"layout": Layout(tp=16)}, "neither divides the 4 key-value heads"),
     ("pp that divides no layers", {"layout": Layout(pp=3)}, "pp * vpp = 3 does not divide 4 layers"),
     ("vpp without pp", {"layout": Layout(vpp=2)}, "vpp=2 with pp=1"),
     ("ep without experts", {"layout": Layout(ep=2)}, "the model has no experts"),

@@ -71,9 +71,9 @@ def test_convert_in_a_process_without_upstream(unpacked: Unpacked, tmp_path: Pat
     [
         (["--dtype", "int4"], "--dtype: 'int4' is not known; use bfloat16 or float16 or float32"),
         (["--stages", "a,b"], "--stages: 'a,b' is no list of numbers; write it as 5,6,6,5"),
-        (["--spec", "apex"], "--spec: 'apex' is not known; use local or te"),
+        (["--spec", "apex"], "--spec: 'apex' is not known; use local or te or legacy"),
         (["--workers", "0"], "--workers: 0 is not positive"),
-        (["--family", "bloom"], "--family: there is no family bloom; use one of llama,"),
+        (["--family", "bloom"], "--family: there is no family bloom; use one of t5, llama,"),
         (["--from", "onnx"], "--from: there is no format onnx; use one of hf,"),
         (["--vocab-size", "9999"], "a vocabulary of 9999"),
     ],
@@ -98,13 +98,29 @@ def test_overwrite(unpacked: Unpacked, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, to", [("hf_llama_tiny", "torch_dist"), ("hf_mixtral_tiny", "torch"), ("hf_llama_tiny", "hf")]
+    "name, to",
+    [("hf_llama_tiny", to) for to in ("torch_dist", "hf", "nemo", "nemo2", "nemo_dist")]
+    + [("hf_mixtral_tiny", "torch")],
 )
 def test_verify(name: str, to: str, unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = ["--tp", "2", "--pp", "2"] if to != "hf" else []
     assert run("convert", unpacked(name), tmp_path / "out", "--to", to, *layout, "--verify") == 0
     out = capsys.readouterr().out
     assert "digests  ok" in out and "equal to the bit" in out and "logits   ok: transformers against" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torch_dist", "torch"])
+@pytest.mark.parametrize("model", ["gpt2", "qwen2", "qwen2 tied", "qwen3", "mistral"])
+def test_logits_of_other_families(
+    model: str, to: str, hf_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers and stock megatron-core, in float32: TP 2, PP 2, and virtual stages in the format that has them."""
+    layout = ["--tp", "2", "--pp", "2", *(["--vpp", "2"] if to == "torch" else [])]
+    assert run("convert", hf_model(model), tmp_path / "out", "--to", to, *layout, "--verify") == 0
+    said = "logits   ok: transformers against megatron-core: worst difference "
+    _, _, rest = capsys.readouterr().out.partition(said)
+    assert float(rest.split(",")[0]) <= 1e-5
 
 
 def test_verify_compares_what_was_written(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ ARGUMENTS = """
 --micro-batch-size 1 --global-batch-size 4 --train-iters 10 --lr 1e-3 --use-checkpoint-opt_param-scheduler
 --tokenizer-type NullTokenizer --vocab-size 5119 --distributed-backend gloo --use-cpu-initialization
 --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
---no-bias-swiglu-fusion --attention-backend unfused --no-load-rng --save-interval 5 --bf16
+--no-bias-swiglu-fusion --attention-backend unfused --no-load-rng --save-interval 5
 """
 DISTRIBUTED = ("--use-distributed-optimizer", "--ckpt-format", "torch_dist")
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -42,29 +43,24 @@ pytestmark = [
     pytest.mark.skipif(not SOURCE, reason="NXDT_MEGATRON_SOURCE names no checkout of Megatron-LM core_v0.13.1"),
 ]
 
-CASES = [  # format, layout that is written, ranks, upstream's arguments
-    ("torch_dist", Layout(tp=2), 2, (*DISTRIBUTED, *TP2)),
-    ("torch_dist", Layout(tp=1), 2, (*DISTRIBUTED, *TP2)),  # resharded by upstream
-    ("torch", Layout(tp=2), 2, ("--ckpt-format", "torch", *TP2)),
+SHARDED = ("--use-distributed-optimizer", "--ckpt-format", "torch")  # distrib_optim.pt
+DISTRIB_OPTIM = {"optimizer_format": "distrib_optim"}
+CASES = [  # format, layout that is written, ranks, upstream's arguments, of the writer
+    ("torch_dist", Layout(tp=2), 2, (*DISTRIBUTED, *TP2), {}),
+    ("torch_dist", Layout(tp=1), 2, (*DISTRIBUTED, *TP2), {}),  # resharded by upstream
+    ("torch", Layout(tp=2), 2, ("--ckpt-format", "torch", *TP2), {}),
+    ("torch", Layout(tp=2), 2, (*SHARDED, *TP2), DISTRIB_OPTIM),
+    ("torch", Layout(tp=2), 2, (*SHARDED, *TP2, "--use-legacy-models"), {**DISTRIB_OPTIM, "spec": "legacy"}),
+    ("torch", Layout(tp=1), 2, SHARDED, {**DISTRIB_OPTIM, "dp": 2}),
 ]
 
 
-@pytest.mark.parametrize(("to", "layout", "ranks", "arguments"), CASES)
-def test_upstream_loads_it_and_saves_the_same(
-    to: str,
-    layout: Layout,
-    ranks: int,
-    arguments: tuple[str, ...],
-    unpacked: Callable[[str], Path],
-    tmp_path: Path,
-) -> None:
-    source = unpacked("ll_torch_tp2pp2_do")
-    convert(source, tmp_path / "ours", to, wanted=Target(layout, kinds=KINDS))
-    given = [*ARGUMENTS.split(), *arguments, "--load", str(tmp_path / "ours"), "--save", str(tmp_path / "theirs")]
+def megatron(ranks: int, steps: int, *arguments: str | Path) -> str:
+    """What upstream prints."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     environment = {"NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), SOURCE, *given],
+        [sys.executable, *launcher, str(SCRIPT), SOURCE, str(steps), *ARGUMENTS.split(), *map(str, arguments)],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -72,7 +68,67 @@ def test_upstream_loads_it_and_saves_the_same(
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "loaded iteration 2, 8 samples" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(("to", "layout", "ranks", "arguments", "extra"), CASES)
+def test_upstream_loads_it_and_saves_the_same(
+    to: str,
+    layout: Layout,
+    ranks: int,
+    arguments: tuple[str, ...],
+    extra: dict[str, Any],
+    unpacked: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    source = unpacked("ll_torch_tp2pp2_do")
+    convert(source, tmp_path / "ours", to, wanted=Target(layout, kinds=KINDS, extra=extra))
+    said = megatron(ranks, 0, *arguments, "--bf16", "--load", tmp_path / "ours", "--save", tmp_path / "theirs")
+    assert "loaded iteration 2, 8 samples" in said
     theirs = read(tmp_path / "theirs")
     assert assert_same(read(source), theirs) == 156
     assert theirs.training.step == 2
+
+
+PP2 = ("--pipeline-model-parallel-size", "2")
+RESUMED = [  # of the run that is left: its format, arguments; then the layout and arguments of the one that goes on
+    ("torch", TP2, Layout(pp=2), PP2, {}),
+    (
+        "torch",
+        (*TP2, "--use-distributed-optimizer"),
+        Layout(pp=2),
+        (*PP2, *SHARDED),
+        DISTRIB_OPTIM,
+    ),
+    ("torch_dist", (*TP2, *DISTRIBUTED), Layout(tp=1, pp=2), (*PP2, *DISTRIBUTED), {}),
+]
+
+
+def losses(said: str) -> dict[int, float]:
+    rows = (line.split() for line in said.splitlines() if line.startswith("loss "))
+    return {int(step): float(loss) for _, step, loss in rows}
+
+
+@pytest.mark.parametrize(("to", "before", "layout", "after", "extra"), RESUMED)
+def test_training_goes_on_at_another_layout(
+    to: str,
+    before: tuple[str, ...],
+    layout: Layout,
+    after: tuple[str, ...],
+    extra: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """Megatron-LM trains at TP 2 and saves, its checkpoint is converted, Megatron-LM trains on at PP 2, in float32."""
+    before = before if "--ckpt-format" in before else (*before, "--ckpt-format", "torch")
+    after = after if "--ckpt-format" in after else (*after, "--ckpt-format", "torch")
+    whole = losses(megatron(2, 6, *before, "--save", tmp_path / "whole"))
+    first = losses(megatron(2, 3, *before, "--save", tmp_path / "half"))
+    assert first == {step: whole[step] for step in (1, 2, 3)}
+    convert(tmp_path / "half", tmp_path / "ours", to, wanted=Target(layout, kinds=KINDS, extra=extra))
+    said = megatron(2, 3, *after, "--load", tmp_path / "ours", "--save", tmp_path / "rest")
+    assert "loaded iteration 3, 12 samples" in said
+    rest = losses(said)
+    assert rest.keys() == {4, 5, 6}
+    assert max(abs(rest[step] - whole[step]) for step in rest) <= 1e-5, (rest, whole)
+    fresh = losses(megatron(2, 3, *after, "--save", tmp_path / "fresh"))  # the control
+    assert min(abs(fresh[step] - whole[step + 3]) for step in fresh) > 1e-3

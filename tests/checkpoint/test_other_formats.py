@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.dtypes import FLOAT32
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.output import check_manifest
@@ -127,7 +128,7 @@ def test_a_nemo_file_is_what_nemo_packs(unpacked: Unpacked, tmp_path: Path) -> N
     for path in unpacked("hf_llama_tiny").iterdir():
         (hf / path.name).write_bytes(path.read_bytes())
     (hf / "tokenizer.model").write_bytes(b"pieces")
-    convert(hf, tmp_path / "model.nemo", "nemo", wanted=Target(Layout(tp=2), torch.float32))
+    convert(hf, tmp_path / "model.nemo", "nemo", wanted=Target(Layout(tp=2), FLOAT32))
     with tarfile.open(tmp_path / "model.nemo", "r:") as tar:
         names = tar.getnames()
         config = yaml.safe_load(tar.extractfile("./model_config.yaml").read())  # type: ignore[union-attr]

@@ -8,17 +8,22 @@ import pytest
 import safetensors.torch
 import torch
 
+from nxdt_nemo.checkpoint.dtypes import dtype_of
 from nxdt_nemo.checkpoint.io import safetensors as ours
 from nxdt_nemo.checkpoint.io.files import Mapped
 from nxdt_nemo.checkpoint.io.torch_zip import raw_bytes
 from nxdt_nemo.errors import UserError
 
+from .conftest import as_torch, pending
+
 VALUE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor([1, 2])}
 
 
 def test_the_package_reads_what_we_write(tmp_path: Path) -> None:
-    head = ours.header([(key, value.dtype, tuple(value.shape)) for key, value in VALUE.items()])
-    (tmp_path / "x").write_bytes(head + b"".join(bytes(raw_bytes(value)) for value in VALUE.values()))
+    head = ours.header([(key, dtype_of(value.dtype), tuple(value.shape)) for key, value in VALUE.items()])
+    (tmp_path / "x").write_bytes(
+        head + b"".join(bytes(raw_bytes(pending(value).what.tensor())) for value in VALUE.values())
+    )
     found = safetensors.torch.load_file(tmp_path / "x")
     assert found.keys() == VALUE.keys() and all(torch.equal(found[key], VALUE[key]) for key in VALUE)
 
@@ -26,7 +31,9 @@ def test_the_package_reads_what_we_write(tmp_path: Path) -> None:
 def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
     safetensors.torch.save_file(VALUE, tmp_path / "x")
     found = ours.read(Mapped(tmp_path / "x"))
-    assert found.keys() == VALUE.keys() and all(torch.equal(found[key].tensor(), VALUE[key]) for key in VALUE)
+    assert found.keys() == VALUE.keys() and all(
+        torch.equal(as_torch(found[key].tensor(), found[key].dtype), VALUE[key]) for key in VALUE
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "header", "length", "offsets", "dtype"])

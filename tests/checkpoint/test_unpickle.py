@@ -119,12 +119,11 @@ def test_damage_is_one_line(text: bytes) -> None:
 
 
 def test_a_storage_cannot_be_left(tmp_path: Path) -> None:
+    from nxdt_nemo.checkpoint.dtypes import FLOAT32
     from nxdt_nemo.checkpoint.io.files import Extent, Mapped
 
     (tmp_path / "data").write_bytes(bytes(64))
-    import torch
-
-    base = unpickle.StorageRef(Extent(Mapped(tmp_path / "data"), "0", torch.float32, (16,), 0))
+    base = unpickle.StorageRef(Extent(Mapped(tmp_path / "data"), "0", FLOAT32, (16,), 0))
     rebuild = unpickle._KNOWN["torch._utils._rebuild_tensor_v2"]
     assert rebuild(base, 0, (4, 4), (4, 1)).shape == (4, 4)
     for offset, size, stride in [

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.dtypes import FLOAT32
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
@@ -118,10 +119,10 @@ def test_nemo(unpacked: Unpacked, tmp_path: Path) -> None:
             (folder / path.name).write_bytes(path.read_bytes())
         (folder / "tokenizer.model").write_bytes(tokenizer)
     _multi_head(legacy)
-    float32 = Target(Layout(), torch.float32)
+    float32 = Target(Layout(), FLOAT32)
     convert(core, tmp_path / "dist.nemo", "nemo", wanted=float32)
     convert(core, tmp_path / "train", "nemo_dist", wanted=float32)
-    by_file = Target(Layout(), torch.float32, extra={"weights": "file"})
+    by_file = Target(Layout(), FLOAT32, extra={"weights": "file"})
     convert(legacy, tmp_path / "legacy.nemo", "nemo", wanted=by_file)
     convert(legacy, tmp_path / "ptl", "ptl", wanted=float32)
     upstream("restore_nemo.py", tmp_path)

@@ -16,6 +16,7 @@ import torch
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT32, Raw, cast, same
 from nxdt_nemo.checkpoint.formats.base import Options, Source, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
@@ -69,11 +70,12 @@ def assert_started_from(source: Source, start: Path, kinds: tuple[str, ...]) -> 
         for name in names:
             one, other = (_tensor(at, kind, name) for at in (source, found))
             rows = min(len(one), len(other)) if "V" in logical_of(name).shape else len(one)
-            assert torch.equal(one[:rows].float(), other[:rows].float()), f"{kind} {name}"
+            assert same(one[:rows], other[:rows]), f"{kind} {name}"
 
 
-def _tensor(source: Source, kind: Any, name: str) -> torch.Tensor:
-    return source.catalog.part(kind, name, whole(logical_of(name).size(source.model))).tensor()
+def _tensor(source: Source, kind: Any, name: str) -> Raw:
+    want = source.catalog.part(kind, name, whole(logical_of(name).size(source.model)))
+    return cast(want.tensor(), want.dtype, FLOAT32)
 
 
 def start(train: Callable[..., Run], tmp_path: Path, *overrides: str, **named: Any) -> Run:
@@ -91,7 +93,7 @@ def start(train: Callable[..., Run], tmp_path: Path, *overrides: str, **named: A
 def test_hugging_face_weights(train: Callable[..., Run], tmp_path: Path, place: tuple[str, ...]) -> None:
     source = llama(tmp_path / "models" / "llama")
     if O2[0] in place:  # a run in bfloat16 rounds what it is given
-        convert(source, tmp_path / "models/bf16", "hf", wanted=Target(dtype=torch.bfloat16))
+        convert(source, tmp_path / "models/bf16", "hf", wanted=Target(dtype=BFLOAT16))
         source = tmp_path / "models/bf16"
     run = start(train, tmp_path, *place, f"+model.restore_from_path={source}")
     assert_started_from(formats.read(source, Options()), tmp_path / "start", ("model",))
@@ -145,7 +147,7 @@ def test_two_runs_at_once_and_a_third(train: Callable[..., Run], tmp_path: Path)
 @pytest.mark.slow
 def test_what_nemo_reads_stays(train: Callable[..., Run], tmp_path: Path) -> None:
     source = llama(tmp_path / "models" / "llama")
-    convert(source, tmp_path / "models/llama.nemo", "nemo", wanted=Target(Layout(), torch.float32))
+    convert(source, tmp_path / "models/llama.nemo", "nemo", wanted=Target(Layout(), FLOAT32))
     run = start(train, tmp_path, *TP2, f"+model.restore_from_path={tmp_path / 'models/llama.nemo'}")
     assert_started_from(formats.read(source, Options()), tmp_path / "start", ("model",))
     assert "imported" not in run.output

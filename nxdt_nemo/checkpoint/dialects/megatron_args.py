@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Names are those of megatron/training/arguments.py (core_v0.13.1), whose Namespace is in every
 checkpoint. Where a tensor tells the same, the tensor is believed and a conflict is an error (formats/megatron.py).
-May import torch and this room. Proof: tests/checkpoint/test_families.py.
+May import this room. Proof: tests/checkpoint/test_families.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, DType
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.errors import UserError
 
-__all__ = ["from_args", "layout_of", "to_args"]
+__all__ = ["from_args", "layout_of", "positions_of", "to_args"]
 
 _SQUARED, _OPENAI = "squared_relu", "openai_gelu"
 # What we add to the Namespace: a vocabulary's true size, which Megatron's own `vocab_size` is not (NullTokenizer).
@@ -63,6 +62,7 @@ def from_args(args: Mapping[str, Any], place: str) -> Model:
         rope_base=float(args.get("rotary_base") or 10000.0),
         rope_fraction=float(args.get("rotary_percent") or 1.0),
         rope_scaling=_scaling(args),
+        relative_distance=int(args.get("relative_attention_max_distance") or 128),
         window=_window(args),
         token_types=_token_types(args),
         pooled=_token_types(args) > 0 and bool(args.get("bert_binary_head", True)),
@@ -97,6 +97,13 @@ def _scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+
+
+def positions_of(model: Model) -> str:
+    """Megatron's position_embedding_type."""
+    if model.learned_positions:
+        return "learned_absolute"
+    return "relative" if model.relative_buckets else "rope"
 
 
 def _window(args: Mapping[str, Any]) -> int | None:
@@ -135,12 +142,13 @@ def _stages(args: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(stage.count("t") for stage in said.split("|"))
 
 
-def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+def to_args(model: Model, layout: Layout, dtype: DType) -> dict[str, Any]:
     """The arguments that say what the model is, and how it is cut."""
     scaling = model.rope_scaling or {}
     return {
-        "num_layers": model.layers,
+        "num_layers": model.decoder_layers or model.layers,
         "encoder_num_layers": model.layers,
+        "decoder_num_layers": model.decoder_layers or None,
         "hidden_size": model.hidden,
         "ffn_hidden_size": model.ffn,
         "num_attention_heads": model.heads,
@@ -150,7 +158,9 @@ def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "max_position_embeddings": model.positions,
         "seq_length": model.positions,
         "encoder_seq_length": model.positions,
-        "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
+        "position_embedding_type": positions_of(model),
+        **({"relative_attention_num_buckets": model.relative_buckets} if model.relative_buckets else {}),
+        **({"relative_attention_max_distance": model.relative_distance} if model.relative_buckets else {}),
         "add_position_embedding": True,  # what --position-embedding-type rope leaves it at; loaders compare
         "rotary_base": int(model.rope_base),
         "rotary_percent": model.rope_fraction,
@@ -174,8 +184,8 @@ def to_args(model: Model, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.expert_ffn or None,
         "moe_layer_freq": 1,
         "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": dtype == BFLOAT16,
+        "fp16": dtype == FLOAT16,
         **({"window_size": (model.window, 0)} if model.window else {}),
         **layout_args(layout),
         "apply_residual_connection_post_layernorm": model.norm_after,

@@ -11,7 +11,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from nxdt_nemo.checkpoint.placement import Blocks, Dialect, Groups, Row, Same, gated, not_gated, tied_and_split, untied
+from nxdt_nemo.checkpoint.model import Model
+from nxdt_nemo.checkpoint.placement import (
+    Blocks,
+    Copied,
+    Dialect,
+    Groups,
+    Pairs,
+    Row,
+    Same,
+    copied,
+    gated,
+    not_copied,
+    not_gated,
+    tied_and_split,
+    untied,
+)
 
 __all__ = ["DISTRIBUTED", "PER_RANK", "PER_RANK_TE"]
 
@@ -31,7 +46,7 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
     yield Row("embedding.word_embeddings.weight", Same("embedding.word.weight"), on="first")
     yield Row("embedding.position_embeddings.weight", Same("embedding.position.weight"), on="first")
     yield Row("embedding.tokentype_embeddings.weight", Same("embedding.token_type.weight"), on="first")
-    yield from _attention(row, mine, spec)
+    yield from _attention(row, mine, spec, stacked)
     norms = [
         row(f"pre_mlp_layernorm.{w}", f"mlp.linear_fc1.layer_norm_{w}", Same(mine + f"mlp.norm.{w}")) for w in _BOTH
     ]
@@ -51,8 +66,11 @@ def _rows(stacked: bool, spec: Spec) -> Iterator[Row]:
         yield Row("output_layer.weight", Same("embedding.word.weight"), on="last", when=tied_and_split)
 
 
-def _attention(row: Callable[..., Row], mine: str, spec: Spec) -> Iterator[Row]:
-    """In the order of the modules: with TransformerEngine the norm is a part of linear_qkv."""
+def _attention(row: Callable[..., Row], mine: str, spec: Spec, stacked: bool) -> Iterator[Row]:
+    """In the order of the modules: with TransformerEngine the norm is a part of linear_qkv.
+
+    Arrays of the whole model have no copies of key-value heads; a rank's file has them where there are more ranks.
+    """
     at = "self_attention."
     norm = [
         row(f"input_layernorm.{w}", at + f"linear_qkv.layer_norm_{w}", Same(mine + f"attention.norm.{w}"))
@@ -62,7 +80,14 @@ def _attention(row: Callable[..., Row], mine: str, spec: Spec) -> Iterator[Row]:
     yield from (*out, *norm) if spec == "te" else (*norm, *out)
     for what in _BOTH:
         name = at + f"linear_qkv.{what}"
-        yield row(name, name, Groups(*(mine + f"attention.{one}.{what}" for one in "qkv")))
+        q, k, v = (mine + f"attention.{one}.{what}" for one in "qkv")
+        if stacked:
+            yield row(name, name, Groups(q, k, v))
+            continue
+        yield row(name, name, Groups(q, k, v), when=not_copied)
+        yield row(name, name, Same(q), when=copied)
+        copies = at + f"linear_qkv.kv_{what}"
+        yield row(copies, copies, Copied(k, v), when=copied)
     for what in ("q", "k"):
         name = at + f"{what}_layernorm.weight"
         yield row(name, name, Same(mine + f"attention.{what}_norm.weight"))
@@ -97,19 +122,68 @@ def _heads(stacked: bool) -> Iterator[Row]:
         yield Row(f"pooler.dense.{what}", Same(f"pooler.{what}"), on="last")
 
 
+def _second(stacked: bool, spec: Spec) -> Iterator[Row]:
+    """T5Model's decoder: a layer is GPTModel's, with cross-attention between attention and MLP."""
+
+    def turned(row: Row) -> Row:
+        names = tuple(name.replace("layers.{l}.", "decoder.{l}.") for name in row.how.names)
+        return replace(row, how=row.how.of(names))
+
+    layer = "decoder.layers." if stacked else "decoder.layers.{l}."
+    own = [row for row in _rows(stacked, spec) if row.on == "layers"]
+    before = [row for row in own if ".attention." in row.how.names[0]]
+    cross, mine = layer + "cross_attention.", "decoder.{l}.cross."
+    over: Literal["", "l"] = "l" if stacked else ""
+    yield from map(turned, before)
+    for what in _BOTH:
+        yield Row(layer + f"pre_cross_attn_layernorm.{what}", Same(mine + f"norm.{what}"), stacked=over)
+    yield from (Row(cross + f"linear_proj.{what}", Same(mine + f"out.{what}"), stacked=over) for what in _BOTH)
+    yield from (Row(cross + f"linear_q.{what}", Same(mine + f"q.{what}"), stacked=over) for what in _BOTH)
+    for what in _BOTH:
+        yield Row(cross + f"linear_kv.{what}", Pairs(mine + f"k.{what}", mine + f"v.{what}"), stacked=over)
+    yield from (turned(row) for row in own if row not in before and not row.expert)
+
+
+def _t5(stacked: bool, spec: Spec) -> Iterator[Row]:
+    """T5Model's. Two of its modules are known by a second name, and its checkpoints have both."""
+    yield Row("embedding.word_embeddings.weight", Same("embedding.word.weight"), on="first")
+    for key in ("embedding.position_embeddings.weight", "position_embeddings.weight"):
+        yield Row(key, Same("embedding.position.weight"), on="first")
+    relative = "relative_pos_emb.relative_attention_bias.weight"
+    yield Row(f"encoder_{relative}", Same("relative_bias.weight"), on="first")
+    yield Row(f"decoder_{relative}", Same("decoder_relative_bias.weight"), on="first")
+    yield from (_encoders(row) for row in _rows(stacked, spec) if row.on == "layers" and not row.expert)
+    for what in _BOTH:
+        yield Row(f"encoder.final_layernorm.{what}", Same(f"final_norm.{what}"), on="between")
+    yield from _second(stacked, spec)
+    yield from (Row(f"decoder.final_layernorm.{w}", Same(f"decoder_norm.{w}"), on="last") for w in _BOTH)
+    for key in ("lm_head.output_layer", "output_layer"):
+        yield from (Row(f"{key}.{what}", Same(f"head.{what}"), on="last") for what in _BOTH)
+
+
+def _encoders(row: Row) -> Row:
+    """The same of an encoder's layer."""
+    also = tuple(name.replace("decoder.", "encoder.", 1) for name in row.also)
+    return replace(row, key=row.key.replace("decoder.", "encoder.", 1), also=also)
+
+
 def _dialect(stacked: bool, spec: Spec) -> Dialect:
-    """GPTModel's rows, and for models with token types BertModel's, whose layers are an encoder's."""
+    """GPTModel's rows; for models with token types BertModel's, whose layers are an encoder's; T5Model's."""
 
-    def of(bert: bool, row: Row) -> Row:
-        return replace(row, when=lambda model, layout: bool(model.token_types) == bert and row.when(model, layout))
-
-    def renamed(row: Row) -> Row:
-        also = tuple(name.replace("decoder.", "encoder.", 1) for name in row.also)
-        return replace(row, key=row.key.replace("decoder.", "encoder.", 1), also=also)
+    def of(kind: str, row: Row) -> Row:
+        return replace(row, when=lambda model, layout: _kind(model) == kind and row.when(model, layout))
 
     own = [row for row in _rows(stacked, spec) if not row.key.startswith("output_layer")]
-    bert = [*map(renamed, own), *_heads(stacked)]
-    return (*(of(False, row) for row in _rows(stacked, spec)), *(of(True, row) for row in bert))
+    rows = {
+        "gpt": _rows(stacked, spec),
+        "bert": (*map(_encoders, own), *_heads(stacked)),
+        "t5": _t5(stacked, spec),
+    }
+    return tuple(of(kind, row) for kind, some in rows.items() for row in some)
+
+
+def _kind(model: Model) -> str:
+    return "t5" if model.decoder_layers else "bert" if model.token_types else "gpt"
 
 
 DISTRIBUTED: Dialect = _dialect(stacked=True, spec="te")

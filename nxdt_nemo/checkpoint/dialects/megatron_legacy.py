@@ -3,7 +3,8 @@
 Room checkpoint/ (leaf). The state is nested (`language_model`, `encoder`, ...); keys here are the path joined by dots.
 Spellings changed over the years: `transformer` and `attention` before 2021, `layernorm` for `norm` before 2023. The
 order of the rows of query_key_value depends on checkpoint_version. May import this room.
-Proof: none yet, for lack of a file that old.
+Written with checkpoint_version 3. Proof: tests/checkpoint/test_families.py, test_megatron_lm.py; none of
+versions 0 to 2, for lack of a file that old.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ def _rows(version: float) -> Iterator[Row]:
     yield Row(_ROOT + "embedding.word_embeddings.weight", Same("embedding.word.weight"), on="first")
     yield Row(_ROOT + "embedding.position_embeddings.weight", Same("embedding.position.weight"), on="first")
     yield Row(_ROOT + "embedding.tokentype_embeddings.weight", Same("embedding.token_type.weight"), on="first")
-    for what in ("weight", "bias"):
+    both = ("weight", "bias")  # in the order of the modules, by which optimizers number parameters
+    yield from (row(layer + f"input_norm.{what}", Same(mine + f"attention.norm.{what}")) for what in both)
+    for what in both:
         fused = [mine + f"attention.{one}.{what}" for one in "qkv"]
-        yield row(layer + f"input_norm.{what}", Same(mine + f"attention.norm.{what}"))
         yield row(layer + f"self_attention.query_key_value.{what}", _fuse(fused, version))
-        yield row(layer + f"self_attention.dense.{what}", Same(mine + f"attention.out.{what}"))
-        yield row(layer + f"post_attention_norm.{what}", Same(mine + f"mlp.norm.{what}"))
+    yield from (row(layer + f"self_attention.dense.{what}", Same(mine + f"attention.out.{what}")) for what in both)
+    yield from (row(layer + f"post_attention_norm.{what}", Same(mine + f"mlp.norm.{what}")) for what in both)
     fc1 = layer + "mlp.dense_h_to_4h.weight"
     yield row(fc1, Blocks(mine + "mlp.gate.weight", mine + "mlp.up.weight"), when=gated)
     yield row(fc1, Same(mine + "mlp.up.weight"), when=not_gated)
     yield row(layer + "mlp.dense_h_to_4h.bias", Same(mine + "mlp.up.bias"))
-    yield row(layer + "mlp.dense_4h_to_h.weight", Same(mine + "mlp.down.weight"))
-    yield row(layer + "mlp.dense_4h_to_h.bias", Same(mine + "mlp.down.bias"))
+    yield from (row(layer + f"mlp.dense_4h_to_h.{what}", Same(mine + f"mlp.down.{what}")) for what in both)
     for what in ("weight", "bias"):
         yield row(_ROOT + f"encoder.final_norm.{what}", Same(f"final_norm.{what}"), on="last")
         yield row(f"lm_head.norm.{what}", Same(f"head.norm.{what}"), on="last")

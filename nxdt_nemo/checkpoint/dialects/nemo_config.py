@@ -1,7 +1,7 @@
 """NeMo's model configuration, 1.x YAML and 2.0 dataclasses, as Megatron's arguments and back.
 
 Room checkpoint/ (leaf). megatron_args.py makes a Model of the arguments; what a YAML leaves open (the vocabulary, which
-is the tokenizer's) is taken from the tensors. May import torch and this room.
+is the tokenizer's) is taken from the tensors. May import this room.
 Proof: tests/checkpoint/test_other_formats.py.
 """
 
@@ -11,9 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB
+from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
@@ -26,6 +25,7 @@ __all__ = [
     "of_hyper_parameters",
     "plain_config",
     "structured",
+    "t5_config",
     "two_args",
     "two_config",
 ]
@@ -45,6 +45,7 @@ _SAME = {
     "qkv_bias": "add_qkv_bias",
     "qk_layernorm": "qk_layernorm",
     "position_embedding_type": "position_embedding_type",
+    "relative_attention_max_distance": "relative_attention_max_distance",
     "rotary_base": "rotary_base",
     "rotary_percentage": "rotary_percent",
     "scale_positional_embedding": "use_rope_scaling",
@@ -118,7 +119,7 @@ def _resolved(value: Any, root: Any, depth: int) -> Any:
 
 def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron's arguments for a `model:` section. Keys that are not there are left out, or NeMo's defaults."""
-    config = {**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    config = {**_DEFAULTS, **{key: value for key, value in _joined(config).items() if value is not None}}
     args = {theirs: config[ours] for ours, theirs in _SAME.items() if ours in config}
     for ours in _WHOLE:
         name = _SAME.get(ours, ours)
@@ -149,7 +150,65 @@ def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _joined(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A T5's section, whose sizes are those of its encoder; the decoder's are the same but for layers."""
+    encoder = config.get("encoder")
+    if not isinstance(encoder, Mapping):
+        return config
+    tied = config.get("share_decoder_tokens_head_embeddings", True)
+    half = {key: value for key, value in encoder.items() if (key, value) != ("num_moe_experts", 1)}  # NeMo's for none
+    return {**config, **half, "share_embeddings_and_output_weights": tied}
+
+
+# Of a T5's section: what both its halves have.
+_HALF = (
+    "hidden_size ffn_hidden_size num_attention_heads kv_channels normalization layernorm_epsilon activation "
+    "openai_gelu bias position_embedding_type relative_attention_num_buckets relative_attention_max_distance"
+).split()
+
+
+def t5_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+    """The `model:` section of a T5 of megatron-core."""
+    whole = config_of(model, layout, {}, dtype)
+    half = {key: whole[key] for key in _HALF if key in whole}
+    halves = {"encoder": model.layers, "decoder": model.decoder_layers}
+    base = {key: value for key, value in TEMPLATE.items() if key in ("micro_batch_size", "global_batch_size", "optim")}
+    sections = {
+        name: {**_T5_HALF, **(kept.get(name) or {}), **half, "num_layers": layers, "arch": "transformer"}
+        for name, layers in halves.items()
+    }
+    return {
+        **(kept or {**base, "tokenizer": dict(TEMPLATE["tokenizer"]), "seed": 1234, "use_cpu_initialization": True}),
+        **{key: value for key, value in whole.items() if key not in (*_HALF, "num_layers", "mcore_gpt")},
+        **sections,
+        "mcore_t5": True,
+        "seq_length": model.positions,
+        "pipeline_model_parallel_split_rank": 0,
+        "share_token_embeddings": True,
+        "share_decoder_tokens_head_embeddings": model.tied,
+        "tokens_head_bias": model.tied,
+        "transformer_engine": True,
+    }
+
+
+_T5_HALF: dict[str, Any] = {
+    "init_method_std": 0.02,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ffn_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "transformer_block_type": "pre_ln",
+    "normalize_attention_scores": True,
+    "megatron_legacy": False,
+    "headscale": False,
+    "num_moe_experts": 1,
+}
+
+
+def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     """A `model:` section: what the source had, with what the model and the layout now are."""
     norm = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm1p" if model.norm_from_one else "layernorm"}[model.norm]
     activations = {
@@ -179,7 +238,7 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
         "bias": model.bias,
         "qkv_bias": model.qkv_bias and not model.bias,
         "share_embeddings_and_output_weights": model.tied,
-        "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
+        "position_embedding_type": positions_of(model),
         "rotary_base": int(model.rope_base),
         "rotary_percentage": model.rope_fraction,
         "scale_positional_embedding": kind == "llama3",
@@ -188,8 +247,8 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "expert_model_parallel_size": layout.ep,
-        "megatron_amp_O2": dtype != torch.float32 and bool(kept.get("megatron_amp_O2", True)),
-        "precision": {torch.bfloat16: "bf16", torch.float16: 16}.get(dtype, 32),
+        "megatron_amp_O2": dtype != FLOAT32 and bool(kept.get("megatron_amp_O2", True)),
+        "precision": {BFLOAT16: "bf16", FLOAT16: 16}.get(dtype, 32),
     }
     if model.experts:
         said |= {"num_moe_experts": model.experts, "moe_router_topk": model.experts_per_token}
@@ -197,6 +256,9 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torc
         said["scale_factor"] = float(scaling.get("factor", 8.0))
     if model.qk_norm:
         said["qk_layernorm"] = True
+    if model.relative_buckets:
+        said["relative_attention_num_buckets"] = model.relative_buckets
+        said["relative_attention_max_distance"] = model.relative_distance
     if model.window:
         said["window_size"] = [model.window, 0]
     if layout.stages:
@@ -230,6 +292,7 @@ _TWO = {
     "add_qkv_bias": "add_qkv_bias",
     "qk_layernorm": "qk_layernorm",
     "position_embedding_type": "position_embedding_type",
+    "relative_attention_max_distance": "relative_attention_max_distance",
     "rotary_base": "rotary_base",
     "rotary_percent": "rotary_percent",
     "scale_factor": "rope_scaling_factor",
@@ -265,9 +328,7 @@ def two_args(config: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def two_config(
-    model: Model, layout: Layout, kept: Mapping[str, Any], dtype: torch.dtype, divisor: int
-) -> dict[str, Any]:
+def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DType, divisor: int) -> dict[str, Any]:
     """The `config` of context/model.yaml: GPTConfig's fields, over those that the source had."""
     base = "nemo.collections.llm.gpt.model"
     llama3 = (model.rope_scaling or {}).get("rope_type", (model.rope_scaling or {}).get("type")) == "llama3"
@@ -298,21 +359,32 @@ def two_config(
         "add_qkv_bias": model.qkv_bias and not model.bias,
         "qk_layernorm": model.qk_norm,
         "share_embeddings_and_output_weights": model.tied,
-        "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
+        "position_embedding_type": positions_of(model),
         "rotary_base": int(model.rope_base),
         "rotary_percent": model.rope_fraction,
         "window_size": [model.window, 0] if model.window else None,
         "num_moe_experts": model.experts or None,
         "moe_router_topk": model.experts_per_token,
         "make_vocab_size_divisible_by": divisor,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": dtype == BFLOAT16,
+        "fp16": dtype == FLOAT16,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
     }
     if llama3:
         said["scale_factor"] = float((model.rope_scaling or {}).get("factor", 8.0))
+    if model.decoder_layers:
+        said |= {
+            "_target_": "nemo.collections.llm.t5.model.t5.T5Config",
+            "num_layers": model.decoder_layers,
+            "encoder_num_layers": model.layers,
+            "max_position_embeddings": model.positions,
+        }
+        said = {key: value for key, value in said.items() if key != "rotary_base"}
+    if model.relative_buckets:
+        said["relative_attention_num_buckets"] = model.relative_buckets
+        said["relative_attention_max_distance"] = model.relative_distance
     return {**kept, **said}
 
 

@@ -15,23 +15,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import (
     Blocks,
     Dialect,
     Groups,
-    How,
+    Pairs,
     Row,
     Same,
-    Segment,
     gated,
     not_gated,
     tied_and_split,
     untied,
 )
-from nxdt_nemo.errors import LayoutError
 
-__all__ = ["Pairs", "Spelling", "nemo_legacy", "spelling_of"]
+__all__ = ["Spelling", "nemo_legacy", "spelling_of"]
 
 _ROOT = "language_model."
 _WHATS = ("weight", "bias")
@@ -57,23 +54,6 @@ def spelling_of(keys: Sequence[str]) -> Spelling:
         split=any(".self_attention.key_value." in key for key in keys),
         two=any(".mlp.dense_h_to_4h_2." in key for key in keys),
     )
-
-
-@dataclass(frozen=True)
-class Pairs(How):
-    """For each key-value head its key and its value, D rows each."""
-
-    def __init__(self, k: str, v: str) -> None:
-        object.__setattr__(self, "names", (k, v))
-        object.__setattr__(self, "turned", False)
-
-    def segments(self, names: Sequence[str], model: Model, rank: int, ranks: int) -> list[Segment]:
-        if model.groups % ranks:
-            reason = f"tp={ranks} does not divide the {model.groups} key-value heads"
-            raise LayoutError(reason, fix="use a divisor, or a format that copies heads: nxdt")
-        each, size = model.groups // ranks, model.head_size
-        heads = range(rank * each, (rank + 1) * each)
-        return [Segment(name, head * size, size) for head in heads for name in names]
 
 
 def _rows(spelling: Spelling) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from nxdt_nemo.errors import UserError
 __all__ = ["NAMES", "Family", "by_name", "of_config", "of_model"]
 
 # Those that a Megatron checkpoint is tried against, in this order: the first whose features are the model's has it.
-NAMES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "bert", "gpt2")
+NAMES = ("t5", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "bert", "gpt2")
 
 
 def by_name(name: str) -> Family:

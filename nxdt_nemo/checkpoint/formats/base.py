@@ -1,6 +1,6 @@
 """What a format's reader gives and a writer is given.
 
-Room checkpoint/ (leaf). May import torch and this room. Proof: tests/checkpoint/test_families.py.
+Room checkpoint/ (leaf). May import this room. Proof: tests/checkpoint/test_families.py.
 
 Order of a conversion (convert.py):
  1 Reader.read      once: metadata only. It maps files and says which boxes of which tensor lie where
@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import torch
-
 from nxdt_nemo.checkpoint.catalog import Catalog
+from nxdt_nemo.checkpoint.dtypes import DType
 from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.layout import Layout
@@ -106,7 +105,7 @@ class Source:
         return self.family.names(self.model)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """The weights' dtype: that of the largest number of elements would be; the embedding's is."""
         return self.catalog.dtype("model", self.catalog.names()[0])
 
@@ -122,7 +121,7 @@ class Target:
     """
 
     layout: Layout = field(default_factory=Layout)
-    dtype: torch.dtype | None = None
+    dtype: DType | None = None
     kinds: tuple[str, ...] = ("model",)
     divisible_by: int = 128
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -138,13 +137,6 @@ class Output:
     path: str
     size: int
     stream: Callable[[], Iterator[Bytes]]
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch's dtype of that name."""
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def constant(path: str, content: bytes) -> Output:

@@ -3,7 +3,7 @@
 Room checkpoint/ (leaf). Keys are dialects/megatron_core.py's. Optimizer state by name is of one of two shapes: the
 parameter's (`model space`), or, with Megatron's distributed optimizer, tile by tile flattened
 (`fully_sharded_model_space`): [layers, tiles along each axis, elements of a tile].
-May import torch and this room. Proof: tests/checkpoint/test_fixtures.py.
+May import this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint.boxes import Box, flat_boxes
 from nxdt_nemo.checkpoint.catalog import Array, Catalog, Reshaped
 from nxdt_nemo.checkpoint.dialects.megatron_args import layout_of
 from nxdt_nemo.checkpoint.dialects.megatron_core import DISTRIBUTED, PER_RANK_TE
+from nxdt_nemo.checkpoint.dtypes import DType
 from nxdt_nemo.checkpoint.formats import megatron
 from nxdt_nemo.checkpoint.formats.base import Options, Source
 from nxdt_nemo.checkpoint.layout import Layout
@@ -48,7 +47,7 @@ class Item:
     """An array of the whole model, and its chunks."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     chunks: list[tuple[Box, Array]] = field(default_factory=list)
 
     def by_index(self, lead: int) -> Mapping[tuple[int, ...], list[tuple[Box, Array]]]:
@@ -68,7 +67,10 @@ def build(
     place = str(path)
     prefix = _prefix(items, place)
     training = megatron.training_of(common, path)
-    model = _believe(megatron.model_of(training.args, options, place), items, prefix, options, place)
+    model = megatron.model_of(training.args, options, place)
+    if options.config is None:
+        model = megatron.by_tensors(model, {key.removeprefix(prefix): item.shape for key, item in items.items()})
+    model = _believe(model, items, prefix, options, place)
     family = megatron.family_of(model, place)
     model = model.with_(family=family.name).check(place)
     catalog, claimed = Catalog(), set()

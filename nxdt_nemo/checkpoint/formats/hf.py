@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, safetensors or torch files, one or sharded with an index, a tokenizer's files.
 
-Room checkpoint/ (leaf). As transformers 4.51 writes and reads them. May import torch and this room.
+Room checkpoint/ (leaf). As transformers 4.51 writes and reads them. May import this room.
 Proof: tests/checkpoint/test_families.py.
 """
 
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint import families
 from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.catalog import Catalog, Wanted
+from nxdt_nemo.checkpoint.dtypes import same
 from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.io import safetensors, torch_zip
@@ -101,7 +100,11 @@ _HEADS = ("lm_head.weight", "cls.predictions.decoder.weight")
 
 def _check_tied(path: Path, head: Extent, catalog: Catalog) -> None:
     block = catalog.blocks("model", "embedding.word.weight")[0]
-    if head.shape != block.array.shape or not torch.equal(head.tensor(), block.read(block.box)):
+    if (
+        head.shape != block.array.shape
+        or head.dtype != block.array.dtype
+        or not same(head.tensor(), block.read(block.box))
+    ):
         reason = f"tie_word_embeddings is true, but {head.key} differs from the embedding"
         raise UserError(
             reason, place=str(path), fix=f"set tie_word_embeddings to false in {CONFIG}, or use equal tensors"
@@ -159,7 +162,7 @@ class HFWriter(Writer):
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:
         model = source.model.with_(padded_vocab=0)
         self._source = source
-        self._config = {**source.family.to_hf(model), "torch_dtype": _dtype_name(target.dtype or source.dtype)}
+        self._config = {**source.family.to_hf(model), "torch_dtype": (target.dtype or source.dtype).name}
         self._place: dict[str, str] = {}
         wanted = [
             (stored.key, source.catalog.want("model", stored, target.dtype))
@@ -189,10 +192,6 @@ class HFBinWriter(HFWriter):
 
     def __init__(self) -> None:
         super().__init__(BIN)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shards(wanted: list[tuple[str, Wanted]], limit: int) -> list[list[tuple[str, Wanted]]]:

@@ -1,6 +1,6 @@
 """What Megatron's formats share: the folder of an iteration, arguments, how far training is.
 
-Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) has it. May import torch and this room.
+Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) has it. May import this room.
 Proof: tests/checkpoint/test_fixtures.py.
 """
 
@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint import families
 from nxdt_nemo.checkpoint.dialects import megatron_args
+from nxdt_nemo.checkpoint.dtypes import DType
 from nxdt_nemo.checkpoint.families import Family
 from nxdt_nemo.checkpoint.formats import hf
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Training, constant
@@ -31,6 +30,7 @@ __all__ = [
     "args_for",
     "asset_outputs",
     "assets_of",
+    "by_tensors",
     "flat",
     "folder_name",
     "folder_of",
@@ -97,6 +97,37 @@ def model_of(args: Mapping[str, Any], options: Options, place: str) -> Model:
     return model.with_(family=options.family or str(args.get(FAMILY) or ""), extra=dict(args.get("nxdt_extra") or {}))
 
 
+_ENCODER, _DECODER = (re.compile(rf"{name}\.layers\.(\d+)\.") for name in ("encoder", "decoder"))
+_RELATIVE = "encoder_relative_pos_emb.relative_attention_bias.weight"
+
+
+def by_tensors(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Model:
+    """The model with what only its tensors say: Megatron's arguments are the same for a GPT, a BERT and a T5.
+
+    shapes  of all arrays, by megatron-core's or older names; of a stacked one the first axis counts layers
+    """
+    types = [shape[0] for key, shape in shapes.items() if key.endswith("tokentype_embeddings.weight")]
+    if types:
+        model = model.with_(token_types=types[0], pooled=any("binary_head." in key for key in shapes))
+    if not any(".cross_attention." in key for key in shapes):
+        return model
+    relative = shapes.get(_RELATIVE, (0,))[0]
+    return model.with_(
+        layers=_count(_ENCODER, shapes, "encoder") or model.layers,
+        decoder_layers=_count(_DECODER, shapes, "decoder"),
+        relative_buckets=relative,
+        learned_positions=model.learned_positions and not relative,
+    )
+
+
+def _count(numbered: re.Pattern[str], shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+    """Layers of a T5's encoder or decoder."""
+    stacked = shapes.get(f"{name}.layers.self_attention.linear_proj.weight")
+    if stacked:
+        return stacked[0]
+    return 1 + max((int(match[1]) for key in shapes if (match := numbered.match(key))), default=-1)
+
+
 def family_of(model: Model, place: str) -> Family:
     """The family that the model names, or that has its features."""
     return families.by_name(model.family) if model.family else families.of_model(model, place)
@@ -130,7 +161,7 @@ def groups_of(optimizer: Any) -> tuple[list[dict[str, Any]], float | None]:
             groups.extend({k: v for k, v in group.items() if k != "params"} for group in value)
             steps.extend(float(group["step"]) for group in value if isinstance(group.get("step"), (int, float)))
         elif key in ("step", "common_step") and isinstance(value, Extent) and not value.shape:
-            steps.append(float(value.tensor()))
+            steps.append(value.number())
         elif isinstance(value, dict):
             for name, inner in value.items():
                 look(inner, name)
@@ -156,7 +187,7 @@ def asset_outputs(source: Source) -> Iterator[Output]:
         yield constant(f"{ASSETS}/{name}", asset.read_bytes())
 
 
-def args_for(source: Source, model: Model, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:
+def args_for(source: Source, model: Model, layout: Layout, dtype: DType) -> argparse.Namespace:
     """The Namespace to write: the source's own arguments, with what the model and the layout now are."""
     kept = {key: value for key, value in source.training.args.items() if not _is_tensor(value)}
     said = megatron_args.to_args(model, layout, dtype) | {FAMILY: source.family.name, "nxdt_extra": dict(model.extra)}
@@ -182,7 +213,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Extent, torch.Tensor))
+    return isinstance(value, Extent)
 
 
 def folder_name(layout: Layout, tp: int, pp: int, ep: int) -> str:

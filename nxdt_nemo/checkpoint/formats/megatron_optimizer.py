@@ -5,7 +5,7 @@ Room checkpoint/ (leaf). Parameters are in the order of the rank's model state.
               vectors (wd_mult 0), and comes where its first parameter does (megatron.core's _get_param_groups)
   sharded     distrib_optim.pt: buffers of each kind, parameters in reverse, each at a multiple of 64 elements; the
               padding at the end of buckets is left out (megatron.core's _ParamAndGradBuffer)
-Experts have an optimizer of their own, the second of a list. May import torch and this room.
+Experts have an optimizer of their own, the second of a list. May import this room.
 Proof: tests/checkpoint/test_fixtures.py.
 """
 
@@ -13,23 +13,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from nxdt_nemo.checkpoint.boxes import Box, whole
-from nxdt_nemo.checkpoint.catalog import Reshaped
+from nxdt_nemo.checkpoint.catalog import Reshaped, Wanted
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, Raw
 from nxdt_nemo.checkpoint.formats.base import Source, Target
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
 from nxdt_nemo.checkpoint.formats.per_rank import in_order, pending
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
+from nxdt_nemo.checkpoint.io.pickling import Pending, scalar
+from nxdt_nemo.checkpoint.layout import Layout
+from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
 from nxdt_nemo.errors import UserError
 
-__all__ = ["collect", "part_of", "state_of", "unsharded"]
+__all__ = ["DISTRIBUTED", "SHARDED", "Buckets", "buffers_of", "collect", "part_of", "state_of", "unsharded"]
 
 SHARDED = "distrib_optim.pt"
+DISTRIBUTED = "distrib_optim"  # the option's value that asks for it
 _ALIGN = 64
 _FLAT = {"param": "fp32_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -60,7 +66,8 @@ def collect(source: Source, ranks: Mapping[str, Mapping[str, Any]], dialect: Dia
             mine = [[s for s in chunk if _has(s, number, len(parts))] for chunk in chunks]
             if buffers is not None:
                 held = buffers[number] if isinstance(buffers, list) else buffers
-                _sharded(source, mine, held, str(sharded))
+                if held is not None:  # the dense parameters' of groups of experts after the first
+                    _sharded(source, mine, held, str(sharded))
             else:
                 unsharded(source, [s for chunk in mine for s in chunk], part, str(folder / FILE))
 
@@ -100,12 +107,33 @@ class _Slot(NamedTuple):
     begin: int
 
 
-def _slots(params: Sequence[Stored], dp: int, bucket: int | None, split: bool) -> tuple[list[_Slot], int]:
-    """Where each parameter begins in a buffer without its buckets' padding, and the buffer's length.
+@dataclass(frozen=True)
+class Buckets:
+    """How a run cuts its buffers, as far as their length depends on it.
 
-    split  a tied embedding has a bucket of its own
+    divisor  of a bucket's length; size, of a bucket, None for one; split, a tied embedding has a bucket of its own
     """
-    divisor = math.lcm(dp, 128)
+
+    divisor: int = 128
+    size: int | None = None
+    split: bool = False
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any], model: Model, layout: Layout, *, first: bool) -> Buckets:
+        """Of the run that has these arguments, for its first stage or another."""
+        dp = int(args.get("data_parallel_size") or 1)
+        high = 2**16 if args.get("ddp_pad_buckets_for_high_nccl_busbw") else 1
+        size = args.get("ddp_bucket_size") or max(40_000_000, 1_000_000 * dp)
+        return cls(
+            math.lcm(dp, 128, high),
+            int(size) if first and args.get("overlap_grad_reduce") else None,
+            model.tied and layout.pp > 1,
+        )
+
+
+def _slots(params: Sequence[Stored], buckets: Buckets) -> tuple[list[_Slot], int]:
+    """Where each parameter begins in a buffer without its buckets' padding, and the buffer's length."""
+    divisor, bucket, split = buckets.divisor, buckets.size, buckets.split
     slots, at, begin, removed, used = [], 0, 0, 0, False
 
     def close(end: int) -> int:
@@ -131,7 +159,7 @@ def _slots(params: Sequence[Stored], dp: int, bucket: int | None, split: bool) -
 def _sharded(source: Source, chunks: Sequence[Sequence[Stored]], buffers: Mapping[Any, Any], place: str) -> None:
     args = source.training.args
     dp = int(args.get("data_parallel_size") or 1)
-    split = source.model.tied and source.layout.pp > 1
+    said = Buckets.of(args, source.model, source.layout, first=False)
     sizes = [None, args.get("ddp_bucket_size"), max(40_000_000, 1_000_000 * dp)]
     for number, params in enumerate(chunks):
         held = buffers.get(number)
@@ -139,7 +167,7 @@ def _sharded(source: Source, chunks: Sequence[Sequence[Stored]], buffers: Mappin
             raise UserError(f"has no buffer {number}, or several dtypes in one", place=place)
         (content,) = held.values()
         length = content.get("numel_unpadded")
-        fitting = (_slots(params, dp, size, split) for size in sizes)
+        fitting = (_slots(params, replace(said, size=size)) for size in sizes)
         slots = next((slots for slots, end in fitting if end == length), None)
         if slots is None:
             reason = f"buffer {number} has {length} elements, the model's parameters make another number"
@@ -154,16 +182,76 @@ def _sharded(source: Source, chunks: Sequence[Sequence[Stored]], buffers: Mappin
 
 
 def state_of(source: Source, target: Target, params: Sequence[Stored]) -> Any:
-    """The `optimizer` of a rank with these parameters: of megatron-core's unsharded optimizers."""
-    dense = [stored for stored in params if not stored.row.expert]
-    expert = [stored for stored in params if stored.row.expert]
-    made = [part_of(source, target, part) for part in (dense, expert) if part]
+    """The `optimizer` of a rank with these parameters: of an unsharded optimizer, or what a sharded one has beside."""
+    sharded = target.extra.get("optimizer_format") == DISTRIBUTED
+    made = [_groups_of(source, part) if sharded else part_of(source, target, part) for part in _halves(params) if part]
+    return made[0] if len(made) == 1 else made
+
+
+def _halves(params: Sequence[Stored]) -> tuple[list[Stored], list[Stored]]:
+    """Dense parameters, and those of experts."""
+    return [stored for stored in params if not stored.row.expert], [stored for stored in params if stored.row.expert]
+
+
+def _groups_of(source: Source, params: Sequence[Stored]) -> dict[str, Any]:
+    lights = dict.fromkeys(map(_no_decay, params))
+    groups = [_hyper(source, light, bool(params[0].row.expert)) for light in lights]
+    return {"optimizer": {"param_groups": [{**group, "step": source.training.step or 0} for group in groups]}}
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A buffer: parameters one after the other, zeros between them. Written in parts, since it is a rank's whole."""
+
+    wants: tuple[tuple[int, Wanted], ...]
+    length: int
+
+    def pieces(self) -> Iterator[Raw]:
+        """Its elements in order."""
+        at = 0
+        for begin, want in self.wants:
+            yield np.zeros(begin - at, FLOAT32.raw)
+            yield from want.blocks()
+            at = begin + math.prod(want.shape)
+        yield np.zeros(self.length - at, FLOAT32.raw)
+
+    def tensor(self) -> Raw:
+        """All of it."""
+        return np.concatenate([piece.reshape(-1) for piece in self.pieces()])
+
+
+def buffers_of(
+    source: Source, target: Target, chunks: Sequence[Sequence[Stored]], buckets: Sequence[Buckets], *, dense: bool
+) -> Any:
+    """What distrib_optim.pt holds of a rank.
+
+    chunks, buckets  of each virtual stage
+    dense            with the dense parameters: of several groups of experts the first has them
+    """
+    halves = [[_halves(chunk)[number] for chunk in chunks] for number in (0, 1)]
+    kinds = {name: kind if kind in target.kinds else "model" for name, kind in _FLAT.items()}
+    dtype = target.dtype or source.dtype
+    gradients = dtype if source.training.args.get("grad_reduce_in_bf16") else FLOAT32
+
+    def buffer(params: Sequence[Stored], cut: Buckets) -> dict[Any, Any]:
+        slots, length = _slots(params, cut)
+        flat: dict[str, Any] = {}
+        for name, kind in kinds.items():
+            wants = tuple((slot.begin, source.catalog.want(kind, slot.stored, FLOAT32)) for slot in slots)
+            flat[name] = Pending(_Flat(wants, length), FLOAT32, (length,), length * FLOAT32.itemsize)
+        return {(dtype, gradients): {**flat, "numel_unpadded": length}}
+
+    def parameter_state(half: Sequence[Sequence[Stored]]) -> dict[Any, Any]:
+        each = (buffer(params, cut) for params, cut in zip(half, buckets, strict=True))
+        return {"buckets_coalesced": True, **dict(enumerate(each))}
+
+    made = [parameter_state(half) if dense or number else None for number, half in enumerate(halves) if any(half)]
     return made[0] if len(made) == 1 else made
 
 
 def part_of(source: Source, target: Target, params: Sequence[Stored]) -> dict[str, Any]:
     """The state of one optimizer with these parameters."""
-    step = torch.tensor(float(source.training.step or 0))
+    step = scalar(source.training.step or 0)
     groups: dict[bool, list[Stored]] = {}
     for stored in params:
         groups.setdefault(_no_decay(stored), []).append(stored)

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). As megatron/training/checkpointing.py (core_v0.13.1) writes it, and older trees
 (dialects/megatron_legacy.py). Optimizer state has no names there: megatron_optimizer.py finds them.
-May import torch and this room. Proof: tests/checkpoint/test_fixtures.py.
+May import this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nxdt_nemo.checkpoint.catalog import Catalog
 from nxdt_nemo.checkpoint.dialects import megatron_args
 from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK, PER_RANK_TE
 from nxdt_nemo.checkpoint.dialects.megatron_legacy import legacy
-from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank
+from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, ptl
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
 from nxdt_nemo.checkpoint.formats.per_rank import Held
@@ -27,7 +27,7 @@ from nxdt_nemo.checkpoint.io.files import Extent, Files
 from nxdt_nemo.checkpoint.io.pickling import Pending
 from nxdt_nemo.checkpoint.layout import Layout, Shard, padded
 from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
+from nxdt_nemo.checkpoint.placement import Dialect, Stored, copied, rows_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["READERS", "WRITERS", "MegatronTorchReader", "MegatronTorchWriter"]
@@ -77,6 +77,8 @@ class MegatronTorchReader(Reader):
         ranks = {name: first if name == names[0] else _open(folder / name, files) for name in names}
         _check_same(ranks)
         model = megatron.model_of(training.args, options, str(folder))
+        if options.config is None:
+            model = megatron.by_tensors(model, _shapes(ranks.values(), layout))
         dialect = _dialect(first, layout, model)
         model = _believe(model, ranks, layout, options)
         family = megatron.family_of(model, str(folder))
@@ -90,6 +92,12 @@ class MegatronTorchReader(Reader):
         source.files = sorted(file.path for file in files)
         source.detail = {"checkpoint_version": first.state.get("checkpoint_version"), "ranks": names}
         return source
+
+
+def _shapes(ranks: Iterable[_Rank], layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Of all arrays of all ranks, by key: layers have the numbers of one of the ranks."""
+    chunks = (rank.chunk(chunk, layout) for rank in ranks for chunk in range(layout.vpp))
+    return {key: value.shape for chunk in chunks for key, value in chunk.items() if isinstance(value, Extent)}
 
 
 def _open(folder: Path, files: Files) -> _Rank:
@@ -158,9 +166,12 @@ def _shards(model: Model, layout: Layout, ranks: Mapping[str, _Rank]) -> Iterato
 
 
 class MegatronTorchWriter(Writer):
-    """Writes megatron-core's names; Megatron's non-distributed optimizer.
+    """Writes megatron-core's names, and the state of either of Megatron's optimizers.
 
-    Options: spec, `local` or `te`, the layer spec of the run that will load it.
+    Options: spec, `local` or `te`, the layer spec of the run that will load it, or `legacy`, the names of a run with
+    --use-legacy-models; optimizer_format, `distrib_optim` for
+    Megatron's distributed optimizer, else the other one's; dp, its data-parallel ranks, which its buffers' length may
+    depend on; bucket_size, in elements, of a run with --overlap-grad-reduce.
     """
 
     format = "torch"
@@ -169,18 +180,41 @@ class MegatronTorchWriter(Writer):
         layout = target.layout.check(source.model.layers, source.model.experts)
         self._source = source
         model = source.model.with_(padded_vocab=padded(source.model.vocab, target.divisible_by, layout.tp))
-        dialect = PER_RANK_TE if target.extra.get("spec", "local") == "te" else PER_RANK
+        spec = target.extra.get("spec", "local")
+        dialect = {"te": PER_RANK_TE, "local": PER_RANK, "legacy": legacy(3.0)}[spec]
+        if spec == "legacy" and (model.decoder_layers or model.experts or model.qk_norm or copied(model, layout)):
+            reason = f"names before megatron-core have no place for what {source.family.name} has"
+            raise UserError(reason, place="--spec legacy", fix="use --spec local")
+        if len(target.kinds) > 1 and copied(model, layout):
+            reason = f"tp={layout.tp} for {model.groups} key-value heads: the state of copies has no place of its own"
+            raise UserError(reason, place="--to torch", fix="use torch_dist, or leave out --with-optimizer")
         dtype = target.dtype or source.dtype
         args = megatron.args_for(source, model, layout, dtype)
-        args.use_distributed_optimizer = False
+        sharded = len(target.kinds) > 1 and target.extra.get("optimizer_format") == megatron_optimizer.DISTRIBUTED
+        args.use_distributed_optimizer = sharded
+        args.use_legacy_models = spec == "legacy"
+        if sharded:
+            args.data_parallel_size = int(target.extra.get("dp", getattr(args, "data_parallel_size", 1)))
+            if size := target.extra.get("bucket_size"):
+                args.overlap_grad_reduce, args.ddp_bucket_size = True, int(size)
         folder = megatron.iteration_name(source.training.iteration)
+        # Of groups of experts that share a slice of the dense parameters, the first has its state.
+        first = {(tp, min(ep for other, ep, _ in layout.grid() if other == tp)) for tp, _, _ in layout.grid()}
         for pp in range(layout.pp):
             for tp, ep, etp in layout.grid():
                 each = model.experts // layout.ep
                 experts = range(ep * each, (ep + 1) * each)
                 shards = [layout.shard(model.layers, tp, pp, chunk, ep, experts, etp) for chunk in range(layout.vpp)]
-                value = _rank_state(source, target, model, dialect, shards, args)
-                yield zipped(f"{folder}/{folder_name(layout, tp, pp, ep)}/{FILE}", value)
+                value, chunks = _rank_state(source, target, model, dialect, shards, args)
+                place = f"{folder}/{folder_name(layout, tp, pp, ep)}"
+                yield zipped(f"{place}/{FILE}", value)
+                if sharded:
+                    cuts = [
+                        megatron_optimizer.Buckets.of(vars(args), model, layout, first=not pp and not chunk)
+                        for chunk in range(layout.vpp)
+                    ]
+                    buffers = megatron_optimizer.buffers_of(source, target, chunks, cuts, dense=(tp, ep) in first)
+                    yield zipped(f"{place}/{megatron_optimizer.SHARDED}", buffers)
 
     def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
         iteration = self._source.training.iteration
@@ -190,7 +224,8 @@ class MegatronTorchWriter(Writer):
 
 def _rank_state(
     source: Source, target: Target, model: Model, dialect: Dialect, shards: Sequence[Shard], args: argparse.Namespace
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[list[Stored]]]:
+    """What a rank's file holds, and the parameters of each of its virtual stages."""
     training, layout = source.training, target.layout
     state: dict[str, Any] = {
         "args": args,
@@ -198,18 +233,19 @@ def _rank_state(
         "iteration": training.iteration or 0,
         "num_floating_point_operations_so_far": 0,
     }
-    everything: list[Stored] = []
+    chunks: list[list[Stored]] = []
     for number, shard in enumerate(shards):
         found = list(rows_of(dialect, model, source.names, shard, layout))
         wants = {stored.key: source.catalog.want("model", stored, target.dtype) for stored in found}
         key = f"model{number}" if layout.vpp > 1 else "model"
-        state[key] = {name: Pending.of(want) for name, want in wants.items()}
-        everything += found
+        arrays = {name: Pending.of(want) for name, want in wants.items()}
+        state[key] = ptl.nested(arrays) if args.use_legacy_models else arrays
+        chunks.append(per_rank.once(found))
     if len(target.kinds) > 1:
-        state["optimizer"] = megatron_optimizer.state_of(source, target, everything)
+        state["optimizer"] = megatron_optimizer.state_of(source, target, [stored for some in chunks for stored in some])
     if training.scheduler:
         state["opt_param_scheduler"] = training.scheduler
-    return state
+    return state, chunks
 
 
 READERS = {"torch": MegatronTorchReader}

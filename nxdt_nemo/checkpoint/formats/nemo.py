@@ -5,7 +5,7 @@ Room checkpoint/ (leaf).
                or mp_rank_TT/model_weights.ckpt
     nemo_dist  what NeMo 1.x saves in training with megatron-core: a distributed folder, Lightning's dict in common.pt
     nemo2      weights/ (distributed) and context/ (what the model is)
-An archive is read in place. May import torch, yaml and this room. Proof: tests/checkpoint/test_other_formats.py.
+An archive is read in place. May import yaml and this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-import torch
 import yaml
 
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType
 from nxdt_nemo.checkpoint.formats import distributed, megatron, per_rank, ptl, torch_dist
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
 from nxdt_nemo.checkpoint.formats.torch_dist import COMMON, METADATA, TorchDistWriter
@@ -345,10 +345,13 @@ class NemoWriter(Writer):
             written = list(_by_file(source, target))
         else:
             written, indexes = _Weights().files(source, target)
-        kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
-        config = nemo_config.config_of(source.model, target.layout, kept, dtype)
-        config |= {"mcore_gpt": not by_file, "make_vocab_size_divisible_by": target.divisible_by}
-        config |= {"target": kept.get("target") or _TARGET}
+        config = _section(source, target, dtype)
+        if not source.model.decoder_layers:
+            config["mcore_gpt"] = not by_file
+        config |= {
+            "make_vocab_size_divisible_by": target.divisible_by,
+            "target": config.get("target") or _target(source),
+        }
         assets, config["tokenizer"] = _tokenizer(source, config)
         memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
         text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False).encode()
@@ -362,6 +365,18 @@ def is_gpt_by_rank(path: Path) -> bool:
         return False
     target = str(_yaml(tree.need(CONFIG)).get("target") or _TARGET)
     return target.rpartition(".")[2].startswith("MegatronGPT")
+
+
+def _section(source: Source, target: Target, dtype: DType) -> dict[str, Any]:
+    """The `model:` section, over the one that the source had."""
+    kept = source.detail.get("nemo_config")
+    if source.model.decoder_layers:
+        return nemo_config.t5_config(source.model, target.layout, kept or {}, dtype)
+    return nemo_config.config_of(source.model, target.layout, kept or nemo_config.TEMPLATE, dtype)
+
+
+def _target(source: Source) -> str:
+    return _TARGET if not source.model.decoder_layers else _TARGET.replace("gpt", "t5").replace("GPT", "T5")
 
 
 _TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
@@ -425,8 +440,7 @@ class NemoDistWriter(Writer):
         weights = _Weights(where=".")
         dtype = target.dtype or source.dtype
         training = source.training
-        kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
-        config = nemo_config.config_of(source.model, target.layout, kept, dtype)
+        config = _section(source, target, dtype)
         config["make_vocab_size_divisible_by"] = target.divisible_by
         step = training.iteration or 0
         weights.content = {
@@ -444,7 +458,7 @@ class NemoDistWriter(Writer):
             kept_groups = _fitted(training.groups, int(target.extra.get("groups", len(training.groups))))
             groups = [{**group, "step": training.step} for group in kept_groups]
             state: dict[str, Any] = {"param_groups": groups}
-            state = state if dtype == torch.float32 else {"optimizer": state}
+            state = state if dtype == FLOAT32 else {"optimizer": state}
             weights.content["optimizer_states"] = [state]
             weights.content["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1}]
         # A run of NeMo's goes on as it was.
@@ -483,7 +497,8 @@ class Nemo2Writer(Writer):
         written, indexes = weights.files(source, target)
         kept = source.detail.get("nemo2_config") or {}
         config = nemo_config.two_config(source.model, target.layout, kept, dtype, target.divisible_by)
-        text = yaml.safe_dump({"_target_": _TARGET_2, "config": config}, sort_keys=False).encode()
+        place = _TARGET_2 if not source.model.decoder_layers else "nemo.collections.llm.t5.model.t5.T5Model"
+        text = yaml.safe_dump({"_target_": place, "config": config}, sort_keys=False).encode()
         memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
         self._last = [
             *(constant(f"context/nemo_tokenizer/{name}", asset.read_bytes()) for name, asset in source.assets.items()),

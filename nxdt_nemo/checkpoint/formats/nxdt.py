@@ -4,7 +4,7 @@ Room checkpoint/ (leaf). TAG/{checkpoint, done, user_content.pt, model/, optim/}
 dp_rank_DD[_ep_rank_EE]_tp_rank_TT_pp_rank_PP.pt (neuronx_distributed/trainer/checkpoint.py). Layers have the whole
 model's numbers. Names are Hugging Face's (dialects/nxd_hf.py) or Megatron's (dialects/nemo_legacy.py). With xser a
 file refers to tensors in FILE.tensors/ and FILE.info.pt has their shapes; NxD's converter leaves them in the file.
-May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
+May import this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-
 from nxdt_nemo.checkpoint.catalog import Catalog
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
 from nxdt_nemo.checkpoint.dialects.nemo_legacy import Spelling, nemo_legacy, spelling_of
 from nxdt_nemo.checkpoint.dialects.nxd_hf import Copies, Form, form_of, nxd_hf
+from nxdt_nemo.checkpoint.dtypes import Raw, same
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, ptl, zero1
 from nxdt_nemo.checkpoint.formats.base import (
     Options,
@@ -37,6 +36,7 @@ from nxdt_nemo.checkpoint.formats.base import (
 from nxdt_nemo.checkpoint.formats.per_rank import Held, Reference
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
+from nxdt_nemo.checkpoint.io.pickling import Size
 from nxdt_nemo.checkpoint.layout import Layout, Shard, padded
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
@@ -293,7 +293,7 @@ def _order(held: Mapping[_Rank, Held], form: Form, model: Model, tp: int, multip
     """trn1 or trn2, if the first layer's keys are copies of each other in one of the two orders only."""
     if model.groups == 1:
         return None
-    heads: list[torch.Tensor] = []
+    heads: list[Raw] = []
     size, count = model.head_size, model.groups * multiplier // tp
     for rank in range(tp):
         arrays = held[_Rank(0, rank, 0)].arrays
@@ -301,13 +301,13 @@ def _order(held: Mapping[_Rank, Held], form: Form, model: Model, tp: int, multip
         key = next(key for key in arrays if key.endswith(end) and ".self_attn." in key)
         begin = 0 if form in ("three", "separate") else model.heads * size // tp
         rows = arrays[key].tensor()[begin : begin + count * size]
-        heads += list(rows.split(size))
+        heads += [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def fits(hardware: str) -> bool:
-        seen: dict[int, torch.Tensor] = {}
+        seen: dict[int, Raw] = {}
         for slot, rows in enumerate(heads):
             head = slot // multiplier if hardware == "trn2" else slot % model.groups
-            if not torch.equal(seen.setdefault(head, rows), rows):
+            if not same(seen.setdefault(head, rows), rows):
                 return False
         return True
 
@@ -430,7 +430,7 @@ class NxDTWriter(Writer):
         outputs, tensors = per_rank.xser(path, value, _XLA)
         yield from outputs
         info = {
-            number: {"dtype": one.dtype, "shape": torch.Size(one.shape), "expert_model_parallel": number in experts}
+            number: {"dtype": one.dtype, "shape": Size(one.shape), "expert_model_parallel": number in experts}
             for number, one in tensors.items()
         }
         yield zipped(f"{path}.info.pt", info)
@@ -457,7 +457,7 @@ class NxDTWriter(Writer):
         if len(self._target.kinds) > 1:
             content["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1}]
         config = source.family.to_hf(model.with_(vocab=model.padded_vocab))
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        config["torch_dtype"] = dtype.name
         for name, asset in source.assets.items():
             yield constant(name, asset.read_bytes())
         yield constant(CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str).encode() + b"\n")

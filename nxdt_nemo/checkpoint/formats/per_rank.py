@@ -1,7 +1,7 @@
 """What formats with a file for each rank share: finding the layout in tensors, collecting, NxD's and NNM's xser.
 
 Room checkpoint/ (leaf). xser (torch_xla's serialization): the file holds references instead of tensors, which are
-files of their own in FILE.tensors/. May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
+files of their own in FILE.tensors/. May import this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import numpy as np
 
 from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.catalog import Catalog, Wanted
+from nxdt_nemo.checkpoint.dtypes import BY_NAME, DType, Raw, cast, same
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
-from nxdt_nemo.checkpoint.io.pickling import Pending
+from nxdt_nemo.checkpoint.io.pickling import Pending, Size
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout, Shard
 from nxdt_nemo.checkpoint.model import Model
@@ -36,6 +37,7 @@ __all__ = [
     "in_order",
     "is_reference",
     "of_layers",
+    "once",
     "pending",
     "read",
     "read_only",
@@ -48,6 +50,7 @@ _NOTHING = re.compile(
 )
 _DRIFT = 2**-6  # of the largest element: two bits of bfloat16
 _COMPARED = 1 << 24  # bytes of a copy that are compared with the original; larger ones are not
+_WIDE = BY_NAME["float64"]
 _MAKES = {"configuration": "the configuration makes", "arguments": "its arguments make"}
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
@@ -162,7 +165,7 @@ def collect(
     Raises UserError for a missing tensor, one of another shape, one that is not the model's, and copies that differ.
     """
     drifted: dict[str, float] = {}
-    dtypes: set[torch.dtype] = set()
+    dtypes: dict[str, tuple[DType, Path]] = {}
     for shard, held in shards:
         claimed = set()
         for stored, place in stacked(rows_of(dialect, source.model, source.names, shard, source.layout, local=local)):
@@ -178,7 +181,10 @@ def collect(
                 reason = f"{key} is {list(found.shape)}, {_MAKES[by]} it {[*experts, *stored.shape]}"
                 raise UserError(reason, place=str(held.path), fix=f"{by} and tensors are of two models")
             claimed.add(key)
-            dtypes.add(found.dtype)
+            dtype, first = dtypes.setdefault(stored.parts[0].name, (found.dtype, held.path))
+            if found.dtype != dtype:
+                reason = f"{key} is {found.dtype}, and {dtype} in {first}"
+                raise UserError(reason, place=str(held.path), fix="files of two runs are mixed")
             if place is None and (off := _compare(source.catalog, stored, found, held.path, hint)):
                 drifted[key] = max(off, drifted.get(key, 0.0))
             source.catalog.add("model", stored.parts, found, whole(stored.shape), lead)
@@ -189,8 +195,9 @@ def collect(
     if drifted:
         said = f"{len(drifted)} tensors that several ranks have differ in the last bits"
         source.notes.append(f"{said}, {max(drifted.values()):.1e} of the largest element: the first rank's are taken")
-    if len(dtypes) > 1:
-        source.notes.append("weights are of several dtypes: " + ", ".join(sorted(map(str, dtypes))))
+    several = sorted({str(dtype) for dtype, _ in dtypes.values()})
+    if len(several) > 1:
+        source.notes.append("weights are of several dtypes: " + ", ".join(several))
 
 
 def stacked(found: Iterable[Stored]) -> Iterator[tuple[Stored, int | None]]:
@@ -216,11 +223,13 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
             if block.box != part.box or found.nbytes > _COMPARED:
                 continue
             theirs, mine = block.read(part.box), found.read(part.at)
-            mine = mine.t() if part.turned else mine
-            if torch.equal(theirs, mine):
+            mine = mine.T if part.turned else mine
+            if block.array.dtype == found.dtype and same(theirs, mine):
                 continue
-            largest = float(torch.maximum(theirs.abs().max(), mine.abs().max()))
-            off = float((theirs.double() - mine.double()).abs().max()) / largest
+            theirs, mine = cast(theirs, block.array.dtype, _WIDE), cast(mine, found.dtype, _WIDE)
+            largest = float(max(np.abs(theirs).max(), np.abs(mine).max()))
+            off = float(np.abs(theirs - mine).max())
+            off = off and off / largest
             if not off <= _DRIFT:
                 reason = f"{stored.key} differs from its copy in {block.array.place} by {off:.0%} of the largest"
                 raise UserError(reason, place=str(path), fix=f"files of two runs are mixed{hint}")
@@ -231,10 +240,18 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
 def in_order(found: Iterable[Stored], arrays: Mapping[str, Any]) -> list[Stored]:
     """A rank's arrays in the order of its file, by which optimizers number them."""
     by_key = {key: stored for stored in found for key in (stored.key, *stored.also)}
-    return [by_key[key] for key, value in arrays.items() if key in by_key and isinstance(value, Extent)]
+    return once(by_key[key] for key, value in arrays.items() if key in by_key and isinstance(value, Extent))
 
 
-def pending(source: Source, kind: str, stored: Stored, dtype: torch.dtype | None = None) -> Pending:
+def once(found: Iterable[Stored]) -> list[Stored]:
+    """Each parameter by the first of its names: T5Model knows two modules by two."""
+    parts: dict[Any, Stored] = {}
+    for stored in found:
+        parts.setdefault(stored.parts, stored)
+    return list(parts.values())
+
+
+def pending(source: Source, kind: str, stored: Stored, dtype: DType | None = None) -> Pending:
     """An array to write."""
     return Pending.of(source.catalog.want(kind, stored, dtype))
 
@@ -245,13 +262,11 @@ class _Stack:
 
     wants: tuple[Wanted, ...]
 
-    def tensor(self) -> torch.Tensor:
-        return torch.stack([want.tensor() for want in self.wants])
+    def tensor(self) -> Raw:
+        return np.stack([want.tensor() for want in self.wants])
 
 
-def arrays_of(
-    source: Source, kind: str, found: Sequence[Stored], dtype: torch.dtype | None = None
-) -> dict[str, Pending]:
+def arrays_of(source: Source, kind: str, found: Sequence[Stored], dtype: DType | None = None) -> dict[str, Pending]:
     """The arrays of a rank by key; those of experts that share one as one."""
     made: dict[str, Pending] = {}
     shared: dict[str, list[Wanted]] = {}
@@ -278,7 +293,7 @@ class Reference:
     def of(self, number: int, pending: Pending) -> Inert:
         """The object to pickle."""
         kind = type("TensorReference", (Inert,), {"module": self.module, "name": "TensorReference"})
-        shape = torch.Size(pending.shape)
+        shape = Size(pending.shape)
         made: Inert = kind(number, shape, pending.dtype) if self.full else kind(number)
         state: dict[str, Any] = {"tid": number}
         made.__setstate__(state | ({"shape": shape, "dtype": pending.dtype} if self.full else {}))
@@ -293,8 +308,6 @@ def xser(path: str, value: Any, reference: Reference) -> tuple[list[Output], dic
         if isinstance(inner, Pending):
             tensors.append(inner)
             return reference.of(len(tensors) - 1, inner)
-        if isinstance(inner, torch.Tensor):
-            return replaced(Pending.of(inner))
         if isinstance(inner, dict):
             return {key: replaced(item) for key, item in inner.items()}
         return [replaced(item) for item in inner] if isinstance(inner, list) else inner

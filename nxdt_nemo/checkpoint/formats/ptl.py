@@ -4,7 +4,7 @@ Room checkpoint/ (leaf). `mp_rank_TT/NAME.ckpt`, `tp_rank_TT_pp_rank_PPP/NAME.ck
 without ranks. Layers are counted from 0 in each stage; with virtual stages `model0`, `model1`, ... take the place of
 `state_dict`. NNM (neuronx-nemo-megatron) writes the same, and its ZeRO-1 state to
 `optim/dp_rank_DDD/NAME-optimizer_states.ckpt`; with xser tensors are files of their own (per_rank.py).
-May import torch and this room. Proof: tests/checkpoint/test_other_formats.py.
+May import this room. Proof: tests/checkpoint/test_other_formats.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from nxdt_nemo.checkpoint.catalog import Catalog
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
 from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK, PER_RANK_TE
 from nxdt_nemo.checkpoint.dialects.nemo_legacy import Spelling, nemo_legacy, spelling_of
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, zero1
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Training, Writer, zipped
 from nxdt_nemo.checkpoint.formats.per_rank import Held, Reference
@@ -360,9 +359,7 @@ class PTLWriter(Writer):
     def _dialect(self, model: Model, target: Target) -> Dialect:
         return PER_RANK_TE if target.extra.get("names") == "core" else nemo_legacy(Spelling())
 
-    def _rank(
-        self, source: Source, target: Target, model: Model, dtype: torch.dtype, tp: int, pp: int
-    ) -> Iterator[Output]:
+    def _rank(self, source: Source, target: Target, model: Model, dtype: DType, tp: int, pp: int) -> Iterator[Output]:
         layout, dialect = target.layout, self._dialect(model, target)
         shards = [layout.shard(model.layers, tp, pp, chunk, 0, ()) for chunk in range(layout.vpp)]
         found = [list(rows_of(dialect, model, source.names, shard, layout)) for shard in shards]
@@ -397,11 +394,10 @@ class PTLWriter(Writer):
         state: dict[str, Any] = {f"model.{key}": value for key, value in only.items()}
         if not model.learned_positions and target.extra.get("names", "legacy") == "legacy":
             size = int(model.head_size * model.rope_fraction)
-            powers = torch.arange(0, size, 2, dtype=torch.float32) / size
-            state["model.language_model.rotary_pos_emb.inv_freq"] = 1.0 / model.rope_base**powers
+            state["model.language_model.rotary_pos_emb.inv_freq"] = _inverse_frequencies(size, model.rope_base)
         return {"state_dict": state}
 
-    def _config(self, source: Source, model: Model, target: Target, dtype: torch.dtype) -> dict[str, Any]:
+    def _config(self, source: Source, model: Model, target: Target, dtype: DType) -> dict[str, Any]:
         kept = source.detail.get("nemo_config") or nemo_config.TEMPLATE
         config = nemo_config.config_of(model, target.layout, kept, dtype)
         core = target.extra.get("names") == "core"
@@ -419,6 +415,14 @@ class PTLWriter(Writer):
             state["optimizer_states"] = [megatron_optimizer.part_of(source, target, params)]
             state["lr_schedulers"] = [_scheduler(source)]
         yield zipped(path, state)
+
+
+def _inverse_frequencies(size: int, base: float) -> Pending:
+    """Of rotary positions, by torch: NeMo takes them from the file, and numpy's powers differ in the last bit."""
+    import torch
+
+    powers = torch.arange(0, size, 2, dtype=torch.float32) / size
+    return Pending.given((1.0 / base**powers).numpy(), FLOAT32)
 
 
 def _scheduler(source: Source) -> dict[str, Any]:
@@ -460,12 +464,10 @@ class NNMWriter(PTLWriter):
     ) -> dict[str, Any]:
         if len(arrays) == 1:
             return {"state_dict": {f"model.{key}": value for key, value in arrays[0].items()}}
-        nested: dict[str, Any] = {"state_dict": {}}
-        for number, chunk in enumerate(arrays):
-            nested[f"model{number}"] = _nested(chunk)
-        return nested
+        chunks = {f"model{number}": nested(chunk) for number, chunk in enumerate(arrays)}
+        return {"state_dict": {}, **chunks}
 
-    def _config(self, source: Source, model: Model, target: Target, dtype: torch.dtype) -> dict[str, Any]:
+    def _config(self, source: Source, model: Model, target: Target, dtype: DType) -> dict[str, Any]:
         config = super()._config(source, model, target, dtype)
         config = {key: value for key, value in config.items() if key != "mcore_gpt"}
         config["activation"] = str(config["activation"]).removeprefix("fast-")
@@ -494,8 +496,8 @@ class NNMWriter(PTLWriter):
         yield zipped(path, value)
 
 
-def _nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:
-    """A virtual stage as NNM's modules nest it: each takes its own keys off, layers stay joined by dots."""
+def nested(arrays: Mapping[str, Pending]) -> dict[str, Any]:
+    """A model as modules before megatron-core nest it: each takes its own keys off, layers stay joined by dots."""
     model: dict[str, Any] = {"language_model": {}}
     language = model["language_model"]
     for key, value in arrays.items():

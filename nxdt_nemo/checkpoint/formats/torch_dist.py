@@ -1,30 +1,30 @@
 """megatron-core's `torch_dist`: a torch distributed checkpoint (DCP) of whole-model tensors, and common.pt.
 
-Room checkpoint/ (leaf). Read without DCP, whose reader unpickles `.metadata` as it comes; written with DCP's own
-metadata classes. Each item of a `.distcp` file is a torch.save of its own. May import torch and this room.
+Room checkpoint/ (leaf). Read without DCP, whose reader unpickles `.metadata` as it comes; written with the
+names of its classes. Each item of a `.distcp` file is a torch.save of its own. May import this room.
 Proof: tests/checkpoint/test_fixtures.py, test_resume.py.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nxdt_nemo.checkpoint.boxes import Box
 from nxdt_nemo.checkpoint.catalog import Wanted
 from nxdt_nemo.checkpoint.dialects.megatron_core import DISTRIBUTED
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType, Raw
 from nxdt_nemo.checkpoint.formats import distributed, megatron
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.io import torch_zip, unpickle
 from nxdt_nemo.checkpoint.io.files import Extent, Files, Mapped, checked_path
-from nxdt_nemo.checkpoint.io.unpickle import Inert
+from nxdt_nemo.checkpoint.io.pickling import STRIDED, Size, dumps, scalar
+from nxdt_nemo.checkpoint.io.unpickle import Inert, inert
 from nxdt_nemo.checkpoint.layout import Layout, padded
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Stored, chunks, rows_of
@@ -44,7 +44,7 @@ class Blob:
     offset: int
     length: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def place(self) -> str:
@@ -58,7 +58,7 @@ class Blob:
             raise UserError(f"{self.key} is not the {list(self.shape)} that {METADATA} says", place=str(self.file.path))
         return found
 
-    def read(self, box: Box) -> torch.Tensor:
+    def read(self, box: Box) -> Raw:
         return self.extent.read(box)
 
 
@@ -179,7 +179,7 @@ class TorchDistWriter(Writer):
 
     format = "torch_dist"
     prefix: str = ""  # before all keys; NeMo's are `model.` and `module.`
-    _whole: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    _whole: dict[str, tuple[tuple[int, ...], DType]] = field(default_factory=dict)
     _original: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _items: dict[str, list[tuple[_Entry, int, int]]] = field(default_factory=dict)
 
@@ -187,8 +187,12 @@ class TorchDistWriter(Writer):
         layout = Layout(
             target.layout.tp, target.layout.pp, 1, target.layout.ep, target.layout.etp, target.layout.stages
         )
+        if source.model.decoder_layers:  # not cut into stages: any rank reads what it needs
+            layout = Layout(layout.tp)
+        if source.model.groups % layout.tp:  # no chunk is less than a query group; ranks read parts of them
+            layout = replace(layout, tp=math.gcd(layout.tp, source.model.groups))
         layout.check(source.model.layers, source.model.experts)
-        rows = padded(source.model.vocab, target.divisible_by, layout.tp)
+        rows = padded(source.model.vocab, target.divisible_by, target.layout.tp)
         self._source, self._target = source, target
         self._model = source.model.with_(padded_vocab=rows)
         self._folder = self.folder()
@@ -250,54 +254,53 @@ class TorchDistWriter(Writer):
             common["opt_param_scheduler"] = training.scheduler
         return common
 
-    def optimizer(self, dtype: torch.dtype) -> dict[str, Any]:
+    def optimizer(self, dtype: DType) -> dict[str, Any]:
         """The optimizer's state without its tensors."""
         training = self._source.training
-        step = torch.tensor(float(training.step or 0.0))
+        step = scalar(training.step or 0.0)
         groups = [dict(group) for group in training.groups]
         if self._flat:
             groups = [{**group, "step": training.step} for group in groups]
             kind = "fully_sharded_model_space"
             return {"optimizer": {"param_groups": groups}, "param_state": {}, "param_state_sharding_type": kind}
         inner = {"state": {"common_step": step}, "param_groups": groups}
-        return inner if dtype == torch.float32 else {"optimizer": inner}
+        return inner if dtype == FLOAT32 else {"optimizer": inner}
 
     def _metadata(self) -> bytes:
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import (
-            BytesStorageMetadata,
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            StorageMeta,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
         entries: dict[str, Any] = {
-            key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+            key: _made("TensorStorageMetadata", properties=_properties(dtype), size=Size(shape), chunks=[])
             for key, (shape, dtype) in self._whole.items()
         }
         storage: dict[Any, Any] = {}
         for name, placed in self._items.items():
             for chunk, offset, length in placed:
+                info = _made("_StorageInfo", relative_path=name, offset=offset, length=length)
                 if isinstance(chunk, _Object):
-                    entries[chunk.key] = BytesStorageMetadata()
-                    storage[MetadataIndex(chunk.key)] = _StorageInfo(name, offset, length)
+                    entries[chunk.key] = _made("BytesStorageMetadata")
+                    storage[_made("MetadataIndex", fqn=chunk.key, index=None)] = info
                     continue
-                at = torch.Size(chunk.box.start)
-                held = entries[chunk.key].chunks
-                held.append(ChunkStorageMetadata(at, torch.Size(chunk.box.size)))
-                storage[MetadataIndex(chunk.key, at, len(held) - 1)] = _StorageInfo(name, offset, length)
-        metadata = Metadata(entries, None, storage, StorageMeta())
+                at = Size(chunk.box.start)
+                held = entries[chunk.key].get("chunks")
+                held.append(_made("ChunkStorageMetadata", offsets=at, sizes=Size(chunk.box.size)))
+                storage[_made("MetadataIndex", fqn=chunk.key, index=len(held) - 1, offset=at)] = info
         # Where upstream's loader looks for the shape before flattening; it is no field of torch's class.
-        metadata.mcore_data = {  # type: ignore[attr-defined]
+        original = {
             key: {"nd_reformulated_orig_global_shape": self._original[key]} if key in self._original else {}
             for key in entries
         }
-        return pickle.dumps(metadata)
+        meta = _made("StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[])
+        metadata = _made(
+            "Metadata",
+            state_dict_metadata=entries,
+            planner_data=None,
+            storage_data=storage,
+            storage_meta=meta,
+            version=None,
+            mcore_data=original,
+        )
+        return dumps(metadata)[0]
 
-    def chunk(self, kind: str, stored: Stored, box: Box, dtype: torch.dtype | None) -> _Chunk:
+    def chunk(self, kind: str, stored: Stored, box: Box, dtype: DType | None) -> _Chunk:
         """One box of an array as it will be written."""
         name = self.prefix + stored.key
         key = name if kind == "model" else f"optimizer.state.{kind}.{name}"
@@ -311,6 +314,40 @@ class TorchDistWriter(Writer):
         self._whole[key] = ((*stored.lead, *counts, box.volume), want.dtype)
         self._original[key] = shape
         return _Chunk(key, Box((*stored.index, *place, 0), lead + (1,) * len(counts) + (box.volume,)), want)
+
+
+_DCP = "torch.distributed.checkpoint."
+_CLASSES = {
+    name: inert(_DCP + ("filesystem" if name == "_StorageInfo" else "metadata"), name)
+    for name in (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+        "_StorageInfo",
+    )
+}
+
+
+def _made(name: str, **fields: Any) -> Inert:
+    """An object of one of DCP's classes, as it pickles itself."""
+    made = _CLASSES[name]()
+    if fields:
+        made.__setstate__(fields)
+    return made
+
+
+@lru_cache
+def _properties(dtype: DType) -> Inert:
+    """TensorProperties: dtype, layout, requires_grad, memory format, pin_memory."""
+    made = _CLASSES["TensorProperties"]()
+    contiguous = _CLASSES["_MEM_FORMAT_ENCODING"](0)
+    made.__setstate__((dtype, STRIDED, False, contiguous, False))
+    return made
 
 
 def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: Layout) -> Iterator[list[_Entry]]:

@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Chunks are uncompressed and little-endian, `bfloat16` being a dtype of tensorstore's that zarr
 itself does not know. A chunk that is not there is an error here; zarr and tensorstore give zeros for it.
-May import torch and this room. Proof: tests/checkpoint/test_fixtures.py.
+May import this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint.boxes import Box, whole
 from nxdt_nemo.checkpoint.catalog import Reshaped
+from nxdt_nemo.checkpoint.dtypes import BY_NAME
 from nxdt_nemo.checkpoint.formats import distributed, megatron
 from nxdt_nemo.checkpoint.formats.base import Options, Reader, Source
 from nxdt_nemo.checkpoint.formats.hf import read_json
@@ -27,13 +26,13 @@ __all__ = ["READERS", "WRITERS", "ZarrReader"]
 
 ARRAY, COMMON = ".zarray", "common.pt"
 _DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "<f2": torch.float16,
-    "<f4": torch.float32,
-    "<f8": torch.float64,
-    "<i4": torch.int32,
-    "<i8": torch.int64,
-    "|u1": torch.uint8,
+    "bfloat16": "bfloat16",
+    "<f2": "float16",
+    "<f4": "float32",
+    "<f8": "float64",
+    "<i4": "int32",
+    "<i8": "int64",
+    "|u1": "uint8",
 }
 
 
@@ -64,7 +63,7 @@ def _item(folder: Path, files: Files) -> distributed.Item:
     said = read_json(place)
     try:
         shape, size = tuple(map(int, said["shape"])), tuple(map(int, said["chunks"]))
-        dtype = _DTYPES.get(str(said["dtype"]))
+        dtype = BY_NAME.get(_DTYPES.get(str(said["dtype"]), ""))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"is not understood: {error!r}", place=str(place)) from error
     for key, wanted in (("zarr_format", 2), ("compressor", None), ("filters", None), ("order", "C")):

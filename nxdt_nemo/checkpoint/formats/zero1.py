@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Parameter i, counted through the parameter groups, is padded along its first axis to a multiple
 of the data-parallel size and cut: base_state[i] has exp_avg, exp_avg_sq and step, sharded_master_weights[i] the
-float32 weights, shape_info[i] the shape before padding. May import torch and this room.
+float32 weights, shape_info[i] the shape before padding. May import this room.
 Proof: tests/checkpoint/test_other_formats.py.
 """
 
@@ -14,13 +14,12 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nxdt_nemo.checkpoint.boxes import Box
+from nxdt_nemo.checkpoint.dtypes import FLOAT32
 from nxdt_nemo.checkpoint.formats.base import Source, Target
 from nxdt_nemo.checkpoint.formats.per_rank import pending, stacked
 from nxdt_nemo.checkpoint.io.files import Extent
-from nxdt_nemo.checkpoint.io.pickling import Pending
+from nxdt_nemo.checkpoint.io.pickling import Pending, scalar
 from nxdt_nemo.checkpoint.placement import Stored
 from nxdt_nemo.errors import UserError
 
@@ -74,7 +73,7 @@ def collect(source: Source, params: Sequence[Stored], slices: Sequence[tuple[Pat
         for at, held in enumerate(slices):
             _add(source, stored, number, at, len(slices), held)
     steps = [state.get("step") for state in (first.get("base_state") or {}).values()]
-    steps = [float(step.tensor()) if isinstance(step, Extent) else step for step in steps if step is not None]
+    steps = [step.number() if isinstance(step, Extent) else step for step in steps if step is not None]
     source.training.step = max(steps) if steps else source.training.step
     source.training.groups = [{k: v for k, v in group.items() if k != "params"} for group in groups]
 
@@ -110,14 +109,14 @@ def state_of(source: Source, target: Target, params: Sequence[Stored], rank: int
     ordered = [s for s in params if not _light(s)] + [s for s in params if _light(s)]
     if any(place is not None for _, place in stacked(params)):
         raise UserError("ZeRO-1 state of experts is not written", place="--with-optimizer", fix="leave it out")
-    step = torch.tensor(float(source.training.step or 0))
+    step = scalar(source.training.step or 0)
     base: dict[int, Any] = {}
     master: dict[int, Pending] = {}
     for number, stored in enumerate(ordered):
         mine = _slice(stored, rank, ranks)
         base[number] = {"step": step, **{kind: pending(source, kind, mine) for kind in _MOMENTS}}
         kind = "fp32_param" if "fp32_param" in source.catalog.kinds() else "model"
-        master[number] = pending(source, kind, mine, torch.float32)
+        master[number] = pending(source, kind, mine, FLOAT32)
     heavy = sum(not _light(stored) for stored in params)
     ids = (list(range(heavy)), list(range(heavy, len(ordered))))
     return {

@@ -65,12 +65,14 @@ class DirectFile:
     """A new file at `path`, written from its beginning to its end. A context manager; an error in it leaves a part.
 
     summed  gets all bytes in order: a hash of hashlib or xxhash
+    size    bytes that there will be, if that is known: blocks of a file that does not grow are written side by side
     """
 
-    def __init__(self, path: Path, blocks: Blocks, summed: Any) -> None:
+    def __init__(self, path: Path, blocks: Blocks, summed: Any, size: int = 0) -> None:
         self.size = 0
         self._blocks, self._summed = blocks, summed
         self._descriptor = _opened(path)
+        os.ftruncate(self._descriptor, size)
         self._block: mmap.mmap | None = None
         self._filled = 0
         self._under_way: list[Future[None]] = []

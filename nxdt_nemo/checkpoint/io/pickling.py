@@ -1,51 +1,42 @@
 """Pickles written without the classes that they name, and with tensors whose bytes come later.
 
 Room checkpoint/ (leaf). An `Inert` object that io/unpickle.py read is written back as the class it stands for, so
-that Megatron's own arguments survive a conversion in a process without Megatron. May import torch and this room.
+that Megatron's own arguments survive a conversion in a process without Megatron. May import numpy and this room.
 Proof: tests/checkpoint/test_torch_zip.py.
 """
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import torch._utils
+import numpy as np
 
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType, Raw
 from nxdt_nemo.checkpoint.io.files import Extent
-from nxdt_nemo.checkpoint.io.unpickle import Device, Inert, NumpyArray, PathText, dense
+from nxdt_nemo.checkpoint.io.unpickle import Device, Global, Inert, NumpyArray, PathText, dense
 
-__all__ = ["Makes", "Pending", "dumps"]
+__all__ = ["STRIDED", "Makes", "Pending", "Size", "dumps", "scalar"]
 
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
+_TENSOR, _SIZE = Global("torch._utils", "_rebuild_tensor_v2"), Global("torch", "Size")
+_LAYOUT = Global("torch.serialization", "_get_layout")
 
 
 class Makes(Protocol):
     """What can give a tensor when it is asked for it."""
 
-    def tensor(self) -> torch.Tensor: ...
+    def tensor(self) -> Raw: ...
 
 
 @dataclass(frozen=True)
 class _Given:
-    value: torch.Tensor
+    value: Raw
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> Raw:
         return self.value
 
 
@@ -54,17 +45,37 @@ class Pending:
     """A tensor to be saved: what makes it, its dtype, shape and bytes."""
 
     what: Makes
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     nbytes: int
 
     @classmethod
     def of(cls, made: Any) -> Pending:
-        """Of a tensor, of what makes one and knows its dtype, shape and bytes, or itself."""
-        if isinstance(made, Pending):
-            return made
-        what = _Given(made) if isinstance(made, torch.Tensor) else made
-        return cls(what, made.dtype, tuple(made.shape), made.nbytes)
+        """Of what makes a tensor and knows its dtype, shape and bytes, or itself."""
+        return made if isinstance(made, Pending) else cls(made, made.dtype, tuple(made.shape), made.nbytes)
+
+    @classmethod
+    def given(cls, array: Raw, dtype: DType) -> Pending:
+        """Of a tensor that is there already."""
+        return cls(_Given(array), dtype, array.shape, array.nbytes)
+
+
+def scalar(value: float) -> Pending:
+    """torch.tensor(value), a float32 without axes."""
+    return Pending.given(np.array(value, FLOAT32.raw), FLOAT32)
+
+
+class _Strided:
+    """torch.strided, the layout of ordinary tensors."""
+
+
+STRIDED = _Strided()
+
+
+class Size(tuple[int, ...]):
+    """torch.Size."""
+
+    __slots__ = ()
 
 
 class _Storage:
@@ -86,30 +97,45 @@ class _Pickler(_Base):
         if isinstance(obj, _Storage):
             pending = obj.pending
             count = pending.nbytes // pending.dtype.itemsize
-            return ("storage", _STORAGES[pending.dtype], str(obj.number), "cpu", count)
+            return ("storage", Global("torch", pending.dtype.storage), str(obj.number), "cpu", count)
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, (Pending, Extent, torch.Tensor)):
+        if isinstance(obj, Global):
+            return obj.name
+        if isinstance(obj, DType):
+            return obj.name
+        if isinstance(obj, _Strided):
+            return _LAYOUT, ("torch.strided",)
+        if isinstance(obj, Size):
+            return _SIZE, (tuple(obj),)
+        if isinstance(obj, (Pending, Extent)):
             pending = Pending.of(obj)
             self.tensors.append(pending)
             storage = _Storage(len(self.tensors) - 1, pending)
             arguments: tuple[Any, ...] = (storage, 0, pending.shape, dense(pending.shape), False, OrderedDict())
-            return torch._utils._rebuild_tensor_v2, arguments
+            return _TENSOR, arguments
         if isinstance(obj, NumpyArray) and obj.value is not None:
             return obj.value.__reduce__()
         if isinstance(obj, (Device, PathText)):
             return obj.original()
+        if isinstance(obj, Inert) and not obj.arguments and obj.state is not None:
+            return copyreg.__newobj__, (type(obj),), obj.state  # type: ignore[attr-defined]
         if isinstance(obj, Inert):
             return type(obj), obj.arguments, obj.state, None, None
         return NotImplemented
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        if isinstance(obj, type) and issubclass(obj, Inert) and obj is not Inert:
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
-            self.memoize(obj)
+        if isinstance(obj, DType):
+            self._named(obj, "torch", obj.name)
+        elif isinstance(obj, Global) or (isinstance(obj, type) and issubclass(obj, Inert) and obj is not Inert):
+            self._named(obj, obj.module, obj.name)
         else:
             super().save_global(obj, name)
+
+    def _named(self, obj: Any, module: str, name: str) -> None:
+        self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        self.memoize(obj)
 
 
 def dumps(value: Any) -> tuple[bytes, list[Pending]]:

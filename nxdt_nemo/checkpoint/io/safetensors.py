@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). The package `safetensors` wants all tensors of a file in memory to write it, and copies what
 it reads; the layout is eight bytes, a JSON header and the bytes. Checked against the package in
-tests/checkpoint/test_safetensors.py. May import torch and this room.
+tests/checkpoint/test_safetensors.py. May import this room.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from nxdt_nemo.checkpoint.io.files import DTYPES, Extent, Mapped, name_of
+from nxdt_nemo.checkpoint.dtypes import BY_CODE, DType
+from nxdt_nemo.checkpoint.io.files import Extent, Mapped
 from nxdt_nemo.errors import UserError
 
 __all__ = ["header", "read"]
@@ -41,21 +40,21 @@ def read(file: Mapped) -> dict[str, Extent]:
 
 def _extent(file: Mapped, key: str, row: Mapping[str, Any], base: int) -> Extent:
     begin, end = row["data_offsets"]
-    if row["dtype"] not in DTYPES:
+    if row["dtype"] not in BY_CODE:
         raise UserError(f"dtype {row['dtype']} of {key} is not known", place=str(file.path))
-    extent = Extent(file, key, DTYPES[row["dtype"]], tuple(map(int, row["shape"])), base + begin)
+    extent = Extent(file, key, BY_CODE[row["dtype"]], tuple(map(int, row["shape"])), base + begin)
     if extent.nbytes != end - begin or begin < 0:
         raise UserError(f"{key}: {end - begin} bytes for shape {row['shape']} {row['dtype']}", place=str(file.path))
     return extent
 
 
-def header(arrays: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+def header(arrays: Sequence[tuple[str, DType, tuple[int, ...]]]) -> bytes:
     """What comes before the bytes of these arrays, which follow in this order."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, dtype, shape in arrays:
         size = math.prod(shape) * dtype.itemsize
-        table[key] = {"dtype": name_of(dtype), "shape": list(shape), "data_offsets": [at, at + size]}
+        table[key] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

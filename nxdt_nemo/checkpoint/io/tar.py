@@ -60,7 +60,7 @@ class Tree:
         if mapped.bytes(0, min(2, mapped.size)) == b"\x1f\x8b":
             raise UserError("is a compressed archive", place=str(path), fix="unpack it: gunzip < FILE > NEW.nemo")
         try:
-            with tarfile.open(path, "r:") as opened:
+            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:
                 for info in opened:
                     if name := _checked(info, str(path)):
                         mapped.need(info.offset_data, info.size)

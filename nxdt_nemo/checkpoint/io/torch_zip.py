@@ -2,7 +2,7 @@
 
 Room checkpoint/ (leaf). Such a file is an uncompressed zip of a pickle (`data.pkl`) and one entry a storage, aligned to
 64 bytes; in a `.distcp` file each item is one, at an offset. Pickles are read by io/unpickle.py. What is written here
-torch.load reads, mapped or not, with `weights_only` where the content allows it. May import torch and this room.
+torch.load reads, mapped or not, with `weights_only` where the content allows it. May import numpy and this room.
 Proof: tests/checkpoint/test_torch_zip.py.
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import torch
+import numpy as np
 
+from nxdt_nemo.checkpoint.dtypes import DType, Raw
 from nxdt_nemo.checkpoint.io import unpickle
 from nxdt_nemo.checkpoint.io.files import Extent, Mapped
 from nxdt_nemo.checkpoint.io.pickling import Makes, Pending, dumps
@@ -28,6 +29,7 @@ __all__ = ["Zip", "entries", "one_tensor", "raw_bytes", "read", "verify"]
 _LOCAL, _CENTRAL, _END, _END64, _WHERE64 = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _ALIGN = 64
 _SMALL = 0xFFFFFFFF
+_WHOLE = 256 << 20  # bytes of the largest tensor that is made in one
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def verify(file: Mapped, offset: int = 0, length: int | None = None) -> None:
 
 
 def _check(file: Mapped, name: str, entry: Entry) -> None:
-    view = memoryview(file.buffer())[entry.offset : entry.offset + entry.size]
+    view = file.view(entry.offset, entry.size)
     if zlib.crc32(view) != entry.crc and entry.crc:
         raise UserError(f"{name} is damaged: its checksum does not match", place=str(file.path), fix="copy it again")
 
@@ -172,14 +174,16 @@ class Zip:
         """The file's bytes; tensors are made one at a time."""
         at, table, count = 0, [], 0
         for name, content in self._entries():
-            data = raw_bytes(content.what.tensor()) if isinstance(content, Pending) else content
-            if isinstance(content, Pending) and len(data) != content.nbytes:
-                raise AssertionError(f"{name}: {len(data)} bytes, {content.nbytes} were announced")
-            crc, size, full = zlib.crc32(data), len(data), f"{self.archive}/{name}"
+            parts, full = _parts(content), f"{self.archive}/{name}"
+            crc = size = 0
+            for part in parts():
+                crc, size = zlib.crc32(part, crc), size + len(part)
+            if isinstance(content, Pending) and size != content.nbytes:
+                raise AssertionError(f"{name}: {size} bytes, {content.nbytes} were announced")
             head = _local(full, at, size, crc)
             table.append(_directory(full, at, size, crc))
             yield head
-            yield data
+            yield from parts()
             at += len(head) + size
             count += 1
         whole = b"".join(table)
@@ -187,25 +191,42 @@ class Zip:
         yield _ending(count, len(whole), at)
 
 
+@runtime_checkable
+class Pieces(Protocol):
+    """What gives a tensor in parts, if it is larger than what may be in memory. They are made twice: their checksum
+    stands before them."""
+
+    def pieces(self) -> Iterator[Raw]: ...
+
+
+def _parts(content: bytes | Pending) -> Callable[[], Iterable[bytes | memoryview]]:
+    """The bytes of an entry, again at each call."""
+    if isinstance(content, Pending) and content.nbytes > _WHOLE and isinstance(content.what, Pieces):
+        made = content.what
+        return lambda: map(raw_bytes, made.pieces())
+    whole = (raw_bytes(content.what.tensor()) if isinstance(content, Pending) else content,)
+    return lambda: whole
+
+
 class _Later:
     """Of a pickle that is wanted without its tensor."""
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> Raw:
         raise AssertionError("this tensor is not written")
 
 
 @lru_cache(1024)
-def _of_one(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> bytes:
+def _of_one(dtype: DType, shape: tuple[int, ...], nbytes: int) -> bytes:
     """The pickle of a single tensor: chunks of one size have the same, and there are thousands of them."""
     return dumps(Pending(_Later(), dtype, shape, nbytes))[0]
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements in C order; of the tensor itself if it is contiguous."""
-    if not tensor.numel():
+def raw_bytes(array: Raw) -> memoryview:
+    """An array's elements in C order; of the array itself if it is contiguous."""
+    if not array.size:
         return memoryview(b"")
-    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    content: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return memoryview(content)
 
 
 def _local(name: str, at: int, size: int, crc: int) -> bytes:
@@ -246,6 +267,6 @@ def _ending(count: int, size: int, at: int) -> bytes:
     return wide + _END + struct.pack("<HHHHIIH", 0, 0, *small, 0)
 
 
-def one_tensor(what: Makes, dtype: torch.dtype, shape: Sequence[int]) -> Zip:
+def one_tensor(what: Makes, dtype: DType, shape: Sequence[int]) -> Zip:
     """torch.save of a single tensor, an item of a `.distcp` file."""
     return Zip(Pending(what, dtype, tuple(shape), math.prod(shape) * dtype.itemsize))

@@ -5,7 +5,7 @@ enums, and plain pickle runs whatever the file says. Here a name stands for
   - a function of ours that can only build tensors, numpy arrays and builtin containers,
   - an `Inert` class, if its package is one of those that write checkpoints: it keeps what it was given, does nothing,
   - else nothing: UserError with the name. No module is imported on a file's word.
-May import the standard library, numpy, torch and this room. Proof: tests/checkpoint/test_unpickle.py.
+May import the standard library, numpy and this room. Proof: tests/checkpoint/test_unpickle.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from nxdt_nemo.checkpoint.dtypes import BY_NAME, DType
 from nxdt_nemo.checkpoint.io.files import Extent
 from nxdt_nemo.errors import UserError
 
-__all__ = ["Device", "Inert", "NumpyArray", "PathText", "StorageRef", "dense", "load", "plain"]
+__all__ = ["Device", "Global", "Inert", "NumpyArray", "PathText", "StorageRef", "dense", "inert", "load", "plain"]
 
 # Packages whose classes are found in checkpoints. Their names become Inert, nothing of them is imported.
 _PACKAGES = frozenset(
@@ -35,6 +35,17 @@ _PACKAGES = frozenset(
 )
 
 _TORCH_DATA = ("torch.distributed.checkpoint.", "torch.distributed._shard.")
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name in a pickle that stands for itself: a class or function that is not imported."""
+
+    module: str
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        raise AssertionError("stands for a name, and is not called")
 
 
 class Inert:
@@ -121,11 +132,13 @@ class _Unpickler(pickle.Unpickler):
             return _KNOWN[full]
         if module == "torch" and name.endswith("Storage") and name in _STORAGES:
             return _STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and name in BY_NAME:
+            return BY_NAME[name]
+        if module == "torch" and name in _OTHER_DTYPES:
+            return Global(module, name)
         known = module.partition(".")[0] in _PACKAGES or module.startswith(_TORCH_DATA)
         if known and all(word.isidentifier() for word in full.split(".")):
-            return self._classes.setdefault((module, name), _inert(module, name))
+            return self._classes.setdefault((module, name), inert(module, name))
         raise UserError(
             f"its pickle asks for {full}, which could run code",
             place=self._place,
@@ -138,7 +151,8 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(reference)
 
 
-def _inert(module: str, name: str) -> type[Inert]:
+def inert(module: str, name: str) -> type[Inert]:
+    """The class that stands for one of this name."""
     return type(name.rpartition(".")[2], (Inert,), {"module": module, "name": name})
 
 
@@ -147,25 +161,16 @@ class StorageType:
     """torch.FloatStorage and its kin."""
 
     name: str
-    dtype: torch.dtype
+    dtype: DType
 
 
 _STORAGES = {
-    name: StorageType(name, dtype)
-    for name, dtype in {
-        "DoubleStorage": torch.float64,
-        "FloatStorage": torch.float32,
-        "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16,
-        "LongStorage": torch.int64,
-        "IntStorage": torch.int32,
-        "ShortStorage": torch.int16,
-        "CharStorage": torch.int8,
-        "ByteStorage": torch.uint8,
-        "BoolStorage": torch.bool,
-        "UntypedStorage": torch.uint8,
-    }.items()
+    dtype.storage: StorageType(dtype.storage, dtype) for dtype in BY_NAME.values() if dtype.storage != "UntypedStorage"
 }
+_STORAGES["UntypedStorage"] = StorageType("UntypedStorage", BY_NAME["uint8"])
+_OTHER_DTYPES = frozenset(
+    "complex32 complex64 complex128 uint16 uint32 uint64 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
+)
 
 
 def _tensor(storage: StorageRef, offset: int, size: Any, stride: Any, *_: Any, dtype: Any = None) -> Extent:
@@ -262,7 +267,7 @@ class Device:
 
     def original(self) -> tuple[Any, ...]:
         """How it is pickled."""
-        return torch.device, self.arguments
+        return Global("torch", "device"), self.arguments
 
 
 class PathText(str):
@@ -334,8 +339,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return [plain(item) for item in value]
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+    if isinstance(value, (DType, Global)):
+        return value.name
     if isinstance(value, Extent):
         return f"tensor {list(value.shape)} {value.dtype}"
     return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)

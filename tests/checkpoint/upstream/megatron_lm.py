@@ -1,8 +1,8 @@
-"""Megatron-LM's own load_checkpoint and save_checkpoint, under torchrun: `megatron_lm.py SOURCE ARGUMENTS...`.
+"""Megatron-LM's own load_checkpoint, train_step and save_checkpoint, under torchrun: `megatron_lm.py SOURCE STEPS ...`.
 
-SOURCE is a checkout of core_v0.13.1; the arguments are its own. megatron.training sets up model and optimizer, loads
---load into them, and saves to --save what each rank was given. Whatever asks for CUDA gets the CPU. The optimizers, the
-distributed one too, and the formats are upstream's, unchanged; nothing of this package is imported.
+SOURCE is a checkout of core_v0.13.1; the further arguments are its own. megatron.training sets up model and optimizer,
+loads --load into them, makes STEPS steps, and saves to --save. Whatever asks for CUDA gets the CPU. The optimizers, the
+distributed one too, schedules and formats are upstream's, unchanged; nothing of this package is imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, sys.argv.pop(1))
+STEPS = int(sys.argv.pop(1))
 CPU = torch.device("cpu")
 
 
@@ -51,13 +52,68 @@ def stub_cuda() -> None:
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """What a checkpoint sees of Apex's and TransformerEngine's: `step` is of a group, not of a parameter as in torch's
-    AdamW, which 0.13.1 saves and cannot load. It takes no step here."""
+    """Apex's and TransformerEngine's in a few lines: `step` is of a group, not of a parameter as in torch's AdamW,
+    which 0.13.1 saves and cannot load."""
 
     def __init__(
         self, params: Any, lr: float, weight_decay: float, betas: Any = (0.9, 0.999), eps: float = 1e-8, **_: Any
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (one, two), count = group["betas"], group["step"]
+            for parameter in group["params"]:
+                state, grad = self.state[parameter], parameter.grad
+                if grad is None:
+                    continue
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(parameter))
+                state["exp_avg"].mul_(one).add_(grad, alpha=1 - one)
+                state["exp_avg_sq"].mul_(two).addcmul_(grad, grad, value=1 - two)
+                scale = (state["exp_avg_sq"] / (1 - two**count)).sqrt_().add_(group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - one**count))
+
+
+def batches(iteration: int, args: Any) -> Any:
+    """Tokens and labels of an iteration's micro-batches, whatever the layout; and upstream's mask, made on the CPU."""
+    draw = torch.Generator().manual_seed(1000 + iteration)
+    places = torch.arange(args.seq_length)[None]
+    hidden = torch.ones(1, 1, args.seq_length, args.seq_length, dtype=torch.bool).triu(1)
+    for _ in range(args.global_batch_size // args.micro_batch_size):
+        rows = torch.randint(0, 64, (args.micro_batch_size, args.seq_length + 1), generator=draw) * 3
+        yield rows[:, :-1].contiguous(), places.expand(args.micro_batch_size, -1), hidden, rows[:, 1:].contiguous()
+
+
+def forward(data: Any, model: Any) -> Any:
+    tokens, places, hidden, labels = next(data)
+
+    def mean(losses: Any) -> Any:
+        loss = losses.float().mean()
+        return loss, {"lm loss": loss.detach()}
+
+    return model(tokens, places, hidden, labels=labels), mean
+
+
+def train(made: Any, steps: int) -> None:
+    """Steps by upstream's train_step; the last stage prints each loss."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_args, training
+
+    model, optimizer, scheduler = made
+    args, config = get_args(), get_model_config(model[0])
+    config.grad_scale_func, config.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
+    for _ in range(steps):
+        args.curr_iteration = args.iteration
+        losses, *_ = training.train_step(forward, batches(args.iteration, args), model, optimizer, scheduler, config)
+        args.iteration += 1
+        args.consumed_train_samples += args.global_batch_size
+        if losses:
+            print(f"loss {args.iteration} {float(losses['lm loss']):.9f}", flush=True)
 
 
 def main() -> None:
@@ -82,6 +138,10 @@ def main() -> None:
     def provider(pre_process: bool = True, post_process: bool = True) -> Any:
         args = get_args()
         config = core_transformer_config_from_args(args)
+        if args.use_legacy_models:
+            from megatron.legacy.model import GPTModel as Legacy
+
+            return Legacy(config, 0, True, pre_process, post_process)
         spec = get_gpt_layer_local_spec(
             args.num_experts, args.moe_grouped_gemm, args.qk_layernorm, normalization=args.normalization
         )
@@ -104,6 +164,7 @@ def main() -> None:
         args = get_args()
         made = training.setup_model_and_optimizer(provider, ModelType.encoder_or_decoder)
         print(f"loaded iteration {args.iteration}, {args.consumed_train_samples} samples", flush=True)
+        train(made, STEPS)
         save_checkpoint(args.iteration, *made, 0)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -18,12 +18,12 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nxdt_nemo import console
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
+from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT32
 from nxdt_nemo.checkpoint.formats import nemo
 from nxdt_nemo.checkpoint.formats.base import Options, Source, Target
 from nxdt_nemo.checkpoint.imported import Imported, imported
@@ -107,7 +107,7 @@ def _imported(key: str, path: Path, cfg: DictConfig) -> Imported:
     kinds = KINDS if whole else KINDS[:1]
     dtype = None
     if whole:  # a run has main parameters, or its parameters are these
-        dtype = torch.bfloat16 if OmegaConf.select(cfg, "model.megatron_amp_O2") else torch.float32
+        dtype = BFLOAT16 if OmegaConf.select(cfg, "model.megatron_amp_O2") else FLOAT32
 
     def target(source: Source) -> Target:
         divisible_by = OmegaConf.select(cfg, "model.make_vocab_size_divisible_by") or 128

@@ -1,0 +1,83 @@
+"""T5: what stock megatron-core saved goes through other layouts and formats, and computes the same there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.formats.base import Target
+from nxdt_nemo.checkpoint.layout import Layout
+from nxdt_nemo.errors import UserError
+
+from .conftest import assert_same, read
+
+SCRIPT = Path(__file__).with_name("upstream") / "t5.py"
+
+
+def upstream(what: str, folder: Path, out: Path, case: tuple[str, str], ranks: int = 1) -> torch.Tensor:
+    """Logits [2, 12, 256] by stock megatron-core."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    environment = {**os.environ, "NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(SCRIPT), what, str(folder), str(out), *case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: torch.Tensor = torch.load(out, weights_only=True)
+    return found
+
+
+ROUTES: list[tuple[str, Layout, dict[str, Any]]] = [
+    ("torch_dist", Layout(tp=2), {}),
+    ("torch", Layout(tp=2), {}),
+    ("torch", Layout(tp=4), {"spec": "te"}),
+    ("nemo", Layout(tp=2), {}),
+    ("nemo2", Layout(tp=2), {}),
+    ("nemo_dist", Layout(tp=1), {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", [("relative", "tied"), ("learned_absolute", "untied")])
+def test_upstreams_model_through_every_format(case: tuple[str, str], tmp_path: Path) -> None:
+    wanted = upstream("make", tmp_path / "stock", tmp_path / "logits.pt", case)
+    first = read(tmp_path / "stock/dist", optimizer=False)
+    assert (first.family.name, first.model.layers, first.model.decoder_layers) == ("t5", 3, 2)
+    assert first.model.relative_buckets == (32 if case[0] == "relative" else 0)
+    count = assert_same(first, read(tmp_path / "stock/torch", optimizer=False), ("model",))
+    assert count == len(first.catalog.names())
+    for number, (to, layout, extra) in enumerate(ROUTES):
+        there, back = tmp_path / f"{number}", tmp_path / f"{number}.back"
+        convert(tmp_path / "stock/torch", there, to, wanted=Target(layout, extra=extra))
+        assert assert_same(first, read(there, optimizer=False), ("model",)) == count
+        convert(there, back, "torch_dist")
+        assert assert_same(first, read(back, optimizer=False), ("model",)) == count
+    logits = {
+        "torch_dist": upstream("load", tmp_path / "0/iter_0000002", tmp_path / "a.pt", case),
+        "torch_dist, TP 2": upstream("load", tmp_path / "0/iter_0000002", tmp_path / "b.pt", case, 2),
+        "torch, TP 2": upstream("load", tmp_path / "1/iter_0000002", tmp_path / "c.pt", case, 2),
+        "back from nemo": upstream("load", tmp_path / "3.back/release", tmp_path / "d.pt", case),
+    }
+    for name, found in logits.items():
+        assert float((found - wanted).abs().max()) <= 1e-5, name
+
+
+def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
+    from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK
+    from nxdt_nemo.checkpoint.families import by_name
+    from nxdt_nemo.checkpoint.model import Model
+    from nxdt_nemo.checkpoint.placement import rows_of
+
+    family = by_name("t5")
+    model = Model("t5", 2, 8, 2, 2, 4, 16, 32, 8, decoder_layers=2, relative_buckets=8, tied=True)
+    layout = Layout(pp=2)
+    with pytest.raises(UserError, match="use pp=1, or torch_dist"):
+        list(rows_of(PER_RANK, model, family.names(model), layout.shard(2, 0, 0, 0, 0, ()), layout))
+    with pytest.raises(UserError, match="use torch_dist, torch or nemo"):
+        family.to_hf(model)
