@@ -106,7 +106,7 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     """
     from nxdt_nemo.config import precheck
 
-    report = precheck(script, list(arguments), os.environ, also_errors=_memory)
+    report = precheck(script, list(arguments), os.environ, also_errors=_more)
     if report is None or not report.errors:
         for line in early.prepare(report):
             console.warn(line)
@@ -117,12 +117,15 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     raise last
 
 
-def _memory(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
-    """States that do not fit the instance that the configuration names."""
+def _more(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
+    """States that do not fit the instance that the configuration names, and bad lines of tuning data."""
+    from nxdt_nemo.config.tuning_data import data_errors
     from nxdt_nemo.config.view import View
     from nxdt_nemo.megatron.memory_of_config import errors
 
-    yield from errors(View(cfg, place=place), ranks)
+    view = View(cfg, place=place)
+    yield from data_errors(view)
+    yield from errors(view, ranks)
 
 
 def _prepare_script(main: ModuleType, script: str) -> None:
