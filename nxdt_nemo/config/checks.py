@@ -14,7 +14,7 @@ from math import gcd
 from nxdt_nemo.config import exp_manager, layers, pipeline_layout
 from nxdt_nemo.config import experts as expert_rules
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
-from nxdt_nemo.config.report import Change, or_list
+from nxdt_nemo.config.report import GONE, Change, or_list
 from nxdt_nemo.config.targets import targets
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
@@ -550,7 +550,19 @@ def bucket_bytes(view: View) -> Changes:
         yield Change(key, None, elements, f"model.optim.bucket_cap_mb={size}, in elements of {bytes_each} bytes")
 
 
+def lightnings_sampler(view: View) -> Changes:
+    """The name that Lightning 1 had for a key: 2 refuses it, and NeMo's megatron_gpt_validate_config.yaml has it."""
+    old, new = "trainer.replace_sampler_ddp", "trainer.use_distributed_sampler"
+    if not view.has(old):
+        return
+    value = view.get(old)
+    yield Change(old, value, GONE, f"Lightning 2 calls it {new.removeprefix('trainer.')}")
+    if value is not None and not view.has(new):
+        yield Change(new, None, value, f"Lightning 2's name of {old.removeprefix('trainer.')}")
+
+
 CHANGES: tuple[Callable[[View], Changes], ...] = (
+    lightnings_sampler,
     half_to_bf16,
     o2_needs_half,
     asynchronous_gradients,
