@@ -199,7 +199,9 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(corpus: Path, base: Path, tmp_path: Path) -> Started:
     """`started("dpo", ...)`: nxdt-nemo run --config, with overrides, in the folder `name`."""
 
-    def job(method: str, *overrides: str, name: str = "run") -> Run:
+    def job(
+        method: str, *overrides: str, name: str = "run", script: Path | None = None, environment: Any = None
+    ) -> Run:
         cfg = OmegaConf.load(resource("configs") / "demo_llama.yaml")
         sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
         sizes |= {"num_query_groups": 2, "encoder_seq_length": SEQ, "micro_batch_size": 1, "global_batch_size": 4}
@@ -217,7 +219,10 @@ def started(corpus: Path, base: Path, tmp_path: Path) -> Started:
             f"model.tokenizer.model={corpus / 'tokenizer.model'}",
         ]
         words = [str(tmp_path / "pairs.yaml"), *files, *overrides]
-        done = run(Path("--config"), words, tmp_path / name, cwd=tmp_path, environment={"NXDT_NEMO_RUNTIME": "cpu"})
+        if script is not None:
+            words = [f"--config-path={tmp_path}", "--config-name=pairs", *words[1:]]
+        environment = {"NXDT_NEMO_RUNTIME": "cpu"} | (environment or {})
+        done = run(script or Path("--config"), words, tmp_path / name, cwd=tmp_path, environment=environment)
         assert done.code == 0, done.output[-4000:]
         return done
 
@@ -339,3 +344,24 @@ def test_adapters_and_validation(started, base):
     assert one[1] == pytest.approx(other[1], rel=1e-5)
     assert one[0][-1] < one[0][0]
     assert one[2][-1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_torch_xla")
+@pytest.mark.parametrize("method, more", [("dpo", "=true"), ("dpo", "=false"), ("orpo", "")])
+def test_on_the_xla_lane_two_graphs_serve_all_steps(started, tmp_path, method, more):
+    """Nothing is compiled after two steps, nothing falls off XLA, and the losses are the cpu lane's."""
+    steps = ["trainer.max_steps=6", *([f"++neuron.alignment.dpo.precompute_ref_log_probs{more}"] if more else [])]
+    script = Path(__file__).with_name("megatron_alignment.py")
+    counts = tmp_path / "counts.json"
+    cpu = started(method, *steps, name="cpu")
+    xla = started(
+        method, *steps, name="xla", script=script, environment={"NXDT_NEMO_RUNTIME": "xla", "COUNTS": str(counts)}
+    )
+    assert "nxdt_nemo: lane xla" in xla.output
+    for name in ("reduced_train_loss", "rewards/margins"):
+        assert curves(xla, name)[0] == pytest.approx(curves(cpu, name)[0], rel=1e-4, abs=1e-5), name
+    parts = json.loads(counts.read_text())
+    assert len(parts) == 6
+    assert [part.get("compiled", 0) for part in parts[2:]] == [0, 0, 0, 0]
+    assert not any(number for part in parts for name, number in part.items() if name.startswith("aten::"))

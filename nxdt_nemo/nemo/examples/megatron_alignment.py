@@ -8,7 +8,10 @@ that model.peft.peft_scheme names. Proof: tests/nemo/test_preference.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.multiprocessing as mp
+from lightning.pytorch import Callback
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.core.config import hydra_runner
@@ -31,15 +34,15 @@ def main(cfg: DictConfig) -> None:
     train(cfg)
 
 
-def train(cfg: DictConfig) -> MegatronGPTPreferenceModel:
-    """The same for a configuration at hand; returns the trained model."""
+def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> MegatronGPTPreferenceModel:
+    """The same for a configuration at hand, with Lightning's callbacks; returns the trained model."""
     base = cfg.model.get("restore_from_path")
     if base is None:
         raise ConfigError(
             "model.restore_from_path is not set, and preference training begins from a model",
             fix="name a .nemo, or a folder of Hugging Face's or Megatron's",
         )
-    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(list(callbacks))
     exp_manager(trainer, cfg.get("exp_manager"))
     settings = MegatronGPTPreferenceModel.merge_cfg_with(base, settled(cfg))
     with open_dict(settings):
