@@ -11,7 +11,7 @@ from nxdt_nemo.errors import UserError
 def test_a_script_that_pretends_to_be_several_ranks(tmp_path):
     script = tmp_path / "megatron_change_num_partitions.py"
     script.write_text('import os\nos.environ["NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"] = "true"\n')
-    with pytest.raises(UserError, match="nxdt-nemo ckpt convert MODEL TARGET.nemo --to nemo --tp N --pp M") as found:
+    with pytest.raises(UserError, match=r"nxdt-nemo ckpt convert MODEL .* --to nemo --tp N --pp M") as found:
         _check_script(script)
     assert found.value.place == str(script)
     script.write_text("import os\n")
