@@ -42,6 +42,10 @@ $(STAMP): requirements.lock pyproject.toml hatch_build.py nxdt_nemo_activate.pth
 demo: $(STAMP) ## trains a small Llama on real English text, saves, resumes, generates: under 5 minutes
 	@$(PY) tools/demo.py
 
+.PHONY: demo-finetune
+demo-finetune: $(STAMP) ## a Hugging Face model learns answers by LoRA on two ranks, is merged and exported: under 8 minutes
+	@$(PY) tools/demo_finetune.py
+
 .PHONY: test
 test: $(STAMP) ## every test that is not slow
 	@$(PY) -m pytest -q

@@ -4,7 +4,6 @@ NxdtError
 +-- UserError          the user can fix it: one line, exit code 2, no traceback
 |   +-- ConfigError    a key or value in a YAML file or an override
 |   |   +-- HereError      fine in itself, and not on this machine: a file, a package
-|   |   +-- PendingError   fine in itself, and not trained by this release
 |   +-- LaneError      a runtime lane that cannot be used on this machine
 |   +-- LayoutError    a parallel layout that the ranks or the instance cannot take
 +-- PatchError         an upstream target moved, or two records claim it: fails closed
@@ -21,7 +20,6 @@ __all__ = [
     "NotOnNeuron",
     "NxdtError",
     "PatchError",
-    "PendingError",
     "UserError",
 ]
 
@@ -53,10 +51,6 @@ class ConfigError(UserError):
 
 class HereError(ConfigError):
     """A file or package that the configuration names and this machine does not have."""
-
-
-class PendingError(ConfigError):
-    """A workflow that this release checks and does not train."""
 
 
 class LaneError(UserError):

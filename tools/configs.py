@@ -23,13 +23,14 @@ from pathlib import Path
 from configs_lib import corpus, runs, shrink
 from omegaconf import OmegaConf
 
-from nxdt_nemo.config.compositions import PENDING, Composition, compositions
+from nxdt_nemo.config.compositions import PREFERENCES, Composition, compositions
 from nxdt_nemo.config.validate import read, validate_config
 from nxdt_nemo.config.view import View
 from nxdt_nemo.megatron import memory_of_config
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "configs.md"
 TRAIN = Path("train")
+KINDS = {"sft": "tuning", "lora": "tuning", **dict.fromkeys(PREFERENCES, "alignment")}
 
 
 def checked(job: Composition) -> tuple[str, str]:
@@ -59,9 +60,9 @@ class Trainer:
         arguments = shrink.overrides(
             job, View(read(TRAIN, job.overrides)), self.folder / "corpus", Path("RUN"), Path("BASE")
         )
-        key = _same(arguments) + (job.workflow if job.workflow in PENDING else "")
+        key = _same(arguments) + (job.workflow if job.workflow in PREFERENCES else "")
         if key not in self.outcomes:
-            if job.workflow in ("sft", "lora") and not base.exists():
+            if job.workflow != "pretrain" and not base.exists():
                 first = Composition(job.model, job.target, "pretrain")
                 heads = ["model.num_query_groups=2"] if _grouped(job) else []
                 self._train(first, "gpt", [*self._arguments(first, base), *heads], base)
@@ -70,7 +71,7 @@ class Trainer:
         return str(self.outcomes[key][0])
 
     def _outcome(self, job: Composition, base: Path) -> list[object]:
-        kind = job.model if job.model in ("bert", "t5") else "gpt" if job.workflow == "pretrain" else "tuning"
+        kind = job.model if job.model in ("bert", "t5") else KINDS.get(job.workflow, "gpt")
         save = base if kind == "gpt" else None
         found = self._train(job, kind, self._arguments(job, base), save)
         if found.trained:
@@ -154,7 +155,7 @@ def main() -> int:
 def _order(job: Composition) -> tuple[int, int, str]:
     """Pretraining first, which tuning begins from."""
     return (
-        ["pretrain", "sft", "lora", *PENDING].index(job.workflow),
+        ["pretrain", "sft", "lora", *PREFERENCES].index(job.workflow),
         ["trn1", "cpu", "trn2"].index(job.target),
         job.model,
     )
@@ -163,7 +164,7 @@ def _order(job: Composition) -> tuple[int, int, str]:
 def _as_it_must(job: Composition, outcome: str, untrained: bool) -> bool:
     if untrained:
         return True
-    return outcome.startswith("refused: ") if job.workflow in PENDING else outcome.startswith("trained: ")
+    return outcome.startswith("trained: ")
 
 
 if __name__ == "__main__":

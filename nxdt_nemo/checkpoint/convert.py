@@ -58,10 +58,12 @@ def convert(
     overwrite: bool = False,
     digest: str = "xxh3_128",
     progress: Progress | None = None,
+    change: Callable[[Source], None] | None = None,
 ) -> Report:
     """Write the checkpoint at `path` as format `to` at `target`. Raises UserError, and then `target` is as it was.
 
     workers  files written at a time; digest, of each file: xxh3_128 or sha256; version goes into the manifest
+    change   what is to become of the source before it is written: an adapter that is merged into it
     """
     started = time.monotonic()
     wanted = wanted or Target()
@@ -70,6 +72,8 @@ def convert(
     if target == path.absolute() or path.absolute() in target.parents:
         raise UserError("is the source, or inside of it", place=str(target), fix="choose another place")
     source = formats.read(path, options)
+    if change is not None:
+        change(source)
     writer = formats.writer(to)
     weights = source.dtype
     wanted = _with_masters(source, wanted)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Checkpoints: inspect, convert.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Checkpoints: inspect, convert, merge adapters.", no_args_is_help=True, rich_markup_mode=None)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _OPTIMIZER_FORMATS = ("fully_sharded_model_space", "model_space", "distrib_optim")
@@ -200,6 +200,52 @@ def convert(
     typer.echo(f"{what}: {_size(report.bytes)} in {report.seconds:.1f} s{resumed}; {report.target}")
     if verify:
         _verify(report, trust_source)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="The base model, of any format.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="A .nemo of NeMo's LoRA, or a folder of peft.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format to write, as of convert.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="The weights': bf16, fp16 or fp32; as in BASE by default.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET when all is written.")] = False,
+) -> None:
+    """Write BASE with a LoRA adapter added to its weights: W + alpha / rank * B A."""
+    from nxdt_nemo.checkpoint import adapters
+    from nxdt_nemo.checkpoint.convert import convert as run
+    from nxdt_nemo.checkpoint.formats.base import Source, Target
+
+    def change(source: Source) -> None:
+        adapters.merge_into(source, adapters.read(adapter, source))
+
+    wanted = Target(dtype=_dtype(dtype))
+    with _progress() as progress:
+        report = run(
+            base, target, to, wanted=wanted, version=__version__, overwrite=overwrite, progress=progress, change=change
+        )
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=True)
+    what = f"{report.source.format} ({report.source.family.name}) with its adapter as {to}"
+    typer.echo(f"{what}: {_size(report.bytes)} in {report.seconds:.1f} s; {report.target}")
+
+
+@app.command("adapter")
+def export_adapter(
+    base: Annotated[Path, typer.Argument(help="The base model, of any format.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="A .nemo of NeMo's LoRA.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET when all is written.")] = False,
+) -> None:
+    """Write a LoRA adapter as Hugging Face's peft loads it."""
+    from nxdt_nemo.checkpoint import adapters, formats
+    from nxdt_nemo.checkpoint.formats.base import Options
+
+    source = formats.read(base, Options())
+    found = adapters.read(adapter, source)
+    adapters.write_peft(found, source, target, overwrite=overwrite, version=__version__)
+    what = f"{len(found.pairs)} weights of {source.family.name}, rank {found.rank}, alpha {found.alpha:g}"
+    typer.echo(f"LoRA as peft: {what}; {target}")
 
 
 def _verify(report: Report, trusted: bool) -> None:

@@ -26,12 +26,12 @@ _Chosen = Annotated[
 @app.command("list")
 def list_() -> None:
     """The models, targets and workflows, which go together."""
-    from nxdt_nemo.config.compositions import GROUPS, PENDING, Composition, about, compositions, options
+    from nxdt_nemo.config.compositions import GROUPS, PREFERENCES, Composition, about, compositions, options
 
     for group in GROUPS:
         typer.echo(f"{group}")
         for name in options(group):
-            note = " (checked, not trained yet)" if name in PENDING else ""
+            note = " (by nxdt-nemo run --config)" if name in PREFERENCES else ""
             typer.echo(f"  {name:16} {about(group, name)}{note}")
     models = [name for name in options("model") if not Composition(name, "trn1", "sft").fits]
     typer.echo(

@@ -129,10 +129,16 @@ def job_arguments(
     groups = [word for word in words if _is_group(config, word)]
     composed = read(config, groups) if "defaults" in migrated.text else read(folder / config.name)
     tunes = OmegaConf.select(composed, "model.data.train_ds") is not None
+    said = [key for key, _ in migrated.rest]
+    prefers = any(
+        OmegaConf.select(composed, key) is not None or any(f"{word}.".startswith(f"{key}.") for word in said)
+        for key in ("neuron.alignment.dpo", "neuron.alignment.orpo")
+    )
+    workflow = "alignment" if prefers else "finetuning" if tunes else "pretraining"
     import nxdt_nemo
 
     scripts = Path(str(nxdt_nemo.__file__)).parent / "nemo" / "examples"
-    return str(scripts / f"megatron_{'finetuning' if tunes else 'pretraining'}.py"), tuple(arguments)
+    return str(scripts / f"megatron_{workflow}.py"), tuple(arguments)
 
 
 def _is_group(config: Path, word: str) -> bool:
@@ -143,7 +149,6 @@ def _is_group(config: Path, word: str) -> bool:
 
 def _say(report: MigrationReport) -> None:
     """One line of what was done, one for each thing that a person should know; an error ends the run."""
-    from nxdt_nemo.config.migrate.derive import PENDING
     from nxdt_nemo.config.report import shown
 
     if report.dialect == "nemo" and not report.changed:
@@ -151,8 +156,6 @@ def _say(report: MigrationReport) -> None:
     console.notice(report.summary())
     for entry in report.entries:
         where = entry.key or entry.to
-        if entry.why.endswith(PENDING):
-            raise UserError(f"{entry.to} is checked, and not trained yet", place=report.place, fix="leave it out")
         if entry.level == "error":
             raise UserError(f"{where}={shown(entry.old)}: {entry.why}", place=report.place)
         if entry.level:

@@ -75,8 +75,18 @@ class Job:
         _execute(main, code)
 
 
+# What NeMo's scripts set that stand for one rank after another in a single process.
+_PRETENDS = b"NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"
+
+
 def _check_script(path: Path) -> None:
     if path.is_file():
+        if _PRETENDS in path.read_bytes():
+            raise UserError(
+                "stands for one rank after another in a single process, which this backend's process groups cannot",
+                place=str(path),
+                fix="cut the model another way: nxdt-nemo ckpt convert MODEL TARGET.nemo --to nemo --tp N --pp M",
+            )
         return
     if path.is_dir():
         raise UserError("is a folder, not a script", place=str(path))
@@ -106,7 +116,7 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     """
     from nxdt_nemo.config import precheck
 
-    report = precheck(script, list(arguments), os.environ, also_errors=_memory)
+    report = precheck(script, list(arguments), os.environ, also_errors=_more)
     if report is None or not report.errors:
         for line in early.prepare(report):
             console.warn(line)
@@ -117,12 +127,15 @@ def _precheck(script: Path, arguments: tuple[str, ...]) -> None:
     raise last
 
 
-def _memory(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
-    """States that do not fit the instance that the configuration names."""
+def _more(cfg: Any, ranks: int | None, place: str) -> Iterator[ConfigError]:
+    """States that do not fit the instance that the configuration names, and bad lines of tuning data."""
+    from nxdt_nemo.config.tuning_data import data_errors
     from nxdt_nemo.config.view import View
     from nxdt_nemo.megatron.memory_of_config import errors
 
-    yield from errors(View(cfg, place=place), ranks)
+    view = View(cfg, place=place)
+    yield from data_errors(view)
+    yield from errors(view, ranks)
 
 
 def _prepare_script(main: ModuleType, script: str) -> None:

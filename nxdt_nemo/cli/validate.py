@@ -38,13 +38,20 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a configuration: keys, values, what contradicts what, memory. Exit code 1 if a run would not start."""
+    from nxdt_nemo.config.tuning_data import data_errors
     from nxdt_nemo.config.validate import read, validate_config
     from nxdt_nemo.config.view import View
+    from nxdt_nemo.errors import HereError
     from nxdt_nemo.megatron import memory_of_config
 
     cfg = read(config, overrides or [])
     found = validate_config(cfg, place=config.name, strict=strict)
     view = View(cfg, place=config.name)
+    for error in data_errors(view):
+        if isinstance(error, HereError):
+            found.warnings.append(f"on this machine: {error}")
+        else:
+            found.errors.append(error)
     need = None if found.errors else memory_of_config.need(view, found.ranks)
     found.errors += memory_of_config.errors(view, found.ranks) if need else []
     found.judge(memory_of_config.doubts(view, found.ranks) if need else [])
@@ -61,8 +68,6 @@ def _print(found: Verdict, memory: str, every: bool) -> None:
         typer.echo(f"error    {_flat(str(error))}")
     for line in found.warnings:
         typer.echo(f"warning  {_flat(line)}")
-    for pending in found.pending:
-        typer.echo(f"pending  {_flat(str(pending))}")
     _block("to be set before a run", found.to_be_set)
     _defaults([default for default in found.report.defaults if every or default.common])
     if memory:

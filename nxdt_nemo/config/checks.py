@@ -14,10 +14,10 @@ from math import gcd
 from nxdt_nemo.config import exp_manager, layers, pipeline_layout
 from nxdt_nemo.config import experts as expert_rules
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
-from nxdt_nemo.config.report import Change, or_list
+from nxdt_nemo.config.report import GONE, Change, or_list
 from nxdt_nemo.config.targets import targets
 from nxdt_nemo.config.view import View
-from nxdt_nemo.errors import ConfigError, PendingError
+from nxdt_nemo.errors import ConfigError
 
 __all__ = ["ACCELERATORS", "CHANGES", "DOUBTS", "ERRORS", "trains"]
 
@@ -378,12 +378,8 @@ def checkpoint_ranks(view: View) -> Errors:
 
 
 def workflows(view: View) -> Errors:
-    """What this release checks and does not train yet."""
-    method = view.get("neuron.alignment", {})
-    for name in ("dpo", "orpo"):
-        if view.training and isinstance(method, dict) and method.get(name) is not None:
-            reason = f"neuron.alignment.{name} is checked and not trained yet"
-            yield PendingError(reason, place=view.place, fix="leave neuron.alignment out, or wait for fine-tuning")
+    """Tuning: what its sections need of each other."""
+    yield from _preferences(view)
     scheme = view.get("model.peft.peft_scheme", "none")
     if scheme == "lora" and view.training and not view.get("model.peft.lora_tuning"):
         yield view.error("model.peft.peft_scheme=lora without model.peft.lora_tuning", "write the section")
@@ -391,6 +387,24 @@ def workflows(view: View) -> Errors:
     if encoder and view.get("model.data.train_ds") is not None and view.get("model.mcore_bert", False):
         yield view.error("model.data.train_ds with model.mcore_bert: NeMo tunes decoders", "use a GPT")
 
+
+def _preferences(view: View) -> Errors:
+    """DPO and ORPO: where their data is, and a prompt that leaves room for an answer."""
+    methods = view.get("neuron.alignment", {})
+    for name in ("dpo", "orpo"):
+        method = methods.get(name) if view.training and isinstance(methods, dict) else None
+        if method is None:
+            continue
+        length, prompt = view.number("model.encoder_seq_length"), view.number(f"neuron.alignment.{name}.{PROMPT}")
+        if length and prompt and prompt >= length:
+            reason = f"neuron.alignment.{name}.{PROMPT}={prompt} leaves no room in model.encoder_seq_length={length}"
+            yield view.error(reason, f"use less, {length // 2} for instance")
+        if view.get("model.data.train_ds") is None:
+            reason = f"neuron.alignment.{name} without model.data.train_ds"
+            yield view.error(reason, "name jsonl files in model.data.train_ds.file_names")
+
+
+PROMPT = "max_prompt_length"
 
 ERRORS: tuple[Callable[[View], Errors], ...] = (
     positive_sizes,
@@ -536,7 +550,19 @@ def bucket_bytes(view: View) -> Changes:
         yield Change(key, None, elements, f"model.optim.bucket_cap_mb={size}, in elements of {bytes_each} bytes")
 
 
+def lightnings_sampler(view: View) -> Changes:
+    """The name that Lightning 1 had for a key: 2 refuses it, and NeMo's megatron_gpt_validate_config.yaml has it."""
+    old, new = "trainer.replace_sampler_ddp", "trainer.use_distributed_sampler"
+    if not view.has(old):
+        return
+    value = view.get(old)
+    yield Change(old, value, GONE, f"Lightning 2 calls it {new.removeprefix('trainer.')}")
+    if value is not None and not view.has(new):
+        yield Change(new, None, value, f"Lightning 2's name of {old.removeprefix('trainer.')}")
+
+
 CHANGES: tuple[Callable[[View], Changes], ...] = (
+    lightnings_sampler,
     half_to_bf16,
     o2_needs_half,
     asynchronous_gradients,

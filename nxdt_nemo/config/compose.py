@@ -40,6 +40,8 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
 }
 # Options of hydra that print something instead of running the script, or run it several times.
 ELSEWHERE = ("help", "hydra_help", "cfg", "info", "multirun", "shell_completion", "experimental_rerun")
+# The script that trains by neuron.alignment.
+PREFERENCES = "megatron_alignment.py"
 OPTIONS = ("config_path", "config_name", "version_base")
 # multistorageclient's, for msc:// addresses: it takes as long as all else, and logs a traceback for a folder.
 UNUSED_PLUGIN = "hydra_plugins.hydra_msc_plugin"
@@ -96,9 +98,19 @@ def precheck(
     ranks = world_size(cfg, environ)
     report = check(cfg, world_size=ranks, place=entry.place, also=names_in(script))
     report.errors += _launcher(View(cfg), environ, entry.place)
+    report.errors += _script(View(cfg), script, entry.place)
     if also_errors is not None and not report.errors:
         report.errors += also_errors(cfg, ranks, entry.place)
     return report
+
+
+def _script(view: View, script: Path, place: str) -> Iterator[ConfigError]:
+    """NeMo's scripts would train something else, and say nothing."""
+    methods = view.get("neuron.alignment")
+    for name in ("dpo", "orpo"):
+        if isinstance(methods, dict) and methods.get(name) is not None and script.name != PREFERENCES:
+            reason = f"neuron.alignment.{name} is nothing that {script.name} trains"
+            yield ConfigError(reason, place=place, fix="start it by nxdt-nemo run --config FILE")
 
 
 def _launcher(view: View, environ: Mapping[str, str], place: str) -> Iterator[ConfigError]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nxdt_nemo._resources import folder
 
-__all__ = ["GROUPS", "PENDING", "PRIMARY", "SCRIPTS", "Composition", "about", "compositions", "options"]
+__all__ = ["GROUPS", "PREFERENCES", "PRIMARY", "SCRIPTS", "Composition", "about", "compositions", "options"]
 
 PRIMARY = "train"
 GROUPS = ("model", "target", "workflow")
@@ -25,7 +25,7 @@ SCRIPTS = {
     "orpo": "",
 }
 OWN_SCRIPT = {"bert": "megatron_bert_pretraining.py", "t5": "megatron_t5_pretraining.py"}
-PENDING = ("dpo", "orpo")  # checked, and not trained by this release
+PREFERENCES = ("dpo", "orpo")  # trained by a script of ours: NeMo 2.4 has none
 
 
 @dataclass(frozen=True, order=True)

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from nxdt_nemo.config.neuron import NeuronConfig
     from nxdt_nemo.config.values import Default
 
-__all__ = ["Change", "Ignored", "Report", "Unknown", "or_list"]
+__all__ = ["GONE", "Change", "Ignored", "Report", "Unknown", "or_list"]
 
+GONE = "(left out)"
+"""The new value of a change that takes a key out."""
 FOREIGN = 3  # keys of another product in a config of that product; fewer are left over
 
 

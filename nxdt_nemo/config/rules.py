@@ -19,7 +19,7 @@ from nxdt_nemo.config import checks, values
 from nxdt_nemo.config.environment import settings
 from nxdt_nemo.config.job import job_of
 from nxdt_nemo.config.keys import unknown_keys
-from nxdt_nemo.config.report import Change, Ignored, Report
+from nxdt_nemo.config.report import GONE, Change, Ignored, Report
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
@@ -144,7 +144,11 @@ def sanitise(
         local = View(cfg, section=section).local
         with open_dict(cfg):
             for change in report.changes:
-                OmegaConf.update(cfg, local(change.key), change.new, merge=False, force_add=True)
+                section, _, name = local(change.key).rpartition(".")
+                if change.new == GONE:
+                    (OmegaConf.select(cfg, section) if section else cfg).pop(name)
+                else:
+                    OmegaConf.update(cfg, local(change.key), change.new, merge=False, force_add=True)
     return report
 
 

@@ -19,7 +19,7 @@ from nxdt_nemo.config.compose import Entry, compose_entry, settle, world_size
 from nxdt_nemo.config.report import Report
 from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
-from nxdt_nemo.errors import ConfigError, HereError, PendingError, UserError
+from nxdt_nemo.errors import ConfigError, HereError, UserError
 
 __all__ = ["Verdict", "find", "read", "validate", "validate_config"]
 
@@ -34,7 +34,6 @@ class Verdict:
     place      the file
     errors     what ends a run
     warnings   what a run would say, and what is not on this machine
-    pending    workflows that this release checks and does not train
     to_be_set  keys that whoever starts the run has to give
     report     all that the rules found
     ranks      of the run, None if the configuration does not say
@@ -47,7 +46,6 @@ class Verdict:
     strict: bool = False
     errors: list[ConfigError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    pending: list[ConfigError] = field(default_factory=list)
 
     @property
     def to_be_set(self) -> list[str]:
@@ -73,7 +71,6 @@ class Verdict:
             "good": self.good,
             "errors": [str(error) for error in self.errors],
             "warnings": self.warnings,
-            "pending": [str(line) for line in self.pending],
             "to_be_set": self.to_be_set,
             "unknown": [vars(key) for key in self.report.unknown],
             "changes": [vars(change) for change in self.report.changes],
@@ -162,8 +159,6 @@ def validate_config(
     for error in [*report.errors, *more, *_sections(view)]:
         if isinstance(error, HereError):
             found.warnings.append(f"on this machine: {error}")
-        elif isinstance(error, PendingError):
-            found.pending.append(error)
         elif not _is_to_be_set(view, error):
             found.errors.append(error)
     found.warnings += report.warnings

@@ -121,11 +121,11 @@ def test_run_config_starts_tuning_where_there_is_a_train_ds(config, words):
     assert script.endswith("nxdt_nemo/nemo/examples/megatron_finetuning.py")
 
 
-def test_alignment_is_refused_in_one_line(type_):
-    code, _, err = type_("run", "--config", NXDT, "+model_alignment_strategy.dpo.kl_beta=0.1")
-    assert code == 2
-    line = err.splitlines()[-1]
-    assert line.startswith("nxdt-nemo: small_nxdt.yaml: neuron.alignment.dpo.kl_beta is checked, and not trained yet")
+@pytest.mark.parametrize("config", [NXDT, Path("train")])
+def test_run_config_starts_preference_training(config):
+    theirs = ("model_alignment_strategy.dpo.kl_beta=0.1", "data.train_dir=/x/train.jsonl", "data.val_dir=null")
+    script, _ = job_arguments(config, theirs if config == NXDT else ("workflow=orpo",), "auto", None, None)
+    assert script.endswith("nxdt_nemo/nemo/examples/megatron_alignment.py")
 
 
 def test_run_config_takes_our_compositions(caplog):

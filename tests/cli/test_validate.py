@@ -56,10 +56,12 @@ def test_states_that_do_not_fit_are_an_error():
     assert "of 16 GiB a NeuronCore" in done.stdout
 
 
-def test_pending_is_said():
+def test_preferences_are_good_and_leave_room_for_answers():
     done = ours("validate", "train", "workflow=dpo")
     assert done.exit_code == 0
-    assert "pending  train: neuron.alignment.dpo is checked and not trained yet" in done.stdout
+    done = ours("validate", "train", "workflow=orpo", "neuron.alignment.orpo.max_prompt_length=8192")
+    assert done.exit_code == 1
+    assert "neuron.alignment.orpo.max_prompt_length=8192 leaves no room" in done.stdout
 
 
 def test_json():

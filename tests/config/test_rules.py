@@ -148,3 +148,16 @@ def test_raise_first(gpt):
         report.raise_first()
     assert caught.value is report.errors[0]
     check(gpt()).raise_first()
+
+
+def test_a_key_that_lightning_2_refuses_gets_its_new_name():
+    """As NeMo's megatron_gpt_validate_config.yaml has it, which restores a model and has no section for it."""
+    trainer = {"devices": 1, "num_nodes": 1, "precision": 32, "replace_sampler_ddp": False}
+    cfg = OmegaConf.create({"trainer": trainer, "gpt_model_file": "x.nemo"})
+    OmegaConf.set_struct(cfg, True)
+    report = sanitise(cfg)
+    assert report.errors == []
+    assert "trainer.replace_sampler_ddp" in [change.key for change in report.changes]
+    assert "replace_sampler_ddp" not in cfg.trainer
+    assert cfg.trainer.use_distributed_sampler is False
+    assert sanitise(cfg).changes == []

@@ -16,6 +16,14 @@ def write(folder: Path) -> Path:
     texts = [text.replace("\n", " ") for text in topics.values()][:40]
     _word_pieces(folder, texts)
     pairs = [{"input": text[:80], "output": text[80:200]} for text in texts if len(text) > 200]
+    answers = [text[80:200] for text in texts if len(text) > 200]
+    (folder / "pairs.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": pair["input"], "chosen": pair["output"], "rejected": other}) + "\n"
+            for pair, other in zip(pairs, [*answers[1:], answers[0]], strict=True)
+        ),
+        encoding="utf-8",
+    )
     (folder / "tuning.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs), encoding="utf-8")
     return folder
 

@@ -38,7 +38,7 @@ class Outcome:
 
 
 def run(kind: str, arguments: list[str], folder: Path, save_to: Path | None = None) -> Outcome:
-    """One job on two ranks. kind: gpt, tuning, bert or t5; save_to: where its model goes as a .nemo."""
+    """One job on two ranks. kind: one of SCRIPTS; save_to: where its model goes as a .nemo."""
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     ranks = {_start(rank, port, kind, arguments, folder, save_to): rank for rank in range(2)}
@@ -203,4 +203,10 @@ def _tuning(cfg: Any) -> Any:
     return model
 
 
-SCRIPTS = {"gpt": _gpt, "bert": _bert, "t5": _t5, "tuning": _tuning}
+def _alignment(cfg: Any) -> Any:
+    from nxdt_nemo.nemo.examples.megatron_alignment import train
+
+    return train(cfg)
+
+
+SCRIPTS = {"gpt": _gpt, "bert": _bert, "t5": _t5, "tuning": _tuning, "alignment": _alignment}

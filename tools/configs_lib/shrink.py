@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nxdt_nemo.config.compositions import Composition
+from nxdt_nemo.config.compositions import PREFERENCES, Composition
 from nxdt_nemo.config.view import View
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
@@ -21,7 +21,7 @@ def layout(view: View) -> tuple[int, int]:
 def overrides(job: Composition, view: View, corpus: Path, folder: Path, base: Path) -> list[str]:
     """Of a composition whose config is `view`: sizes, steps, and the files that it asks for.
 
-    corpus   tokenizer.model, bert/, text_document.{bin,idx}, tuning.jsonl
+    corpus   tokenizer.model, bert/, text_document.{bin,idx}, tuning.jsonl, pairs.jsonl
     folder   where the run logs
     base     the model that tuning begins from
     """
@@ -89,5 +89,7 @@ def _data(job: Composition, corpus: Path, base: Path) -> list[str]:
             "model.data.num_workers=0",
             "model.data.splits_string='80,10,10'",
         ]
-    files = [f"model.data.{split}.file_names=[{corpus / 'tuning.jsonl'}]" for split in ("train_ds", "validation_ds")]
+    prefers = job.workflow in PREFERENCES
+    file = corpus / ("pairs.jsonl" if prefers else "tuning.jsonl")
+    files = [f"model.data.{split}.file_names=[{file}]" for split in ("train_ds", "validation_ds")]
     return [*files, f"model.restore_from_path={base}"]

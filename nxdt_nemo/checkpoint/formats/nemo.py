@@ -33,10 +33,21 @@ from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
 
-__all__ = ["READERS", "WRITERS", "Nemo2Reader", "NemoDistReader", "NemoReader", "NemoWriter", "is_gpt_by_rank"]
+__all__ = [
+    "CONFIG",
+    "PER_RANK",
+    "READERS",
+    "WRITERS",
+    "Nemo2Reader",
+    "NemoDistReader",
+    "NemoReader",
+    "NemoWriter",
+    "is_gpt_by_rank",
+    "read_yaml",
+]
 
 CONFIG, WEIGHTS, MEMO = "model_config.yaml", "model_weights", "nxdt_model.json"
-_PER_RANK = re.compile(r"(?:mp_rank_(\d{2,})|tp_rank_(\d{2,})_pp_rank_(\d{3,}))/model_weights\.ckpt")
+PER_RANK = re.compile(r"(?:mp_rank_(\d{2,})|tp_rank_(\d{2,})_pp_rank_(\d{3,}))/model_weights\.ckpt")
 _HASHED = re.compile(r"[0-9a-f]{32}_(.+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -51,7 +62,7 @@ class _Inside:
         return self.member.bytes()
 
 
-def _yaml(member: Member) -> dict[str, Any]:
+def read_yaml(member: Member) -> dict[str, Any]:
     """A YAML file's mapping. Tags make nothing: NeMo's own files have none."""
     try:
         found = yaml.load(member.bytes(), Loader=_Plain)
@@ -126,7 +137,7 @@ class NemoReader(Reader):
 
     def read(self, path: Path, options: Options) -> Source:
         tree = Tree.of(path)
-        config = nemo_config.plain_config(_yaml(tree.need(CONFIG)))
+        config = nemo_config.plain_config(read_yaml(tree.need(CONFIG)))
         assets = _assets(tree, config)
         args = nemo_config.args_of(config) | _vocabulary(assets) | _memo(tree)
         weights = tree.folder(WEIGHTS)
@@ -158,7 +169,7 @@ def _files(name: str, path: Path, tree: Tree, args: dict[str, Any], options: Opt
     """Weights in one file, or one a rank."""
     ranks: dict[tuple[int, int], Member] = {}
     for key, member in tree.members.items():
-        if match := _PER_RANK.fullmatch(key):
+        if match := PER_RANK.fullmatch(key):
             ranks[int(match[1] or match[2] or 0), int(match[3] or 0)] = member
         elif key == f"{WEIGHTS}.ckpt":
             ranks[0, 0] = member
@@ -262,7 +273,7 @@ def _model_yaml(tree: Tree, options: Options) -> dict[str, Any]:
         if options.config is not None:
             return {}
         raise UserError("has no context/model.yaml", place=str(tree.path), fix="give the model's: --model-config")
-    config = _yaml(member).get("config")
+    config = read_yaml(member).get("config")
     if not isinstance(config, dict):
         raise UserError("has no config", place=member.place, fix="give the model's: --model-config config.json")
     return config
@@ -363,7 +374,7 @@ def is_gpt_by_rank(path: Path) -> bool:
     tree = Tree.of(path)
     if tree.folder(WEIGHTS):
         return False
-    target = str(_yaml(tree.need(CONFIG)).get("target") or _TARGET)
+    target = str(read_yaml(tree.need(CONFIG)).get("target") or _TARGET)
     return target.rpartition(".")[2].startswith("MegatronGPT")
 
 

@@ -402,6 +402,8 @@ def _alignment_files(m: Migration, folder: Any, held: Any) -> None:
             continue
         if value is None:
             m.drop(key, "no file")
+            if section == "validation_ds" and _prefers(m):
+                continue
             m.ask(f"model.data.{section}.file_names", "NeMo's tuning wants jsonl files for both sets")
             continue
         m.put(f"model.data.{section}.file_names", [value], "NeMo takes a list of jsonl files", key=key)
@@ -448,8 +450,6 @@ def _aligns(m: Migration) -> bool:
     return m.has("model_alignment_strategy") or bool(m.was("data.use_sft_style_data_module", False))
 
 
-PENDING = "pending: typed and checked here, trained with the fine-tuning workflows"
-
 UNPACKED = "each sample is padded for itself; NeMo packs beforehand, by its prepare_packed_ft_dataset.py"
 
 
@@ -462,7 +462,7 @@ def alignment(m: Migration) -> None:
             if ".sft." in key:
                 m.put(path, node.data, UNPACKED, key=key, level="warning" if node.data is True else "")
             else:
-                m.put(path, node.data, PENDING, key=key, level="warning")
+                m.put(path, node.data, "neuron.alignment: NeMo 2.4 has no keys for it", key=key)
     if m.has("data.packing"):
         packed = m.was("data.packing")
         m.put("neuron.alignment.sft.packing", packed, UNPACKED, key="data.packing", level="warning" if packed else "")

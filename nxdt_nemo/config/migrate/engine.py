@@ -418,7 +418,6 @@ class Migration:
             key = re.split(r"[= ]", error.reason, maxsplit=1)[0]
             if key not in own and not (key.endswith(_FILES) and OmegaConf.select(cfg, key) is None):
                 self.report.findings.append(("error", str(error)))
-        self.report.findings += [("warning", f"pending: {line}") for line in found.pending]
 
 
 # What whoever starts a run names: a configuration is for more than one data set.

@@ -1,0 +1,163 @@
+"""Files of {"prompt": ..., "chosen": ..., "rejected": ...}, a JSON object a line, as rows of one length.
+
+Room nemo/. Stands in for NxD Training's model_alignment_data_module.py, which hands tokens and truncation to trl
+0.10.1: the same cuts, for pairs that are longer than a row. A row is padded at its end, so that one graph serves all.
+Proof: tests/nemo/test_preference.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from nxdt_nemo.config.tuning_data import PAIR, missing_text
+from nxdt_nemo.errors import ConfigError
+
+__all__ = ["Pair", "PreferenceDataset", "Rows", "cut", "read_pairs"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line: a prompt, the answer that is preferred, the other one; and where it stands."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How pairs become rows of `length` tokens.
+
+    prompt   tokens that a prompt keeps where prompt and longer answer do not fit
+    keep     which end of it
+    bos, eos  a token before the prompt, and one behind each answer
+    """
+
+    length: int
+    prompt: int
+    keep: Literal["keep_start", "keep_end"] = "keep_start"
+    bos: bool = False
+    eos: bool = True
+
+
+def read_pairs(files: Sequence[str]) -> list[Pair]:
+    """All lines of all files. Raises ConfigError naming file and line."""
+    return [pair for file in files for pair in _of_file(file)]
+
+
+def _of_file(file: str) -> Iterator[Pair]:
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (
+            "is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
+        )
+        raise ConfigError(reason, place=file) from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _of_line(line, f"{file}:{number}")
+
+
+def _of_line(line: str, place: str) -> Pair:
+    example = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"is not JSON: {error.msg} at column {error.colno}", place=place, fix=example) from None
+    if not isinstance(found, dict):
+        raise ConfigError("is not a JSON object", place=place, fix=example)
+    if wrong := missing_text(found, PAIR):
+        raise ConfigError(wrong, place=place, fix=example)
+    if empty := [name for name in PAIR[1:] if not found[name]]:
+        raise ConfigError(f"{empty[0]!r} is empty", place=place, fix="leave the line out")
+    return Pair(found["prompt"], found["chosen"], found["rejected"], place)
+
+
+def cut(prompt: list[int], answers: Sequence[list[int]], rows: Rows) -> tuple[list[int], list[list[int]]]:
+    """Prompt and both answers as they fit: first the prompt is cut, then the answers from their end; as trl does."""
+    longest = max(len(answer) for answer in answers)
+    if len(prompt) + longest > rows.length:
+        prompt = prompt[: rows.prompt] if rows.keep == "keep_start" else prompt[-rows.prompt :]
+    if len(prompt) + longest > rows.length:
+        answers = [answer[: rows.length - rows.prompt] for answer in answers]
+    return prompt, list(answers)
+
+
+class PreferenceDataset(Dataset[dict[str, torch.Tensor]]):
+    """Pairs as often as training reads them, in one order for each epoch that only `seed` and the epoch decide.
+
+    An item is a pair as two rows, the chosen answer's first; S is `rows.length`:
+      tokens, labels, position_ids  [2, S]  int64
+      loss_mask                     [2, S]  float32, 1 where the label is an answer's
+      text_mask                     [2, S]  float32, 1 where it is the prompt's or an answer's
+      reference                     [2]     float32: what the reference model says of the answers, 0 until it is known
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        tokenizer: Any,
+        rows: Rows,
+        *,
+        samples: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.pairs, self._tokenizer, self._rows = pairs, tokenizer, rows
+        self._samples, self._shuffle, self._seed = samples or len(pairs), shuffle, seed
+        self._orders: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        self.reference = torch.zeros(len(pairs), 2)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @property
+    def read(self) -> list[int]:
+        """The pairs that are read at all, each once."""
+        return sorted({self.pair_at(at) for at in range(min(self._samples, len(self.pairs)))})
+
+    def pair_at(self, at: int) -> int:
+        """Which pair stands at a place of the order."""
+        epoch, within = divmod(at, len(self.pairs))
+        if not self._shuffle:
+            return within
+        if epoch not in self._orders:
+            self._orders = {epoch: np.random.RandomState([self._seed, epoch]).permutation(len(self.pairs))}
+        return int(self._orders[epoch][within])
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        number = self.pair_at(int(at))
+        return self.rows_of(number) | {"reference": self.reference[number]}
+
+    def rows_of(self, number: int) -> dict[str, torch.Tensor]:
+        """A pair's two rows."""
+        pair, tokenizer, length = self.pairs[number], self._tokenizer, self._rows.length
+        prompt = ([tokenizer.bos_id] if self._rows.bos else []) + list(tokenizer.text_to_ids(pair.prompt))
+        end = [tokenizer.eos_id] if self._rows.eos else []
+        answers = [list(tokenizer.text_to_ids(text)) + end for text in (pair.chosen, pair.rejected)]
+        prompt, answers = cut(prompt, answers, self._rows)
+        made = {
+            "tokens": torch.full((2, length), int(tokenizer.eos_id)),
+            "labels": torch.full((2, length), int(tokenizer.eos_id)),
+            "loss_mask": torch.zeros(2, length),
+            "text_mask": torch.zeros(2, length),
+            "position_ids": torch.arange(length).expand(2, length).contiguous(),
+        }
+        for side, answer in enumerate(answers):
+            ids = torch.tensor(prompt + answer)
+            if len(ids) < 2 or not answer:
+                raise ConfigError("there is nothing to learn from an answer without tokens", place=pair.place)
+            made["tokens"][side, : len(ids) - 1] = ids[:-1]
+            made["labels"][side, : len(ids) - 1] = ids[1:]
+            made["text_mask"][side, : len(ids) - 1] = 1
+            made["loss_mask"][side, max(len(prompt) - 1, 0) : len(ids) - 1] = 1
+        return made
