@@ -3,7 +3,7 @@
 Room checkpoint/ (leaf). An adapter is, for some weights W [out, in] of the vocabulary, an A [rank, in] and a B
 [out, rank]; the tuned weight is W + alpha / rank * B A. NeMo keeps those of a tensor-parallel rank in a file of its
 own, cut and fused as the rank's layers are (nemo.collections.nlp.modules.common.megatron.adapters); its own
-merge_lora_weights/merge.py leaves alpha out. May import torch, yaml and this room.
+merge_lora_weights/merge.py leaves alpha out. May import numpy, yaml and this room.
 Proof: tests/checkpoint/test_adapters.py, tests/tools/test_demo_finetune.py.
 """
 
@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nxdt_nemo.checkpoint.boxes import Box, whole
 from nxdt_nemo.checkpoint.catalog import Block, Catalog
+from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType, Raw, cast
 from nxdt_nemo.checkpoint.formats import hf
 from nxdt_nemo.checkpoint.formats.base import Source, constant
 from nxdt_nemo.checkpoint.formats.nemo import CONFIG, PER_RANK, read_yaml
@@ -52,13 +52,17 @@ _QKV, _FC1 = f"{_ATTENTION}lora_kqv_adapter", f"{_MLP}lora_hto4h_adapter"
 
 @dataclass(frozen=True)
 class Adapter:
-    """pairs: by weight of the vocabulary, layers.3.attention.q.weight: its A [rank, in] and B [out, rank]."""
+    """pairs: by weight of the vocabulary, layers.3.attention.q.weight: its A [rank, in] and B [out, rank], float32.
+
+    dtype   of its file, which peft's has too
+    """
 
     path: Path
     rank: int
     alpha: float
     dropout: float
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    pairs: Mapping[str, tuple[Raw, Raw]]
+    dtype: DType = FLOAT32
     files: list[Path] = field(default_factory=list)
 
     @property
@@ -85,6 +89,10 @@ def read(path: Path, base: Source) -> Adapter:
     return found
 
 
+def _values(extent: Extent) -> Raw:
+    return cast(extent.tensor(), extent.dtype, FLOAT32)
+
+
 # --- NeMo's -----------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +117,8 @@ def _nemo(path: Path, base: Source) -> Adapter:
     if missing := [at for at in ((t, p) for p in range(pp) for t in range(tp)) if at not in ranks]:
         reason = f"has no weights of tensor-parallel rank {missing[0][0]}, stage {missing[0][1]}"
         raise UserError(reason, place=str(path), fix="it is not complete")
-    cut: dict[tuple[int, str, str], list[Tensor]] = {}
+    dtype = FLOAT32
+    cut: dict[tuple[int, str, str], list[Raw]] = {}
     for stage in range(pp):
         for rank in range(tp):
             member = ranks[rank, stage]
@@ -119,38 +128,40 @@ def _nemo(path: Path, base: Source) -> Adapter:
                 if match is None or not isinstance(value, Extent):
                     raise UserError(f"{key} is not a tensor of LoRA", place=member.place, fix="merge dense models only")
                 layer = int(match[1]) + stage * (base.model.layers // pp)
-                cut.setdefault((layer, match[2], match[3]), []).append(value.tensor())
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+                cut.setdefault((layer, match[2], match[3]), []).append(_values(value))
+                dtype = value.dtype
+    pairs: dict[str, tuple[Raw, Raw]] = {}
     for (layer, place, side), inner in cut.items():
         if side == "in":
             pairs |= dict(_pairs_of(f"layers.{layer}.", place, inner, cut[layer, place, "out"], base, path))
     rank = int(lora["adapter_dim"])
     alpha = float(lora["alpha"] if lora.get("alpha") is not None else rank)
     files = sorted({member.file.path for member in tree.members.values()})
-    return Adapter(path, rank, alpha, float(lora.get("adapter_dropout") or 0.0), pairs, files)
+    return Adapter(path, rank, alpha, float(lora.get("adapter_dropout") or 0.0), pairs, dtype, files)
 
 
 def _pairs_of(
-    layer: str, place: str, inner: list[Tensor], outer: list[Tensor], base: Source, path: Path
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    layer: str, place: str, inner: list[Raw], outer: list[Raw], base: Source, path: Path
+) -> Iterator[tuple[str, tuple[Raw, Raw]]]:
     """The weights that one adapter of NeMo's adapts, of the pieces that tensor-parallel ranks have of it."""
     if place in _SINGLE:
         name, is_cut = _SINGLE[place]
-        yield f"{layer}{name}.weight", (torch.cat(inner, 1 if is_cut else 0), torch.cat(outer))
+        yield f"{layer}{name}.weight", (np.concatenate(inner, 1 if is_cut else 0), np.concatenate(outer))
         return
-    a = torch.cat(inner)
+    a = np.concatenate(inner)
     if place == _QKV:  # rows of each group: its queries, its key, its value
         model = base.model
-        groups = torch.cat(outer).unflatten(0, (model.groups, -1))
-        sizes = [model.heads // model.groups * model.head_size, model.head_size, model.head_size]
-        for letter, rows in zip("qkv", groups.split(sizes, dim=1), strict=True):
-            yield f"{layer}attention.{letter}.weight", (a, rows.flatten(0, 1))
+        whole_b = np.concatenate(outer)
+        groups = whole_b.reshape(model.groups, -1, whole_b.shape[1])
+        queries = model.heads // model.groups * model.head_size
+        for letter, rows in zip("qkv", np.split(groups, [queries, queries + model.head_size], axis=1), strict=True):
+            yield f"{layer}attention.{letter}.weight", (a, rows.reshape(-1, whole_b.shape[1]))
     elif place == _FC1 and f"{layer}mlp.gate.weight" in base.catalog.names():  # each rank's gate rows, then its up rows
-        halves = [piece.chunk(2) for piece in outer]
+        halves = [np.split(piece, 2) for piece in outer]
         for name, side in (("gate", 0), ("up", 1)):
-            yield f"{layer}mlp.{name}.weight", (a, torch.cat([half[side] for half in halves]))
+            yield f"{layer}mlp.{name}.weight", (a, np.concatenate([half[side] for half in halves]))
     elif place == _FC1:
-        yield f"{layer}mlp.up.weight", (a, torch.cat(outer))
+        yield f"{layer}mlp.up.weight", (a, np.concatenate(outer))
     else:
         raise UserError(f"the adapter {place} is not known", place=str(path), fix="merge LoRA of dense models")
 
@@ -188,15 +199,17 @@ def _peft(path: Path, base: Source) -> Adapter:
             raise UserError(f"{key} is {config[key]}", place=str(path / PEFT), fix="merge it with peft itself")
     if not (path / WEIGHTS).is_file():
         raise UserError(f"has no {WEIGHTS}", place=str(path), fix="save it with safe_serialization=True")
-    known, sides = _projections(base), dict[str, dict[str, Tensor]]()
+    dtype = FLOAT32
+    known, sides = _projections(base), dict[str, dict[str, Raw]]()
     for key, value in safetensors.read(Files()(path / WEIGHTS)).items():
         match = _PEFT_KEY.fullmatch(key)
         if match is None or match[1] not in known:
             raise UserError(f"{key} belongs to nothing in {base.path}", place=str(path), fix="is that its base model?")
-        sides.setdefault(known[match[1]], {})[match[2]] = value.tensor()
+        sides.setdefault(known[match[1]], {})[match[2]] = _values(value)
+        dtype = value.dtype
     pairs = {name: (found["A"], found["B"]) for name, found in sides.items()}
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    return Adapter(path, rank, alpha, float(config.get("lora_dropout") or 0.0), pairs, [path / WEIGHTS, path / PEFT])
+    return Adapter(path, rank, alpha, float(config.get("lora_dropout") or 0.0), pairs, dtype, [path / WEIGHTS, path / PEFT])
 
 
 def write_peft(adapter: Adapter, base: Source, target: Path, *, overwrite: bool = False, version: str = "") -> None:
@@ -206,7 +219,7 @@ def write_peft(adapter: Adapter, base: Source, target: Path, *, overwrite: bool 
         reason = f"{strange[0]} is no linear layer of its own in Hugging Face's {base.family.name}"
         raise UserError(reason, place=str(adapter.path), fix="merge the adapter instead: nxdt-nemo ckpt merge")
     tensors = {
-        f"base_model.model.{modules[name]}.lora_{side}.weight": matrix.contiguous()
+        f"base_model.model.{modules[name]}.lora_{side}.weight": cast(matrix, FLOAT32, adapter.dtype)
         for name, pair in sorted(adapter.pairs.items())
         for side, matrix in zip("AB", pair, strict=True)
     }
@@ -223,7 +236,7 @@ def write_peft(adapter: Adapter, base: Source, target: Path, *, overwrite: bool 
         "inference_mode": True,
         **_PLAIN,
     }
-    head = safetensors.header([(key, value.dtype, tuple(value.shape)) for key, value in tensors.items()])
+    head = safetensors.header([(key, adapter.dtype, tuple(value.shape)) for key, value in tensors.items()])
     content = b"".join([head, *(bytes(torch_zip.raw_bytes(value)) for value in tensors.values())])
     outputs = [constant(WEIGHTS, content), constant(PEFT, json.dumps(config, indent=2).encode() + b"\n")]
     folder = Folder(target.absolute(), f"adapter {hashlib.sha256(content).hexdigest()}", overwrite=overwrite)
@@ -249,21 +262,21 @@ class _Merged:
     catalog: Catalog
     name: str
     shape: tuple[int, ...]
-    a: Tensor
-    b: Tensor
+    a: Raw
+    b: Raw
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         return self.catalog.dtype("model", self.name)
 
     @property
     def place(self) -> str:
         return f"{self.name} with its adapter"
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, box: Box) -> Raw:
         rows, columns = box.inside((0, 0))
-        weight = self.catalog.part("model", self.name, box).tensor()
-        return (weight.float() + self.b[rows] @ self.a[:, columns]).to(weight.dtype)
+        weight = cast(self.catalog.part("model", self.name, box).tensor(), self.dtype, FLOAT32)
+        return cast(weight + self.b[rows] @ self.a[:, columns], FLOAT32, self.dtype)
 
 
 def merge_into(base: Source, adapter: Adapter) -> None:
@@ -276,7 +289,7 @@ def merge_into(base: Source, adapter: Adapter) -> None:
                 merged.put("model", name, block)
             continue
         shape = logical_of(name).size(base.model)
-        array = _Merged(base.catalog, name, shape, pair[0].float(), pair[1].float() * adapter.scale)
+        array = _Merged(base.catalog, name, shape, pair[0], pair[1] * np.float32(adapter.scale))
         merged.put("model", name, Block(whole(shape), array, whole(shape)))
     base.catalog = merged
     base.files = [*base.files, *adapter.files]

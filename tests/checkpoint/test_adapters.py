@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import numpy as np
 import torch
 import yaml
 
@@ -64,6 +65,7 @@ def test_merged_as_peft_merges(hf_model: HFModel, tmp_path: Path, family: str) -
 def nemo_lora(folder: Path, source: Any, given: dict[str, Any], tp: int, pp: int, peft: dict[str, Any]) -> Path:
     """A .nemo's folder of the fused adapters, a file a rank: cut as NeMo's parallel linear layers are."""
     model = source.model
+    given = {key: tuple(torch.tensor(matrix) for matrix in pair) for key, pair in given.items()}
     per_stage, groups = model.layers // pp, model.groups // tp
     for stage in range(pp):
         for rank in range(tp):
@@ -155,4 +157,4 @@ def test_what_is_no_plain_lora_is_refused(hf_model: HFModel, tmp_path: Path) -> 
     gpt = formats.read(hf_model("gpt2"), Options())
     name = "layers.0.attention.q.weight"
     with pytest.raises(UserError, match="no linear layer of its own"):
-        adapters.write_peft(adapters.Adapter(tied, 1, 1.0, 0.0, {name: (torch.ones(1), torch.ones(1))}), gpt, tied)
+        adapters.write_peft(adapters.Adapter(tied, 1, 1.0, 0.0, {name: (np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))}), gpt, tied)
