@@ -170,7 +170,8 @@ def _order(place: str, value: object) -> int | None:
 
 def _check_names(record: Record) -> None:
     """The rules that need kind and name fields together."""
-    if not _DOTTED.fullmatch(record.target) or "." not in record.target:
+    dotted = "." in record.target or record.kind == "stub"  # a stub may be a whole distribution's package
+    if not _DOTTED.fullmatch(record.target) or not dotted:
         raise PatchError(f"{record.place}: target = {record.target!r} must be module.path.name")
     if record.kind == "stub":
         if record.replacement:

@@ -15,7 +15,7 @@ import importlib.machinery
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Protocol
 
 from nxdt_nemo import console
@@ -182,6 +182,13 @@ class Absent(_NothingHeld):
         raise ModuleNotFoundError(f"No module named {name!r} (it needs CUDA)", name=name)
 
 
+def _executed(frame: FrameType | None) -> str:
+    """The name of the module whose body runs: it asks, through whatever helper (NeMo's safe_import)."""
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
 def _empty(name: str) -> ModuleType:
     """The top of a dotted name, as an import statement binds it."""
     top, _, rest = name.partition(".")
@@ -228,7 +235,8 @@ class Views:
             redirect = redirects.get(name.partition(".")[0])
             if redirect is None or not self.active:
                 return importlib.import_module(name, package)
-            found: ModuleType = redirect.answer(self._import, name, ("__name__",), "")
+            whole = ("__name__",) if "." in name else ()
+            found: ModuleType = redirect.answer(self._import, name, whole, _executed(sys._getframe(1)))
             return found
 
         @functools.wraps(importlib.metadata.version)

@@ -73,9 +73,7 @@ def _alone() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(
-            WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 @functools.wraps(dist.init_process_group)
@@ -102,7 +100,13 @@ def _init_device_mesh(device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh
 def _all_gather_into_tensor(
     output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
 ) -> dist.Work | None:
-    """NCCL counts elements; gloo wants shapes that go together, and upstream has others."""
+    """NCCL counts elements; gloo wants shapes that go together, and upstream has others.
+
+    For no elements NCCL meets nobody, and some callers count on it: NeMo 2.0 prints its timers on one rank only, and at
+    the usual log level there are none.
+    """
+    if not output_tensor.numel() and not kwargs.get("async_op"):
+        return None
     work: dist.Work | None = dist.all_gather_into_tensor(
         output_tensor.view(-1), input_tensor.reshape(-1), *args, **kwargs
     )

@@ -3,7 +3,8 @@
 Room runtime/. Stands in for all_reduce with PREMUL_SUM (gloo 2.9 fails in the work's wait, which upstream
 never calls: gradients stay unreduced in silence), _coalescing_manager with a device (no startCoalescing), the list
 form of all_to_all, the list forms of all_gather and reduce_scatter where ranks have different sizes (experts'
-tokens), and isend of a tensor that gives its memory back while it is sent. Imports torch. Proof: tests/runtime/test_gaps.py.
+tokens), and isend of a tensor that gives its memory back while it is sent. Imports torch.
+Proof: tests/runtime/test_gaps.py.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def test_the_cpu_lane_gets_what_it_heeds():
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
-    assert values(lane="cpu", precision="fp32", instance=TRN2) == {}
+    assert values(lane="cpu", precision="fp32", instance=TRN2) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def test_one_node_needs_no_network():

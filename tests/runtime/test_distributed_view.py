@@ -54,7 +54,8 @@ NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.mark.parametrize(
-    ("given", "alone"), [({}, True), ({"WORLD_SIZE": "2"}, False), ({"MASTER_ADDR": "other", "MASTER_PORT": "1"}, False)]
+    ("given", "alone"),
+    [({}, True), ({"WORLD_SIZE": "2"}, False), ({"MASTER_ADDR": "other", "MASTER_PORT": "1"}, False)],
 )
 def test_a_script_without_a_launcher_is_a_world_of_one(
     seen: ModuleView, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], alone: bool

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "megatron-core", "nemo_toolkit", "lightning", "numpy")
 PARITY_COLUMNS = (
     "model", "run", "against", "loss", "grad norm", "gradient", "of parameter", "copies", "tolerance", "verdict",
 )  # fmt: skip
-FOLDED = ("run", "against", "of parameter", "note")  # columns that a narrow terminal may break
+FOLDED = ("run", "against", "of parameter", "note", "arguments")  # columns that a narrow terminal may break
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""NeMo 2.0 (nemo.lightning.MegatronStrategy, llm.train) by a script written for GPUs: trains, saves, and goes on from
+one rank's checkpoint in other layouts with the losses of one rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Run
+
+pytestmark = pytest.mark.ranks
+
+SCRIPT = Path(__file__).with_name("nemo2_pretraining.py")
+FIRST, LAST = 4, 8
+Losses = list[float]
+
+
+@pytest.fixture
+def losses(train: Callable[..., Run], tmp_path: Path) -> Callable[..., Losses]:
+    """Losses of a run in a folder, which goes on from what is in there."""
+
+    def job(folder: Path, *words: str, **named: Any) -> Losses:
+        folder.mkdir(exist_ok=True)
+        done = train(
+            name=f"{folder.name}_run", script=SCRIPT, arguments=[f"folder={folder}", *words], seconds=240, **named
+        )
+        assert done.code == 0, done.output[-3000:]
+        found: Losses = json.loads((folder / "losses.json").read_text())
+        return found
+
+    return job
+
+
+def test_one_rank_trains_and_saves(losses: Callable[..., Losses], tmp_path: Path) -> None:
+    found = losses(tmp_path / "one", "steps=2")
+    assert len(found) == 2 and all(6.8 < loss < 7.1 for loss in found)  # ln 1000 = 6.9
+    (saved,) = (tmp_path / "one" / "default" / "checkpoints").glob("*-last")
+    assert (saved / "weights" / ".metadata").is_file() and (saved / "context" / "io.json").is_file()
+
+
+LAYOUTS = {
+    "tp2": "devices=2 tensor_model_parallel_size=2",
+    "tp2sp": "devices=2 tensor_model_parallel_size=2 sequence_parallel=True",
+    "pp2": "devices=2 pipeline_model_parallel_size=2",
+    "vpp2": "devices=2 pipeline_model_parallel_size=2 virtual_pipeline_model_parallel_size=2",
+    "cp2": "devices=2 context_parallel_size=2",
+    "dp2zero": "devices=2 zero=True",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_another_layout_goes_on_as_one_rank(losses: Callable[..., Losses], tmp_path: Path, family: str) -> None:
+    of = f"family={family}"
+    base = tmp_path / "base"
+    first = losses(base, f"steps={FIRST}", of)
+    shutil.copytree(base, tmp_path / "one")
+    one = losses(tmp_path / "one", f"steps={LAST}", of)
+    assert len(one) == LAST - FIRST
+    assert abs(one[0] - first[-1]) > 1e-3, "a run that learned nothing would agree with any other"
+    for name, words in LAYOUTS.items():
+        shutil.copytree(base, tmp_path / name)
+        found = losses(tmp_path / name, f"steps={LAST}", of, *words.split())
+        assert found == pytest.approx(one, rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_bf16_by_tensor_parallel_ranks(losses: Callable[..., Losses], tmp_path: Path) -> None:
+    """The same run twice to the bit: once through, once stopped and gone on with."""
+    words = ("family=llama", "precision=bf16", *LAYOUTS["tp2sp"].split(), "zero=True")
+    whole = losses(tmp_path / "whole", f"steps={LAST}", *words)
+    half = losses(tmp_path / "half", f"steps={FIRST}", *words)
+    rest = losses(tmp_path / "half", f"steps={LAST}", *words)
+    assert len(whole) == LAST and half == whole[:FIRST]
+    assert rest == whole[FIRST:]
