@@ -234,6 +234,9 @@ def forget_groups() -> None:
     rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
     if rotary is not None:  # remembers its last 32 modules, and they their groups
         rotary.RotaryEmbedding.forward.cache_clear()
+    moe = sys.modules.get("megatron.core.transformer.moe.moe_utils")
+    if moe is not None:  # keeps groups, and a place for each layer of the first model that had experts
+        moe.get_moe_layer_wise_logging_tracker().clear()
     gc.collect()
 
 

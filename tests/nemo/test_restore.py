@@ -87,9 +87,8 @@ def start(train: Callable[..., Run], tmp_path: Path, *overrides: str, **named: A
     return run
 
 
-@pytest.mark.parametrize(
-    "place", [TP2, pytest.param(PP2, marks=pytest.mark.slow), pytest.param((*TP2, *O2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [TP2, PP2, (*TP2, *O2)])
 def test_hugging_face_weights(train: Callable[..., Run], tmp_path: Path, place: tuple[str, ...]) -> None:
     source = llama(tmp_path / "models" / "llama")
     if O2[0] in place:  # a run in bfloat16 rounds what it is given

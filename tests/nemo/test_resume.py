@@ -27,10 +27,14 @@ STEPS = (
 )
 TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 ADAMW = ("model.optim.name=adamw",)
+# NeMo takes interleaved pipelines with megatron_amp_O2 only, which it takes in half precision only.
+PP2 = ("trainer.devices=2", "model.pipeline_model_parallel_size=2", "model.num_layers=4")
+PP2 += ("trainer.precision=bf16", "model.megatron_amp_O2=True")
+VPP2 = (*PP2, "model.virtual_pipeline_model_parallel_size=2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [TP2, (), ADAMW], ids=["tp2", "one rank", "adamw"])
+@pytest.mark.parametrize("layout", [TP2, (), ADAMW, VPP2], ids=["tp2", "one rank", "adamw", "pp2vpp2"])
 def test_killed_and_resumed_equals_uninterrupted(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
     whole = train(*STEPS, *layout, name="whole")
     assert whole.code == 0, whole.output[-3000:]
@@ -45,8 +49,28 @@ def test_killed_and_resumed_equals_uninterrupted(train: Callable[..., Run], layo
     later = sorted(expected)[4:]
     assert [found[step] for step in later] == [expected[step] for step in later]
     assert len(set(expected.values())) == 8  # losses that differ from step to step, not a constant
+    assert resumed.curve("val_loss") == whole.curve("val_loss")
 
 
+@pytest.mark.slow
+def test_an_interleaved_pipeline_goes_on_from_another(train: Callable[..., Run]) -> None:
+    """Chunks change in which order layers and micro-batches are computed, and nothing that is computed.
+
+    A norm is added up in another order, so none clips here.
+    """
+    keys = ("trainer.max_steps=8", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
+    keys += ("trainer.gradient_clip_val=1000", "exp_manager.checkpoint_callback_params.save_top_k=-1")
+    plain = train(*keys, *PP2, name="plain")
+    assert plain.code == 0, plain.output[-3000:]
+    (saved,) = (plain.folder / "checkpoints").glob("*step=4-*.0")
+    chunked = train(*keys, *VPP2, f"+exp_manager.resume_from_checkpoint='{saved}'", name="chunked")
+    assert chunked.code == 0, chunked.output[-3000:]
+    for curve in ("reduced_train_loss", "val_loss"):
+        later = {step: value for step, value in plain.curve(curve).items() if step >= 4}
+        assert chunked.curve(curve) == later and later, curve
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_short_is_not_resumed(train: Callable[..., Run]) -> None:
     killed = train(*STEPS, name="cut", script=DIES, environment={"DIE_IN_SAVE": "8"})
     assert killed.code != 0

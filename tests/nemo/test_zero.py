@@ -34,16 +34,15 @@ STEPS = (
 
 
 def rows() -> list[Any]:
-    fast = [("gpt", "dp2", SHARDED[0])]
-    cases = [
+    return [
         (family, place, name)
         for family in ("gpt", "llama")
         for place in ("dp2", "tp2spdp2", "pp2dp2")
         for name in SHARDED
     ]
-    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "place", "name"), rows())
 def test_sharded_equals_fused_adam(parity, family, place, name):
     recipe, where = Recipe.of(family, weight_decay=0.0), layout(place)
