@@ -3,7 +3,8 @@
 Room audit/. Standard library only. Layers of a stage are alike, and micro-batches of a step: what a step has of
 products, parameters and collectives' bytes is a + b L + c M + d L M of L layers and M micro-batches. Not of that kind:
 how many transfers a sharded optimizer's buckets make (their bytes are), and memory, which is read where the pipeline is
-full and gradients add up (at three micro-batches their sum lies beside a term), and taken along L only. Proof: tests/audit/test_points.py, and against whole steps docs/results/audit.md.
+full and gradients add up (at three micro-batches their sum lies beside a term), and taken along L only.
+Proof: tests/audit/test_points.py, and against whole steps docs/results/audit.md.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ order of its own; here it is XLA's list scheduler for memory: of the operations 
 frees most goes first. Barriers are operations, and so hold what is recomputed back.
 
 What memory is: a product, a collective, a reduction, and an elementwise operation that several others read or that a
-product or a collective reads. An elementwise operation with one reader is fused into it, broadcasts, casts, slices and
-transpositions are made where they are read, and gradients that add up do so one by one. Elementwise results take the place of what they read last. Parameters live
-all along; results of the graph take the places of parameters of their shapes, as far as there are any, and the others
-have places of their own from the beginning, as buffers of a result have.
+product or a collective reads. An elementwise operation with one reader is fused into it; broadcasts, casts, slices and
+transpositions are made where they are read; gradients that add up do so one by one. Elementwise results take the place
+of what they read last. Parameters live all along; results of the graph take the places of parameters of their shapes,
+as far as there are any, and the others have places of their own from the beginning, as buffers of a result have.
 Proof: tests/audit/test_schedule.py, which also has what XLA:CPU assigns.
 """
 
