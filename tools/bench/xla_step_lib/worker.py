@@ -23,7 +23,7 @@ from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches  # noq
 SETTINGS = {  # hidden size: what goes with it
     "128": {"layers": 4, "hidden": 128, "heads": 4, "kv_groups": 2, "ffn": 352, "seq": 128, "micro_batch": 2},
     "512": {"layers": 4, "hidden": 512, "heads": 8, "kv_groups": 4, "ffn": 1376, "seq": 256, "micro_batch": 1},
-    "1024": {"layers": 4, "hidden": 1024, "heads": 16, "kv_groups": 8, "ffn": 2752, "seq": 256, "micro_batch": 1},
+    "1024": {"layers": 4, "hidden": 1024, "heads": 16, "kv_groups": 8, "ffn": 2752, "seq": 256, "micro_batch": 2},
 }
 
 Step = Callable[[int], Callable[[], float]]
