@@ -191,7 +191,7 @@ def page(found: dict[str, Found]) -> tuple[str, bool]:
     if {"small", "whole"} <= set(found):
         rows, fine = pair(found["small"], found["whole"])
         lines += [
-            "\nSmall steps (1 and 2 layers, 1 and 2 micro-batches) against all 8 layers and 4 micro-batches:\n",
+            "\nSmall steps (1 and 2 layers, 1 and 3 micro-batches) against all 8 layers and 4 micro-batches:\n",
             *rows,
         ]
         good &= fine

@@ -6,10 +6,10 @@ order of its own; here it is XLA's list scheduler for memory: of the operations 
 frees most goes first. Barriers are operations, and so hold what is recomputed back.
 
 What memory is: a product, a collective, a reduction, and an elementwise operation that several others read or that a
-product or a collective reads. An elementwise operation with one reader is fused into it, broadcasts, casts, slices and
-transpositions are made where they are read. Elementwise results take the place of what they read last. Parameters live
-all along; results of the graph take the places of parameters of their shapes, as far as there are any, and the others
-have places of their own from the beginning, as buffers of a result have.
+product or a collective reads. An elementwise operation with one reader is fused into it; broadcasts, casts, slices and
+transpositions are made where they are read; gradients that add up do so one by one. Elementwise results take the place
+of what they read last. Parameters live all along; results of the graph take the places of parameters of their shapes,
+as far as there are any, and the others have places of their own from the beginning, as buffers of a result have.
 Proof: tests/audit/test_schedule.py, which also has what XLA:CPU assigns.
 """
 
@@ -64,7 +64,7 @@ def _plan(operations: Sequence[Operation]) -> _Plan:
         for source in given:
             readers[source].append(index)
     own = [_has_memory(index, operations, readers) for index in range(len(operations))]
-    sources = _sources(operations, operands, own)
+    sources = _sources(operations, operands, readers, own)
     nothing: frozenset[int] = frozenset()
     reads = [nothing.union(*(sources[given] for given in operands[index])) if own[index] else nothing
              for index in range(len(operations))]  # fmt: skip
@@ -77,8 +77,14 @@ def _has_memory(index: int, operations: Sequence[Operation], readers: list[list[
         return True
     if opcode in MOVES or opcode in GIVEN:
         return False
+    found, of_the_graph = _read_by(index, operations, readers)
+    return of_the_graph or len(found) != 1 or (found[0] in KEPT and found[0] not in FUSES)
+
+
+def _read_by(index: int, operations: Sequence[Operation], readers: list[list[int]]) -> tuple[list[str], bool]:
+    """Opcodes of what reads it, through what moves only; and whether the graph gives it."""
     seen, waiting, found = set[int](), [index], list[str]()
-    while waiting:  # through what moves only
+    while waiting:
         for reader in readers[waiting.pop()]:
             if reader in seen:
                 continue
@@ -87,15 +93,21 @@ def _has_memory(index: int, operations: Sequence[Operation], readers: list[list[
                 waiting.append(reader)
             else:
                 found.append(operations[reader].opcode)
-    of_the_graph = len(operations) - 1 in seen
-    return of_the_graph or len(found) != 1 or (found[0] in KEPT and found[0] not in FUSES)
+    return found, len(operations) - 1 in seen
 
 
-def _sources(operations: Sequence[Operation], operands: list[list[int]], own: list[bool]) -> list[frozenset[int]]:
+def _sources(
+    operations: Sequence[Operation], operands: list[list[int]], readers: list[list[int]], own: list[bool]
+) -> list[frozenset[int]]:
     """Whose memory each value is made of: what moves or is fused has its operands', a part of a tuple that part's.
 
-    Clears `own` of what is made of constants alone."""
+    Changes `own`: what is made of constants alone has none, and a sum has that is all that reads its terms."""
     nothing: frozenset[int] = frozenset()
+
+    def alone(source: int) -> bool:
+        seen, of_the_graph = _read_by(source, operations, readers)
+        return own[source] and len(seen) == 1 and not of_the_graph
+
     found, parts = list[frozenset[int]](), dict[int, list[frozenset[int]]]()
     for index, one in enumerate(operations):
         given = operands[index]
@@ -113,6 +125,8 @@ def _sources(operations: Sequence[Operation], operands: list[list[int]], own: li
             own[index] = False
         elif own[index]:
             mine = frozenset((index,))
+        elif one.opcode == "add" and len(mine) > 1 and all(alone(source) for source in mine):
+            own[index], mine = True, frozenset((index,))  # gradients that add up: not kept till the last is there
         found.append(mine)
     return found
 

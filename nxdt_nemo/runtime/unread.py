@@ -5,9 +5,9 @@ Room runtime/. For lanes that run operations as they are called; a traced lane l
 tests/megatron/test_communication.py.
 
 A layer ends with the sum of its row-parallel part, a bias, dropout and the residual: the gradients of none of these
-need the sum. Whether that holds is not assumed but watched: from the skipped collective on every operation is seen, and its
-result holds NaN. Operations that add, scale by something else or move data pass the stand-in on; any other one, and
-autograd keeping a part of it, reads it. Then the caller has to run the function again, with everything sent.
+need the sum. Whether that holds is not assumed but watched: from the skipped collective on every operation is seen,
+and its result holds NaN. Operations that add, scale by something else or move data pass the stand-in on; any other
+one, and autograd keeping a part of it, reads it. Then the caller has to run the function again, with everything sent.
 """
 
 from __future__ import annotations

@@ -45,11 +45,13 @@ def train(
         optimizer.step()
 
 
-@pytest.fixture(params=["one pass", "formula"])
+@pytest.fixture(params=["one pass", "formula", "traced"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Adam's two ways: torch's kernel where there is one, and the traced formula."""
-    if request.param == "formula":
+    """Adam's ways: torch's kernel where there is one, the formula, and what a device has that traces."""
+    if request.param != "one pass":
         monkeypatch.setattr(adam_kernels, "_ONE_PASS_DEVICES", frozenset())
+    if request.param == "traced":
+        monkeypatch.setattr(adam_kernels, "_TRACED_DEVICES", frozenset({"cpu"}))
     return str(request.param)
 
 
@@ -183,7 +185,7 @@ def test_adam_with_transposed_gradients_and_parameters(assert_within: AssertWith
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_adam_in_16_bits_rounds_the_float32_step(dtype: torch.dtype, assert_within: AssertWithin) -> None:
+def test_adam_in_16_bits_rounds_the_float32_step(dtype: torch.dtype, path: str, assert_within: AssertWithin) -> None:
     params = parameters(dtype)
     wide = [nn.Parameter(p.detach().float()) for p in params]
     narrow, reference = FusedAdam(params, weight_decay=0.1), torch.optim.AdamW(wide, weight_decay=0.1)

@@ -1,0 +1,194 @@
+"""A step of the xla lane on XLA:CPU, beside the eager cpu lane and AWS's NxD Core on XLA:CPU.
+
+    python tools/bench/xla_step.py --nxd CHECKOUT                    # 5 minutes; writes docs/results/xla_step.md
+    python tools/bench/xla_step.py --nxd CHECKOUT --settings 128     # some hidden sizes; prints only
+
+CHECKOUT is one of https://github.com/aws-neuron/neuronx-distributed. Every variant is a process of its own that holds
+the same Llama, the same weights and the same text, in float32, and every process is held to one and the same processor
+core, XLA's threads too. They step in turn, so that noise meets all; a ratio is the median of the ratios of neighbouring
+steps. A step is forward, backward, clipping the gradient norm and AdamW, until the device is done. Losses are compared
+before anything is timed. Exit code 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from xla_step_lib.worker import SETTINGS, recipe_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "results" / "xla_step.md"
+WORKER = ROOT / "tools" / "bench" / "xla_step_lib" / "worker.py"
+OURS, EAGER, NXD = "the xla lane", "the cpu lane, eager", "NxD Core"
+VARIANTS = {
+    OURS: ("ours", {"NXDT_NEMO_RUNTIME": "xla", "NXDT_NEMO": "0"}),
+    EAGER: ("ours", {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}),
+    NXD: ("nxd", {"NXDT_NEMO": "0", "PJRT_DEVICE": "CPU"}),
+}
+DOMINATES = "1024"  # the hidden size at which compute does
+SAME_LOSS = 2e-5  # relative, over the first steps, between any two variants
+WARM = 4
+
+
+class Worker:
+    """One variant in a process that steps when it is told to."""
+
+    def __init__(self, variant: str, setting: str, weights: Path, checkout: str) -> None:
+        kind, environment = VARIANTS[variant]
+        core = max(os.sched_getaffinity(0))
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), kind, setting, str(weights), checkout],
+            env=os.environ | environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+        self._answer()
+
+    def step(self) -> dict[str, float]:
+        """Seconds of one step, its loss, graphs that it compiled."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("BENCH "):
+                return dict(json.loads(line.removeprefix("BENCH ")))
+        raise SystemExit(f"a worker ended with {self._process.wait(60)}")
+
+
+def measure(setting: str, pairs: int, checkout: str) -> dict[str, dict[str, Any]]:
+    """Steps of all variants in turn; figures by variant."""
+    names = [name for name in VARIANTS if name != NXD or checkout]
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        subprocess.run(
+            [sys.executable, str(WORKER), "weights", setting, str(weights)],
+            env=os.environ | {"NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1"},
+            check=True,
+            cwd=ROOT,
+        )
+        workers = {name: Worker(name, setting, weights, checkout) for name in names}
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for turn in range(pairs + WARM):
+            for name in names if turn % 2 == 0 else names[::-1]:
+                steps[name].append(workers[name].step())
+        for worker in workers.values():
+            worker.close()
+    losses = {name: [step["loss"] for step in taken[:WARM]] for name, taken in steps.items()}
+    for name, theirs in losses.items():
+        worst = max(abs(one - other) / abs(other) for one, other in zip(losses[OURS], theirs, strict=True))
+        if worst > SAME_LOSS:
+            raise SystemExit(f"{name} does not train the same model: losses {theirs}, ours {losses[OURS]}")
+    return {name: _figures(steps[name], steps[OURS]) for name in names}
+
+
+def _figures(steps: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
+    timed, beside = steps[WARM:], ours[WARM:]
+    found: dict[str, Any] = {key: statistics.median(one[key] for one in timed) for key in timed[0]}
+    ratios = [one["step"] / other["step"] for one, other in zip(beside, timed, strict=True)]
+    return found | {
+        "graphs": sum(one["compiled"] for one in steps[:WARM]),
+        "later": sum(one["compiled"] for one in timed),
+        "ratio": statistics.quantiles(ratios, n=4),
+    }
+
+
+def goal(setting: str, variant: str) -> float | None:
+    """What ours over it should be at most."""
+    return {EAGER: 0.8 if setting == DOMINATES else None, NXD: 0.75}.get(variant)
+
+
+HEADER = (
+    "Hidden", "Tokens", "Variant", "Step, ms", "tracing", "Graphs", "later ones", "Ours / it", "quartiles",
+    "goal", "",
+)  # fmt: skip
+
+
+def rows_of(setting: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Markdown rows of one setting."""
+    rows, recipe = [], recipe_of(setting)
+    for name, one in found.items():
+        low, middle, high = one["ratio"]
+        wanted = goal(setting, name)
+        verdict = "" if wanted is None else "met" if middle <= wanted else "NOT MET"
+        ratio = ("", "") if name == OURS else (f"**{middle:.3f}**", f"{low:.3f} to {high:.3f}")
+        eager = name == EAGER
+        cells = (
+            setting, recipe.seq * recipe.micro_batch, name, f"{one['step'] * 1000:.0f}",
+            "" if eager else f"{one['tracing'] * 1000:.0f}", "" if eager else one["graphs"],
+            "" if eager else one["later"], *ratio, "" if wanted is None else f"{wanted:.2f}", verdict,
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return rows
+
+
+def _page(pairs: int, rows: list[str], revision: str) -> str:
+    packages = ("torch", "torch_xla", "megatron-core", "transformers")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"""# A step on XLA:CPU, beside eager and NxD Core
+
+`python tools/bench/xla_step.py --nxd CHECKOUT`, {date.today().isoformat()}, {platform.machine()}, all processes on
+one core. Python {platform.python_version()}, {versions}; neuronx-distributed {revision}.
+
+A Llama of 4 layers (RMSNorm, SwiGLU, rotary positions, grouped queries, vocabulary 8192), float32, one rank; the same
+weights, text and learning rates, and the same losses (relative difference at most {SAME_LOSS:.0e}) before anything is
+timed. A step is forward, backward, clipping and AdamW, until the device is done; "tracing" is processor time of the
+program's own thread until the graph is handed over, in ms, which a device would run beside. Variants step in turn; a
+ratio is the median of {pairs} ratios of neighbouring steps. NxD Core is AWS's library with its example's Llama, torch's
+AdamW and NxD's clipping; its imports of Neuron's compiler and kernels are answered by names that do nothing
+(`tools/bench/xla_step_lib/nxd.py`).
+
+{chr(10).join(rows)}
+
+Goals: 0.75 of NxD Core everywhere; 0.8 of the eager lane at hidden size {DOMINATES}, where compute dominates.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nxd", default="", help="a checkout of neuronx-distributed; without it, it is left out")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="hidden sizes; default: all")
+    parser.add_argument("--pairs", type=int, default=12)
+    args = parser.parse_args()
+    settings = args.settings.split(",")
+    for setting in settings:
+        if setting not in SETTINGS:
+            parser.error(f"{setting} is none of {', '.join(SETTINGS)}")
+    rows, met = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"], True
+    for setting in settings:
+        found = measure(setting, args.pairs, args.nxd)
+        rows += rows_of(setting, found)
+        met &= all(one["ratio"][1] <= (goal(setting, name) or 9) for name, one in found.items())
+        print("\n".join(rows[-len(found) :]), flush=True)
+    if args.nxd and settings == list(SETTINGS):
+        file = Path(args.nxd) / "src/neuronx_distributed/_version.py"
+        PAGE.write_text(
+            _page(args.pairs, rows, file.read_text().partition('"')[2].partition('"')[0] or "of a checkout")
+        )
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

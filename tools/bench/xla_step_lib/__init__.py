@@ -1,0 +1,1 @@
+"""What tools/bench/xla_step.py starts in processes of their own."""
