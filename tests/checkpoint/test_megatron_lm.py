@@ -31,7 +31,8 @@ ARGUMENTS = """
 --micro-batch-size 1 --global-batch-size 4 --train-iters 10 --lr 1e-3 --use-checkpoint-opt_param-scheduler
 --tokenizer-type NullTokenizer --vocab-size 5119 --distributed-backend gloo --use-cpu-initialization
 --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
---no-bias-swiglu-fusion --attention-backend unfused --no-load-rng --save-interval 5 --hidden-dropout 0 --attention-dropout 0
+--no-bias-swiglu-fusion --attention-backend unfused --no-load-rng --save-interval 5
+--hidden-dropout 0 --attention-dropout 0
 """
 DISTRIBUTED = ("--use-distributed-optimizer", "--ckpt-format", "torch_dist")
 TP2 = ("--tensor-model-parallel-size", "2")
