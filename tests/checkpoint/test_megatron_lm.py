@@ -32,6 +32,7 @@ ARGUMENTS = """
 --tokenizer-type NullTokenizer --vocab-size 5119 --distributed-backend gloo --use-cpu-initialization
 --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
 --no-bias-swiglu-fusion --attention-backend unfused --no-load-rng --save-interval 5
+--hidden-dropout 0 --attention-dropout 0
 """
 DISTRIBUTED = ("--use-distributed-optimizer", "--ckpt-format", "torch_dist")
 TP2 = ("--tensor-model-parallel-size", "2")

@@ -242,12 +242,13 @@ def page(found: dict[str, object]) -> str:
     lines = [
         "# Conversion of a 1B Llama, beside `cp` and fsync",
         "",
-        f"`python tools/bench/convert.py --pairs {found['pairs']}`, {date.today()}, {platform.machine()}, "
+        f"`python tools/bench/convert.py --pairs {found['pairs']}{' --peer CHECKOUT' if 'peer' in found else ''}`, "
+        f"{date.today()}, {platform.machine()}, "
         f"{os.cpu_count()} cores, {found['workers']} writers.",
         f"Python {platform.python_version()}, torch {version('torch')}; load average before it {found['load']:.1f}.",
         "",
         f"{int(str(found['bytes'])) / 1e9:.2f} GB of bfloat16, the largest tensor {largest / 1e6:.0f} MB.",
-        f"Medians of {found['pairs']} interleaved pairs. `inside` is without what python takes to load.",
+        f"Medians of {found['pairs']} interleaved pairs. `inside` is what the command says itself, without loading.",
         f"Limits: {TIME_LIMIT} times `cp` and fsync; RssAnon of twice the largest tensor and 1 GB,",
         f"{limit / 1e6:.0f} MB. What came back is what went out, byte for byte.",
         "",

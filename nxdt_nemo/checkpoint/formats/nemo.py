@@ -224,7 +224,11 @@ class NemoDistReader(Reader):
         common = _common(tree.members)
         config = nemo_config.of_hyper_parameters(common.get("hyper_parameters"))
         memo = _kept(common)
-        args = nemo_config.args_of(config) | ptl.memo_args(memo) if config.get("num_layers") else {}
+        args = (
+            nemo_config.args_of(config) | ptl.memo_args(memo)
+            if config.get("num_layers") or config.get("encoder")
+            else {}
+        )
         source = _distributed(self.format, path, tree.members, args, options, common)
         source.detail |= {"nemo_config": config, "lightning": {key: common[key] for key in _LIGHTNING if key in common}}
         if match := re.search(r"consumed_samples=(\d+)", path.name):

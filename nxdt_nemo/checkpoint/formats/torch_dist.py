@@ -367,7 +367,7 @@ def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: La
             # The first of the ranks that have it writes it.
             new = [box for box in boxes if (stored.key, stored.index, box) not in written]
             written.update((stored.key, stored.index, box) for box in new)
-            if new and (extra := _extra_state(stored)) not in objects:
+            if new and (extra := _extra_state(stored, model)) not in objects:
                 objects.add(extra)
                 found += [_Object(writer.prefix + extra)] if extra else []
             for kind in target.kinds:
@@ -376,9 +376,11 @@ def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: La
         yield found
 
 
-def _extra_state(stored: Stored) -> str:
-    """The key of a linear layer's extra state; "" for what is no linear layer."""
+def _extra_state(stored: Stored, model: Model) -> str:
+    """The key of a linear layer's extra state; "" for what has none. A T5's output layer does, a GPT's does not."""
     name, _, last = stored.key.rpartition(".")
+    if model.decoder_layers and name.endswith("output_layer"):
+        return f"{name}._extra_state/shard_0_1"
     if not stored.lead or last != "weight" or not name.rpartition(".")[2].startswith("linear_"):
         return ""
     place, size = (".".join(map(str, numbers)) for numbers in (stored.index, stored.lead))

@@ -92,6 +92,13 @@ class _Pickler(_Base):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
         self.tensors: list[Pending] = []
+        self._texts: dict[str, str] = {}
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        """Equal texts are one object, or the file's size would depend on which of them Python has interned."""
+        if type(obj) is str:
+            obj = self._texts.setdefault(obj, obj)
+        super().save(obj, save_persistent_id)
 
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, _Storage):

@@ -157,6 +157,9 @@ def main() -> None:
             rotary_percent=args.rotary_percent,
         )
 
+    # 0.13.1 copies into float32 weights, of which the main parameters are views, with gradients on.
+    sharded = distrib_optimizer.DistributedOptimizer
+    sharded.load_parameter_state_from_dp_zero = torch.no_grad()(sharded.load_parameter_state_from_dp_zero)
     optimizers.Adam = distrib_optimizer.Adam = FusedAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     with OnCPU():

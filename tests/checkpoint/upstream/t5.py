@@ -2,7 +2,8 @@
 
 `make` writes seeded weights to FOLDER/dist with megatron.core.dist_checkpointing and to FOLDER/torch as Megatron-LM
 does, one file a tensor-parallel rank; `load` reads FOLDER, of either format, strictly. Both save float32 logits of a
-fixed batch to OUT. Nothing of this package is imported.
+fixed batch to OUT; with relative positions, which no attention but TransformerEngine's takes, the first rank's weights.
+Nothing of this package is imported.
 """
 
 from __future__ import annotations
@@ -106,16 +107,26 @@ def main(what: str, folder: Path, out: Path, positions: str, tied: bool) -> None
         save(model, folder, arguments(positions, tied))
     else:
         load(model, folder)
+    found = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    found = logits(model) if positions != "relative" else found
+    if dist.get_rank() == 0:
+        torch.save(found.float(), out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def logits(model: Any) -> torch.Tensor:
     draw = torch.Generator().manual_seed(1)
     source = torch.randint(0, 200, (2, SEQ), generator=draw)
     target = torch.randint(0, 200, (2, SEQ // 2), generator=draw)
-    masks = [torch.zeros(2, SEQ, SEQ).bool(), torch.ones(2, SEQ // 2, SEQ // 2).bool().triu(1)]
+    masks = [
+        torch.zeros(2, 1, SEQ, SEQ),
+        torch.ones(2, 1, SEQ // 2, SEQ // 2).triu(1),
+        torch.zeros(2, 1, SEQ // 2, SEQ),
+    ]
     with torch.no_grad():
-        logits = model(source, target, *masks, torch.zeros(2, SEQ // 2, SEQ).bool())
-    if dist.get_rank() == 0:
-        torch.save(logits.float(), out)
-    dist.barrier()
-    dist.destroy_process_group()
+        found: torch.Tensor = model(source, target, *(mask.bool() for mask in masks))
+    return found
 
 
 if __name__ == "__main__":
