@@ -320,9 +320,8 @@ def test_it_trains_as_a_plain_loop_does(started, base, corpus, method, at, more)
 @pytest.mark.slow
 def test_a_resumed_run_compares_with_where_training_began(started):
     saves = ["exp_manager.create_checkpoint_callback=true", "exp_manager.checkpoint_callback_params.save_top_k=1"]
-    saves += [f"exp_manager.checkpoint_callback_params.{key}" for key in ("monitor=step", "every_n_train_steps=2")]
-    saves += ["exp_manager.checkpoint_callback_params.filename='{step}-{consumed_samples}'"]
-    saves += ["exp_manager.checkpoint_callback_params.mode=max"]
+    keys = ("monitor=step", "mode=max", "every_n_train_steps=2", "every_n_epochs=null")
+    saves += [f"exp_manager.checkpoint_callback_params.{key}" for key in keys]
     whole = started("dpo", name="whole")
     started("dpo", *saves, "trainer.max_steps=2", "model.optim.sched.max_steps=4", name="cut")
     again = started("dpo", *saves, name="cut")
