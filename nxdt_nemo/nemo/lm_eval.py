@@ -53,6 +53,10 @@ class Scorer:
         self.model, self.batch = model, batch
         self.length = int(length or model.cfg.encoder_seq_length)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
     def tokens_of(self, text: str) -> list[int]:
         """A text's tokens, nothing put before or behind them."""
         return list(self.model.tokenizer.text_to_ids(text))
@@ -120,8 +124,8 @@ class Scorer:
         """The last token of a row is given no successor, so it needs no place in the context."""
         length = len(group[0][1])
         tokens = torch.tensor([row for _, row, _ in group])
-        room = torch.cat([tokens, tokens[:, -1:]], 1).cuda()
-        lengths = torch.full((len(group),), length).cuda()
+        room = torch.cat([tokens, tokens[:, -1:]], 1).to(self._device)
+        lengths = torch.full((len(group),), length, device=self._device)
         sampling = _SAMPLING | {"compute_logprob": True, "all_probs": True}
         said = self.model.generate((room, lengths), {"min_length": 0, "max_length": 1}, sampling)
         if said is None:
@@ -142,8 +146,8 @@ class Scorer:
             until = wanted.get("until") or []
             ends = [until] if isinstance(until, str) else list(until)
             tokens = (self.tokens_of(context) or self.prefix)[-max(1, self.length - most) :]
-            room = torch.tensor([tokens + self.prefix * most]).cuda()
-            lengths = torch.tensor([len(tokens)]).cuda()
+            room = torch.tensor([tokens + self.prefix * most], device=self._device)
+            lengths = torch.tensor([len(tokens)], device=self._device)
             sampling = _SAMPLING | {"end_strings": ends or _SAMPLING["end_strings"]}
             said = self.model.generate((room, lengths), {"min_length": 0, "max_length": most}, sampling)
             found.append(self._answer(said, len(tokens), ends) if said is not None else "")

@@ -320,9 +320,8 @@ def test_it_trains_as_a_plain_loop_does(started, base, corpus, method, at, more)
 @pytest.mark.slow
 def test_a_resumed_run_compares_with_where_training_began(started):
     saves = ["exp_manager.create_checkpoint_callback=true", "exp_manager.checkpoint_callback_params.save_top_k=1"]
-    saves += [f"exp_manager.checkpoint_callback_params.{key}" for key in ("monitor=step", "every_n_train_steps=2")]
-    saves += ["exp_manager.checkpoint_callback_params.filename='{step}-{consumed_samples}'"]
-    saves += ["exp_manager.checkpoint_callback_params.mode=max"]
+    keys = ("monitor=step", "mode=max", "every_n_train_steps=2", "every_n_epochs=null")
+    saves += [f"exp_manager.checkpoint_callback_params.{key}" for key in keys]
     whole = started("dpo", name="whole")
     started("dpo", *saves, "trainer.max_steps=2", "model.optim.sched.max_steps=4", name="cut")
     again = started("dpo", *saves, name="cut")
@@ -365,3 +364,28 @@ def test_on_the_xla_lane_two_graphs_serve_all_steps(started, tmp_path, method, m
     assert len(parts) == 6
     assert [part.get("compiled", 0) for part in parts[2:]] == [0, 0, 0, 0]
     assert not any(number for part in parts for name, number in part.items() if name.startswith("aten::"))
+
+
+NXDT = Path(__file__).parents[1] / "config" / "migrate" / "data" / "small_nxdt.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("keys", [["dpo.kl_beta=0.5", "dpo.precompute_ref_log_probs=False"], ["orpo.beta=0.5"]])
+def test_a_file_of_nxd_training_trains(base, corpus, tmp_path, keys):
+    """Its keys, migrated in memory: two ranks, tensor and sequence parallel, bf16 with a sharded optimizer."""
+    words = [
+        str(NXDT),
+        f"model.tokenizer.model={corpus / 'tokenizer.model'}",
+        "model.tokenizer.sentencepiece_legacy=False",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        f"data.train_dir={base / 'pairs.jsonl'}",
+        "data.val_dir=null",
+        f"model.restore_from_path={base / 'hf'}",
+        *(f"model_alignment_strategy.{key}" for key in keys),
+    ]
+    done = run(Path("--config"), words, tmp_path / "run", cwd=tmp_path, environment={"NXDT_NEMO_RUNTIME": "cpu"})
+    assert done.code == 0, done.output[-4000:]
+    losses, margins = curves(done, "reduced_train_loss", "rewards/margins")
+    assert len(losses) == 3
+    assert margins[-1] != margins[0]

@@ -117,10 +117,13 @@ PACKED = [
 
 @pytest.mark.parametrize("at", ["one", "tp2sp", "pp2"])
 def test_packed_is_unpacked(started: Started, at: str) -> None:
-    """One row of four sequences, each blind to the others, its positions its own, against four rows."""
+    """One row of four sequences, each blind to the others, its positions its own, against four rows.
+
+    Two steps: later NeMo draws unpacked pairs anew, some of them twice, and packs are whole in each epoch.
+    """
     apart, packed = started("pairs.jsonl", *ONE, name="apart"), started("packed.npy", *PACKED, *LAYOUTS[at])
-    assert losses(packed) == pytest.approx(losses(apart), rel=1e-5)
-    assert losses(apart)[-1] < losses(apart)[0] - 0.01
+    assert losses(packed)[:2] == pytest.approx(losses(apart)[:2], rel=1e-5)
+    assert losses(apart)[1] < losses(apart)[0] - 0.01
     if at == "one":  # a row whose sequences see each other says something else
         seen = started("packed.npy", *PACKED, "++model.data.train_ds.packed_sequence_return_cu_seqlen=false", name="s")
         assert abs(losses(seen)[0] - losses(apart)[0]) > 1e-3

@@ -34,6 +34,7 @@ def main(data: Path, folder: Path, steps: int) -> None:
             num_key_value_heads=2,
             max_position_embeddings=LENGTH,
             rms_norm_eps=1e-5,
+            initializer_range=0.06,  # of the order of hidden ** -0.5: adapters leave the output layer as it is
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
