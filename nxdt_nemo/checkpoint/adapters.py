@@ -209,7 +209,9 @@ def _peft(path: Path, base: Source) -> Adapter:
         dtype = value.dtype
     pairs = {name: (found["A"], found["B"]) for name, found in sides.items()}
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    return Adapter(path, rank, alpha, float(config.get("lora_dropout") or 0.0), pairs, dtype, [path / WEIGHTS, path / PEFT])
+    return Adapter(
+        path, rank, alpha, float(config.get("lora_dropout") or 0.0), pairs, dtype, [path / WEIGHTS, path / PEFT]
+    )
 
 
 def write_peft(adapter: Adapter, base: Source, target: Path, *, overwrite: bool = False, version: str = "") -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import numpy as np
+import pytest
 import torch
 import yaml
 
@@ -157,4 +157,8 @@ def test_what_is_no_plain_lora_is_refused(hf_model: HFModel, tmp_path: Path) -> 
     gpt = formats.read(hf_model("gpt2"), Options())
     name = "layers.0.attention.q.weight"
     with pytest.raises(UserError, match="no linear layer of its own"):
-        adapters.write_peft(adapters.Adapter(tied, 1, 1.0, 0.0, {name: (np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))}), gpt, tied)
+        adapters.write_peft(
+            adapters.Adapter(tied, 1, 1.0, 0.0, {name: (np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))}),
+            gpt,
+            tied,
+        )
