@@ -49,6 +49,8 @@ OBJECTS = (
     "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
     "recv_object_list",
 )  # fmt: skip
+RAGGED = {"all_gather": 0, "reduce_scatter": 1}
+"""Of parts of unlike sizes, which gaps.py makes of an all-to-all for gloo: counted as what was asked for."""
 CONTROL = frozenset({*OBJECTS, "barrier"})
 """What moves no tensor of the caller's. An object collective is counted under its own name, not that of its parts."""
 
@@ -66,6 +68,8 @@ class Sent:
     bytes: int = 0
     places: Counter[str] = field(default_factory=Counter)
 
+
+GAPS = str(Path(__file__).with_name("gaps.py"))
 
 Traffic = dict[tuple[str, str], Sent]
 """By collective ("all_gather") and name of the group ("TENSOR_MODEL_PARALLEL_GROUP", or what lane.groups was told)."""
@@ -96,8 +100,9 @@ def _counted(
     @functools.wraps(method)
     def call(group: Any, *args: Any, **named: Any) -> Any:
         if group.size() > 1:
-            sent = 0 if place is None else _bytes([*args, *named.values()][place])
             part_of, where = _caller(inside)
+            whole = RAGGED.get(part_of, place)
+            sent = 0 if whole is None else _bytes([*args, *named.values()][whole])
             with lock:
                 count = found.setdefault((part_of or collective, group.group_desc), Sent())
                 count.calls += 1
@@ -121,10 +126,12 @@ def _inside() -> tuple[str, ...]:
 
 
 def _caller(inside: tuple[str, ...]) -> tuple[str, str]:
-    """The object collective that a call is a part of, "" if it is none, and the line that asked for it."""
+    """The collective of objects, or of parts of unlike sizes, that a call is a part of, "" if it is none, and the line
+    that asked for it."""
     part_of, frame = "", sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        if frame.f_code.co_name in OBJECTS:
-            part_of = frame.f_code.co_name
+        name, own = frame.f_code.co_name, frame.f_code.co_filename == GAPS
+        if name in OBJECTS or (own and name in RAGGED):
+            part_of = name
         frame = frame.f_back
     return part_of, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

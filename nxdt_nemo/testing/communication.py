@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nxdt_nemo.megatron.communication import Model, Step, Term, sent, stages_of
@@ -97,7 +97,7 @@ def counted(recipe: Recipe, layout: Layout, fields: Mapping[str, Any] | None = N
 
 
 def job_of(recipe: Recipe, layout: Layout, fields: Mapping[str, Any] | None = None) -> tuple[Model, Step]:
-    """A recipe and a layout as communication.py has them. Decoders only."""
+    """A recipe and a layout as communication.py has them."""
     given = transformer_fields(recipe) | dict(fields or {})
     width = 2 if recipe.dtype == "bfloat16" else 4
     model = Model(
@@ -113,16 +113,17 @@ def job_of(recipe: Recipe, layout: Layout, fields: Mapping[str, Any] | None = No
         norm=1 if recipe.gated else 2,
         learned=0 if recipe.gated else recipe.seq,
         tied=not recipe.gated,
+        masked=recipe.family == "bert",
+        logits=recipe.family in ("bert", "t5"),
         experts=recipe.experts,
         topk=given.get("moe_router_topk", 2),
         width=width,
     )
-    dealt = stages_of(recipe.layers, layout.pp, layout.chunks, first=layout.first, account=layout.account)
     step = Step(
         seq=recipe.seq,
         micro_batch=recipe.micro_batch,
         micro_batches=recipe.micro_batches // layout.dp,
-        stages=dealt,
+        stages=_dealt(recipe, layout),
         tp=layout.tp,
         cp=layout.cp,
         dp=layout.dp,
@@ -132,8 +133,32 @@ def job_of(recipe: Recipe, layout: Layout, fields: Mapping[str, Any] | None = No
         zero=layout.zero,
         cp_comm=given.get("cp_comm_type", "p2p"),
         recompute=given.get("recompute_granularity") == "full",
+        grouped=layout.grouped,
+        static=layout.static,
     )
-    return model, step
+    return model, _with_encoder(recipe, step) if recipe.family == "t5" else step
+
+
+def _dealt(recipe: Recipe, layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Layers of each model chunk, for each pipeline rank."""
+    return stages_of(
+        recipe.layers,
+        layout.pp,
+        layout.chunks,
+        first=layout.first,
+        last=layout.last,
+        account=layout.account,
+        cut=[int(count) for count in layout.cut.split("-")] if layout.cut else (),
+    )
+
+
+def _with_encoder(recipe: Recipe, step: Step) -> Step:
+    """A T5's: the first half of the pipeline has the encoder's layers, the other as many of the decoder's."""
+    half = stages_of(recipe.layers, max(step.pp // 2, 1))
+    encoder, stages = tuple(sum(one) for one in half), half
+    if step.pp > 1:
+        encoder, stages = (*encoder, *[0] * len(half)), (*[(0,)] * len(half), *half)
+    return replace(step, seq=recipe.seq // 2, encoder_seq=recipe.seq, encoder=encoder, stages=stages)
 
 
 def rows(model: Model, step: Step, ranks: Sequence[Counted]) -> list[CommunicationRow]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,10 @@ def reports(gloo: Gloo, family: Family, name: str, function: Any = counted, fiel
         pytest.param("mixtral", "tp2spep2etp1", {}, marks=pytest.mark.slow),
         pytest.param("mixtral", "tp2sp", {}, marks=pytest.mark.slow),
         pytest.param("gpt", "tp2sppp2vpp2", {}, marks=pytest.mark.slow),
+        pytest.param("mixtral", "ep2dp2+grouped+static", {}, marks=pytest.mark.slow),
+        pytest.param("bert", "tp2sp", {}, marks=pytest.mark.slow),
+        pytest.param("t5", "tp2sp", {}, marks=pytest.mark.slow),
+        pytest.param("t5", "pp2", {}, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_sent_is_what_is_expected(gloo: Gloo, family: Family, name: str, fields: Fields) -> None:
@@ -142,10 +147,40 @@ def test_a_llama_by_hand() -> None:
     assert total(Step(8192, 1, 1, whole, cp=4), "send", "cp") == 32 * 3 * 3 * kv
 
 
+def test_a_bert_and_a_t5_by_hand() -> None:
+    """H 1024, 24 layers; of a T5 2 encoder's and 3 decoder's. Figures written out as a layer's weights are."""
+    h, vocab = 1024, 30592
+    model = Model(layers=24, hidden=h, heads=16, kv_groups=16, head=64, ffn=4 * h, vocab=vocab, learned=512,
+                  masked=True, logits=True)  # fmt: skip
+    ends = vocab * h + 512 * h + vocab + 2 * h  # embeddings, the output layer's biases, the last norm
+
+    def whole(model: Model, step: Step) -> int:
+        return sum(one.least for one in sent(model, step, 0) if one.group == "dp-cp")
+
+    bert = 24 * (12 * h * h + 13 * h) + ends + h * h + 3 * h
+    assert whole(model, Step(512, 1, 1, stages_of(24), dp=2)) == 4 * bert
+    model = replace(model, masked=False)
+    t5 = 2 * (12 * h * h + 13 * h) + 3 * (16 * h * h + 19 * h) + ends + 2 * h
+    step = Step(128, 1, 1, ((3,),), encoder=(2,), encoder_seq=512)
+    assert whole(model, replace(step, dp=2)) == 4 * t5
+    n, x = 128 * h * 4, 512 * h * 4
+    reduced = [one for one in sent(model, replace(step, tp=2), 0) if one.group == "tp"]
+    pairs = 2 * (2 * 2 * x + 3 * 3 * n)  # two a layer of the encoder's, three of the decoder's, there and back
+    rest = x + 2 * n + 3 * 128 * 4  # embeddings, the output layer, the loss
+    assert sum(one.least for one in reduced) == pairs + x + rest
+    assert sum(one.bytes for one in reduced) == pairs + 3 * x + rest
+    with pytest.raises(LayoutError, match="no arithmetic of an encoder with recomputation"):
+        sent(model, replace(step, recompute=True), 0)
+
+
 def test_how_layers_are_dealt() -> None:
     assert stages_of(8, 2, 2) == ((2, 2), (2, 2))
     assert stages_of(4, 2, first=1) == ((1,), (3,))
     assert stages_of(4, 3, account=True) == ((1,), (2,), (1,))
+    assert stages_of(6, 3, first=1, last=1) == ((1,), (4,), (1,))
+    assert stages_of(4, 2, 2, cut=(1, 0, 2, 1)) == ((1, 2), (0, 1))
+    with pytest.raises(LayoutError, match="does not cut 5 layers"):
+        stages_of(5, 2, cut=(1, 3))
     for asked in ((5, 2), (4, 2, 4)):
         with pytest.raises(LayoutError, match=f"{asked[0]} layers cannot be dealt out to 2 pipeline ranks"):
             stages_of(*asked)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from nxdt_nemo.runtime import collectives as c
+from nxdt_nemo.runtime import gaps
 from nxdt_nemo.runtime.cpu import CpuLane
 from nxdt_nemo.runtime.traffic import CONTROL, METHODS, count_traffic
 
@@ -48,6 +49,9 @@ def step(lane: CpuLane, tp: Any, alone: Any) -> None:
     for work in dist.batch_isend_irecv(ops):
         work.wait()
     dist.all_to_all_single(torch.empty(2, 4), torch.ones(2, 4), group=tp.pg)
+    mine = (3, 5)[tp.rank]  # unlike sizes, which gloo has an all-to-all for only
+    gaps.all_gather([torch.empty(3), torch.empty(5)], torch.ones(mine), tp.pg)
+    gaps.reduce_scatter(torch.empty(mine), [torch.ones(3), torch.ones(5)], group=tp.pg)
     dist.broadcast(torch.ones(11), 0, group=tp.pg)
     c.all_reduce_(torch.ones(1000), alone)
     dist.all_gather_object([None, None], {"a": 1}, group=tp.pg)
@@ -57,8 +61,8 @@ def step(lane: CpuLane, tp: Any, alone: Any) -> None:
 RIGHT = {
     ("all_reduce", "tp"): (2, 128 + 64),  # one in backward; two that are coalesced are one call
     ("all_reduce", "default_pg"): (1, 12),
-    ("reduce_scatter", "tp"): (1, 128),
-    ("all_gather", "tp"): (2, 128 + 40),
+    ("reduce_scatter", "tp"): (2, 128 + 32),
+    ("all_gather", "tp"): (3, 128 + 40 + 32),
     ("send", "tp"): (1, 24),
     ("recv", "tp"): (1, 24),
     ("all_to_all", "tp"): (1, 32),
