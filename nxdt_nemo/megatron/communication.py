@@ -23,6 +23,7 @@ GRADIENT = 4  # bytes of a gradient where it is reduced: float32 (grad_reduce_in
 LOSS = 4  # and of the loss, of a router's probability, of a norm
 COUNT = 8  # of a number of tokens
 
+NOT_LEFT_OUT = "the second run of a layer sends its experts' results too: the last sum is left out of dense layers only"
 NOT_CUT = (
     "upstream adds learned positions before it cuts the sequence, so it all-reduces where a reduce-scatter would do"
 )
@@ -426,6 +427,8 @@ class _Rank:
         gathered = "tokens and probabilities of all"
         yield self._same("expert-tp", "all_gather", gathered, rows * (row + LOSS) * passes)
         yield Term("expert-tp", "reduce_scatter", "results", rows * exact, rows * row, why)
+        again = rows * exact * (passes - 1)
+        yield Term("expert-tp", "reduce_scatter", "results of layers that run again", again, 0, NOT_LEFT_OUT)
         yield Term("expert-tp", "all_gather", "gradients of the results", rows * exact, rows * row, why)
         yield self._same("expert-tp", "reduce_scatter", f"gradients of {gathered}", rows * (row + LOSS))
 
