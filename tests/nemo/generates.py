@@ -37,7 +37,6 @@ SAMPLED = {
     "top_p 0": {"top_p": 1e-6},
     "cold": {"temperature": 1e-4},
     "hot": {"temperature": 2.0},
-    "penalty": {"top_k": 1, "repetition_penalty": 5.0},
 }
 
 
