@@ -102,7 +102,6 @@ RESUMED = [  # of the run that is left: its format, arguments; then the layout a
         (*PP2, *SHARDED),
         DISTRIB_OPTIM,
     ),
-    ("torch_dist", (*TP2, *DISTRIBUTED), Layout(tp=1, pp=2), (*PP2, *DISTRIBUTED), {}),
 ]
 
 
