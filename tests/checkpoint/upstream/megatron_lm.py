@@ -100,6 +100,7 @@ def forward(data: Any, model: Any) -> Any:
 
 def train(made: Any, steps: int) -> None:
     """Steps by upstream's train_step; the last stage prints each loss."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
     from megatron.training import get_args, training
@@ -112,7 +113,7 @@ def train(made: Any, steps: int) -> None:
         losses, *_ = training.train_step(forward, batches(args.iteration, args), model, optimizer, scheduler, config)
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size
-        if losses:
+        if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
             print(f"loss {args.iteration} {float(losses['lm loss']):.9f}", flush=True)
 
 
