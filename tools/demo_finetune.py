@@ -228,7 +228,7 @@ def page(rows: Rows, pairs: list[dict[str, str]], found: Answers) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fine-tune a small Hugging Face model by LoRA on this machine.")
-    parser.add_argument("--steps", type=int, default=240, help="steps of LoRA")
+    parser.add_argument("--steps", type=int, default=120, help="steps of LoRA")
     parser.add_argument("--base-steps", type=int, default=150, help="steps that the base model is trained")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--results", type=Path, help="also write demo_finetune.md to this folder")
