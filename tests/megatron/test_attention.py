@@ -161,11 +161,15 @@ CASES = {  # name: case, the scale of its scores
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_scores_in_float32(run: Run, name: str) -> None:
-    """Measured 3e-7 from upstream's and 5e-7 from the formula, as upstream's is: other orders of summing."""
+    """Measured 3e-7 from upstream's and 5e-7 from the formula, as upstream's is: other orders of summing.
+
+    float32 keeps 6e-8 of a score, and its exponential as many times more as the score is large: the limit goes with it.
+    """
     case, scale = CASES[name]
     ours, theirs = run(attended, case, True), run(attended, case, False)
-    assert max(errors(ours, theirs).values()) <= 1e-6, errors(ours, theirs)
-    assert max(errors(ours, formula(case, scale)).values()) <= 1e-6
+    limit = 1e-6 * scale / DEFAULT
+    assert max(errors(ours, theirs).values()) <= limit, errors(ours, theirs)
+    assert max(errors(ours, formula(case, scale)).values()) <= limit
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,8 +17,11 @@ CASES = [(family, name) for family, names in FAST.items() for name in names.spli
 
 @pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])
 def test_one_rank_equals_upstream(parity, family):
-    row = parity.against_stock(Recipe.of(family), 1e-6)
+    """The norm of late steps is the first thing to feel another order of sums: 1.3e-6 of a BERT's on one
+    processor, where its losses differ by 2e-8 and the first step's gradients by 3e-7."""
+    row = parity.against_stock(Recipe.of(family), TOLERANCE)
     assert row.good, row
+    assert row.errors.loss <= 1e-6 and row.errors.grad <= 1e-6, row
 
 
 @pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])
