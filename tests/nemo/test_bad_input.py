@@ -26,7 +26,10 @@ MISTAKES = [  # overrides, what the line must name
         ["++neuron.instance=trn1.2xlarge", "trainer.devices=2", "model.hidden_size=32768", "model.num_layers=40"],
         ["memory", "GiB a NeuronCore of trn1.2xlarge"],
     ),
-    (["++neuron.alignment.orpo.beta=0.1"], ["neuron.alignment.orpo", "model.data.train_ds.file_names"]),
+    (
+        ["++neuron.alignment.orpo.beta=0.1", "++model.data.train_ds.file_names=[pairs.jsonl]"],
+        ["neuron.alignment.orpo", "nxdt-nemo run --config"],
+    ),
     (["++model.tokenizer._target_=os.system"], ["_target_=os.system"]),
 ]
 
