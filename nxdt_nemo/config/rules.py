@@ -7,7 +7,7 @@ May import omegaconf, the standard library and nxdt_nemo's errors and _resources
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +23,7 @@ from nxdt_nemo.config.report import GONE, Change, Ignored, Report
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["ChangeRule", "IgnoreRule", "check", "rules", "sanitise"]
+__all__ = ["ChangeRule", "IgnoreRule", "apply", "check", "rules", "sanitise"]
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,20 @@ def sanitise(
     """
     report = check(cfg, world_size=world_size, training=training, section=section, place=place, also=also)
     if not report.errors:
-        local = View(cfg, section=section).local
-        with open_dict(cfg):
-            for change in report.changes:
-                section, _, name = local(change.key).rpartition(".")
-                if change.new == GONE:
-                    (OmegaConf.select(cfg, section) if section else cfg).pop(name)
-                else:
-                    OmegaConf.update(cfg, local(change.key), change.new, merge=False, force_add=True)
+        apply(cfg, report.changes, section=section)
     return report
+
+
+def apply(cfg: DictConfig, changes: Iterable[Change], *, section: str = "") -> None:
+    """Make the changes in a config, or in one section of it."""
+    local = View(cfg, section=section).local
+    with open_dict(cfg):
+        for change in changes:
+            above, _, name = local(change.key).rpartition(".")
+            if change.new == GONE:
+                (OmegaConf.select(cfg, above) if above else cfg).pop(name)
+            else:
+                OmegaConf.update(cfg, local(change.key), change.new, merge=False, force_add=True)
 
 
 def _judge_environment(report: Report, view: View) -> Iterator[ConfigError]:

@@ -22,6 +22,7 @@ from nemo.collections.nlp.modules.common.megatron.utils import average_losses_ac
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
+from torch.func import functional_call
 
 from nxdt_nemo import console
 from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, prompt_length
@@ -52,8 +53,7 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
         self._method: Dpo | Orpo = method
         self._logged: list[dict[str, Tensor]] = []
         self._kept: list[dict[str, Tensor]] = []
-        self._trained: list[Tensor] = []  # parameters that training changes, and as they were before it
-        self._before: list[Tensor] = []
+        self._before: dict[int, Batch] = {}  # of each chunk, what training changes, by name, as it was before
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -91,10 +91,14 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
                 if data is not None:
                     self._precompute(data)
         else:
-            self._trained = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
-            if self.use_peft:
-                self._trained = [parameter for parameter in self._trained if parameter.requires_grad]
-            self._before = [parameter.detach().clone() for parameter in self._trained]
+            self._before = {
+                number: {
+                    name: parameter.detach().clone()
+                    for name, parameter in _unwrapped(chunk)[0].named_parameters()
+                    if parameter.requires_grad or not self.use_peft
+                }
+                for number, chunk in enumerate(self._chunks)
+            }
 
     def _precompute(self, data: PreferenceDataset) -> None:
         """Fill data.reference for the pairs that are read: data-parallel ranks take turns, all learn the outcome."""
@@ -114,15 +118,24 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
         for at, (number, real) in enumerate(zip(numbers, mine, strict=True)):
             if real:
                 table[number] = found[at // rows][at % rows].cpu()
-        held = table.to(self._on)
-        torch.distributed.all_reduce(held, group=parallel_state.get_data_parallel_group())
-        data.reference = held.cpu()
+        if size > 1:
+            table = table.to(self._on)
+            torch.distributed.all_reduce(table, group=parallel_state.get_data_parallel_group())
+        data.reference = table.cpu()
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
     @property
     def _chunks(self) -> list[Any]:
         return self.model if isinstance(self.model, list) else [self.model]
+
+    def _as_before(self, chunk: Any, given: dict[str, Any]) -> Tensor:
+        """What a chunk says with the reference's weights. Parameters stay as they are: on XLA, data of two are one."""
+        inner, prefix = _unwrapped(chunk)
+        (number,) = (number for number, mine in enumerate(self._chunks) if _unwrapped(mine)[0] is inner)
+        weights = {f"{prefix}{name}": weight for name, weight in self._before[number].items()}
+        said: Tensor = functional_call(chunk, weights, (), given)
+        return said
 
     @property
     def _on(self) -> torch.device:
@@ -132,9 +145,8 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
         """Upstream's, with two rows for each pair, and with the reference model's word first where it is live."""
         batches = [_batch_of(next(dataloader_iter)) for _ in range(get_num_microbatches())]
         if self._before:
-            with self._reference():
-                for batch, sums in zip(batches, self._sums(batches), strict=True):
-                    batch["reference"] = sums
+            for batch, sums in zip(batches, self._sums(batches, reference=True), strict=True):
+                batch["reference"] = sums
         self._logged = []
         with self._rows():
             return super().fwd_bwd_step(iter(batches), forward_only, first_val_step)
@@ -151,27 +163,19 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
             with open_dict(self.cfg):
                 self.cfg.micro_batch_size = pairs
 
-    @contextmanager
-    def _reference(self) -> Iterator[None]:
-        """The weights of before training, in place of today's."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+    def _sums(self, batches: list[Batch], *, reference: bool = False) -> list[Tensor]:
+        """[P, 2] for each micro-batch, on every pipeline stage: answers' log-probabilities, nothing dropped out.
 
-    def _swap(self) -> None:
-        for number, parameter in enumerate(self._trained):
-            parameter.data, self._before[number] = self._before[number], parameter.data
-
-    def _sums(self, batches: list[Batch]) -> list[Tensor]:
-        """[P, 2] for each micro-batch, on every pipeline stage: answers' log-probabilities, nothing dropped out."""
+        reference  with the weights of before training, not today's
+        """
         modes = [chunk.training for chunk in self._chunks]
         for chunk in self._chunks:
             chunk.eval()
         with torch.no_grad(), self._rows() as rows:
             said = get_forward_backward_func()(
-                forward_step_func=self._forward(lambda answers, batch: (answers.sums.sum(), {"sums": answers.sums})),
+                forward_step_func=self._forward(
+                    lambda answers, batch: (answers.sums.sum(), {"sums": answers.sums}), reference=reference
+                ),
                 data_iterator=self._make_data_iterator_list(iter([dict(batch) for batch in batches])),
                 model=self.model,
                 num_microbatches=len(batches),
@@ -202,15 +206,21 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
 
         return self._forward(of_pairs)
 
-    def _forward(self, finish: Callable[[Answers, Batch], tuple[Tensor, dict[str, Tensor]]]) -> Any:
+    def _forward(
+        self, finish: Callable[[Answers, Batch], tuple[Tensor, dict[str, Tensor]]], *, reference: bool = False
+    ) -> Any:
         def step(batches: Any, model: Any, checkpoint_activations_all_layers: Any = None) -> Any:
             batch = {name: _flat(value).to(self._on) for name, value in _batch_of(next(batches)).items()}
             whole = {name: batch.pop(name) for name in ("reference",) if name in batch}
             masks = {"tokens": batch["loss_mask"].sum(1), "text": batch["text_mask"].sum(1)}
             part = self.get_batch_on_this_context_parallel_rank(batch)
-            output = model(
-                input_ids=part["tokens"], position_ids=part["position_ids"], attention_mask=None, labels=part["labels"]
-            )
+            given = {
+                "input_ids": part["tokens"],
+                "position_ids": part["position_ids"],
+                "attention_mask": None,
+                "labels": part["labels"],
+            }
+            output = self._as_before(model, given) if reference else model(**given)
 
             def loss_of(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 log = -losses.float().view(part["loss_mask"].shape)
@@ -268,6 +278,14 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
         values = _from_last_stage(values)
         for name, value in zip(names, values.unbind(), strict=True):
             self.log(f"{prefix}{name}", value, rank_zero_only=True, batch_size=1)
+
+
+def _unwrapped(chunk: Any) -> tuple[Any, str]:
+    """The GPTModel in what O2 and sharded optimizers put around it, and what its parameters' names begin with there."""
+    prefix = ""
+    while hasattr(chunk, "module"):
+        chunk, prefix = chunk.module, f"{prefix}module."
+    return chunk, prefix
 
 
 def _batch_of(found: Any) -> Batch:

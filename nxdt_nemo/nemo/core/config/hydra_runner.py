@@ -43,10 +43,15 @@ def prepare(cfg: Any, script: Path | None = None) -> None:
     the mistakes found; the others are printed.
     """
     from nxdt_nemo.config import names_in, sanitise, world_size
+    from nxdt_nemo.config.checks import lightnings_sampler
+    from nxdt_nemo.config.rules import apply
     from nxdt_nemo.config.view import View
     from nxdt_nemo.megatron import memory_of_config
 
-    if cfg.get("trainer") is None or cfg.get("model") is None:
+    if cfg.get("trainer") is None:
+        return
+    if cfg.get("model") is None:  # a script that restores one: what Lightning itself would refuse
+        apply(cfg, lightnings_sampler(View(cfg)))
         return
     also = names_in(script) if script is not None else frozenset()
     ranks = world_size(cfg, os.environ)
