@@ -67,7 +67,10 @@ def main():
             seq_length=SEQUENCE, global_batch_size=4, micro_batch_size=1, num_workers=0, tokenizer=Numbers()
         ),
         trainer=trainer,
-        log=nl.NeMoLogger(log_dir=str(folder), ckpt=nl.ModelCheckpoint(save_last=True, every_n_train_steps=steps)),
+        log=nl.NeMoLogger(
+            log_dir=str(folder),
+            ckpt=nl.ModelCheckpoint(save_last=True, every_n_train_steps=steps, save_optim_on_train_end=True),
+        ),
         resume=nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True),
         optim=MegatronOptimizerModule(config=optimizer),
     )

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -24,6 +25,7 @@ from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.lightning import loops
 from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
 from nxdt_nemo.nemo.collections.nlp.data.language_modeling.megatron.data_samplers import EpochSampler, put_around
+from nxdt_nemo.runtime.select import current
 
 __all__ = ["NLPDDPStrategy", "NLPDDPStrategyNotebook"]
 
@@ -54,6 +56,16 @@ class NLPDDPStrategy(NeuronStrategyMixin, _NLPDDPStrategy):
             if self._sampler is not None and limit is None:
                 trainer.limit_train_batches = len(self._sampler)
         super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """As Lightning; and chunks that NeMo keeps in a plain list, which torch does not see as parts of the model.
+
+        They are made on the host with `use_cpu_initialization`, and only some of NeMo's paths move them.
+        """
+        super().model_to_device()
+        chunks = getattr(self.model, "model", None)
+        if isinstance(chunks, list):
+            current().place(torch.nn.ModuleList(chunks))
 
     def on_train_start(self) -> None:
         """As upstream; and Lightning's counters agree with the sampler's place in the epoch."""
