@@ -324,7 +324,7 @@ def test_a_resumed_run_compares_with_where_training_began(started):
     saves += [f"exp_manager.checkpoint_callback_params.{key}" for key in keys]
     whole = started("dpo", *saves, name="whole")
     (half,) = whole.folder.rglob("*step=2-*")
-    again = started("dpo", f"++exp_manager.resume_from_checkpoint={half}", name="again")
+    again = started("dpo", f"++exp_manager.resume_from_checkpoint='{half}'", name="again")
     assert again.resumed_from == half.name
     assert curves(again, "rewards/margins")[0] == pytest.approx(curves(whole, "rewards/margins")[0][2:], rel=1e-5)
 

@@ -81,10 +81,10 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
         shuffle, seed = bool(data.get("shuffle", section == "train_ds")), int(self.cfg.get("seed", 1234))
         return PreferenceDataset(pairs, self.tokenizer, rows, samples=samples, shuffle=shuffle, seed=seed)
 
-    def setup(self, stage: str | None = None) -> None:
-        """As upstream's; then, with the weights that were restored and no checkpoint yet, the reference is taken."""
-        super().setup(stage)
-        if not isinstance(self._method, Dpo) or stage not in (None, "fit", "validate"):
+    def on_fit_start(self) -> None:
+        """Take the reference: the base's weights are on the device, and no checkpoint is restored yet."""
+        super().on_fit_start()
+        if not isinstance(self._method, Dpo):
             return
         if self._method.precompute_ref_log_probs:
             for data in (self._train_ds, getattr(self, "_validation_ds", None)):
@@ -130,7 +130,7 @@ class MegatronGPTPreferenceModel(NLPAdapterModelMixin, MegatronGPTModel):
         return self.model if isinstance(self.model, list) else [self.model]
 
     def _as_before(self, chunk: Any, given: dict[str, Any]) -> Tensor:
-        """What a chunk says with the reference's weights. Parameters stay as they are: on XLA, data of two are one."""
+        """What a chunk says with the reference's weights. Parameters stay as they are: some are views of buffers."""
         inner, prefix = _unwrapped(chunk)
         (number,) = (number for number, mine in enumerate(self._chunks) if _unwrapped(mine)[0] is inner)
         weights = {f"{prefix}{name}": weight for name, weight in self._before[number].items()}
