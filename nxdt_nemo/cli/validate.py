@@ -41,17 +41,11 @@ def validate(
     from nxdt_nemo.config.tuning_data import data_errors
     from nxdt_nemo.config.validate import read, validate_config
     from nxdt_nemo.config.view import View
-    from nxdt_nemo.errors import HereError
     from nxdt_nemo.megatron import memory_of_config
 
     cfg = read(config, overrides or [])
-    found = validate_config(cfg, place=config.name, strict=strict)
     view = View(cfg, place=config.name)
-    for error in data_errors(view):
-        if isinstance(error, HereError):
-            found.warnings.append(f"on this machine: {error}")
-        else:
-            found.errors.append(error)
+    found = validate_config(cfg, place=config.name, strict=strict, more=data_errors(view))
     need = None if found.errors else memory_of_config.need(view, found.ranks)
     found.errors += memory_of_config.errors(view, found.ranks) if need else []
     found.judge(memory_of_config.doubts(view, found.ranks) if need else [])

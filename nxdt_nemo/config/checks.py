@@ -390,21 +390,16 @@ def workflows(view: View) -> Errors:
 
 def _preferences(view: View) -> Errors:
     """DPO and ORPO: where their data is, and a prompt that leaves room for an answer."""
-    methods = view.get("neuron.alignment", {})
-    for name in ("dpo", "orpo"):
-        method = methods.get(name) if view.training and isinstance(methods, dict) else None
-        if method is None:
-            continue
-        length, prompt = view.number("model.encoder_seq_length"), view.number(f"neuron.alignment.{name}.{PROMPT}")
+    for name in view.preferences if view.training else ():
+        key = f"neuron.alignment.{name}.max_prompt_length"
+        length, prompt = view.number("model.encoder_seq_length"), view.number(key)
         if length and prompt and prompt >= length:
-            reason = f"neuron.alignment.{name}.{PROMPT}={prompt} leaves no room in model.encoder_seq_length={length}"
+            reason = f"{key}={prompt} leaves no room in model.encoder_seq_length={length}"
             yield view.error(reason, f"use less, {length // 2} for instance")
         if view.get("model.data.train_ds") is None:
             reason = f"neuron.alignment.{name} without model.data.train_ds"
             yield view.error(reason, "name jsonl files in model.data.train_ds.file_names")
 
-
-PROMPT = "max_prompt_length"
 
 ERRORS: tuple[Callable[[View], Errors], ...] = (
     positive_sizes,

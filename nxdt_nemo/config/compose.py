@@ -106,11 +106,9 @@ def precheck(
 
 def _script(view: View, script: Path, place: str) -> Iterator[ConfigError]:
     """NeMo's scripts would train something else, and say nothing."""
-    methods = view.get("neuron.alignment")
-    for name in ("dpo", "orpo"):
-        if isinstance(methods, dict) and methods.get(name) is not None and script.name != PREFERENCES:
-            reason = f"neuron.alignment.{name} is nothing that {script.name} trains"
-            yield ConfigError(reason, place=place, fix="start it by nxdt-nemo run --config FILE")
+    for name in view.preferences if script.name != PREFERENCES else ():
+        reason = f"neuron.alignment.{name} is nothing that {script.name} trains"
+        yield ConfigError(reason, place=place, fix="start it by nxdt-nemo run --config FILE")
 
 
 def _launcher(view: View, environ: Mapping[str, str], place: str) -> Iterator[ConfigError]:

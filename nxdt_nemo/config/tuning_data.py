@@ -17,7 +17,7 @@ from typing import Any
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["PAIR", "data_errors", "line_errors", "missing_text"]
+__all__ = ["PAIR", "data_errors", "line_errors", "missing_text", "object_of"]
 
 SPLITS = ("train_ds", "validation_ds", "test_ds")
 PAIR = ("prompt", "chosen", "rejected")
@@ -44,8 +44,7 @@ def data_errors(view: View) -> Iterator[ConfigError]:
 
 def _judge(view: View, key: str) -> Callable[[dict[str, Any]], str]:
     """What a line of this set has to be: a function that says what is wrong with it, "" if nothing is."""
-    methods = view.get("neuron.alignment", {})
-    if isinstance(methods, dict) and (methods.get("dpo") is not None or methods.get("orpo") is not None):
+    if view.preferences:
         return lambda found: missing_text(found, PAIR)
     if view.get("model.data.chat", False):
         return _conversation
@@ -103,9 +102,19 @@ def line_errors(path: Path, wrong: Callable[[dict[str, Any]], str]) -> Iterator[
 
 def _reason(line: bytes, wrong: Callable[[dict[str, Any]], str]) -> str:
     try:
+        return wrong(object_of(line))
+    except ValueError as error:
+        return str(error)
+
+
+def object_of(line: str | bytes) -> dict[str, Any]:
+    """A line's JSON object. Raises ValueError, which says what the line is instead."""
+    try:
         found = json.loads(line)
     except UnicodeDecodeError:
-        return "is not text in UTF-8"
+        raise ValueError("is not text in UTF-8") from None
     except json.JSONDecodeError as error:
-        return f"is not JSON: {error.msg} at column {error.colno}"
-    return wrong(found) if isinstance(found, dict) else "is not a JSON object"
+        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(found, dict):
+        raise ValueError("is not a JSON object")
+    return found

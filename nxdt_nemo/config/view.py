@@ -93,6 +93,13 @@ class View:
             return _ELSEWHERE
         return self._plain(node) if isinstance(node, str) and "${" in node else node
 
+    @property
+    def preferences(self) -> tuple[str, ...]:
+        """The methods of `neuron.alignment` that train with pairs of answers, of those that have a section."""
+        methods = self.get("neuron.alignment", {})
+        found = methods if isinstance(methods, dict) else {}
+        return tuple(name for name in ("dpo", "orpo") if found.get(name) is not None)
+
     def items(self) -> Iterator[tuple[str, Any]]:
         """Every path with its value, `???` included; sections too, as plain dictionaries."""
         return iter(self._values.items())

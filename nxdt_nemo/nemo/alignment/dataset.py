@@ -7,7 +7,6 @@ Proof: tests/nemo/test_preference.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nxdt_nemo.config.tuning_data import PAIR, missing_text
+from nxdt_nemo.config.tuning_data import PAIR, missing_text, object_of
 from nxdt_nemo.errors import ConfigError
 
 __all__ = ["Pair", "PreferenceDataset", "Rows", "cut", "read_pairs"]
@@ -70,11 +69,9 @@ def _of_file(file: str) -> Iterator[Pair]:
 def _of_line(line: str, place: str) -> Pair:
     example = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
     try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"is not JSON: {error.msg} at column {error.colno}", place=place, fix=example) from None
-    if not isinstance(found, dict):
-        raise ConfigError("is not a JSON object", place=place, fix=example)
+        found = object_of(line)
+    except ValueError as error:
+        raise ConfigError(str(error), place=place, fix=example) from None
     if wrong := missing_text(found, PAIR):
         raise ConfigError(wrong, place=place, fix=example)
     if empty := [name for name in PAIR[1:] if not found[name]]:
