@@ -12,14 +12,11 @@ from collections.abc import Sequence
 
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
-from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
-from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.core.config import hydra_runner
-from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.nemo.alignment.model import MegatronGPTPreferenceModel
+from nxdt_nemo.nemo.examples.tuning import tune
 
 # As upstream's scripts: data workers of a process with a device client are not forked.
 mp.set_start_method("spawn", force=True)
@@ -36,26 +33,8 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> MegatronGPTPreferenceModel:
     """The same for a configuration at hand, with Lightning's callbacks; returns the trained model."""
-    base = cfg.model.get("restore_from_path")
-    if base is None:
-        raise ConfigError(
-            "model.restore_from_path is not set, and preference training begins from a model",
-            fix="name a .nemo, or a folder of Hugging Face's or Megatron's",
-        )
-    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(list(callbacks))
-    exp_manager(trainer, cfg.get("exp_manager"))
-    settings = MegatronGPTPreferenceModel.merge_cfg_with(base, settled(cfg))
-    with open_dict(settings):
-        settings.alignment = OmegaConf.to_container(cfg.neuron.alignment, resolve=True)
-    model = MegatronGPTPreferenceModel.restore_from(base, settings, trainer=trainer)
-    peft = cfg.model.get("peft") or {}
-    scheme, trained = PEFT_CONFIG_MAP[peft.get("peft_scheme")], peft.get("restore_from_path")
-    if scheme is not None and trained is not None:
-        model.load_adapters(trained, scheme(settings))
-    elif scheme is not None:
-        model.add_adapter(scheme(settings))
-    trainer.fit(model)
-    return model  # type: ignore[no-any-return]
+    found: MegatronGPTPreferenceModel = tune(settled(cfg), MegatronGPTPreferenceModel, "preference training", callbacks)
+    return found
 
 
 def settled(cfg: DictConfig) -> DictConfig:
@@ -66,6 +45,7 @@ def settled(cfg: DictConfig) -> DictConfig:
         for name, value in DATA.items():
             if cfg.model.data.get(name) is None:
                 cfg.model.data[name] = value
+        cfg.model.alignment = OmegaConf.to_container(cfg.neuron.alignment, resolve=True)
     return cfg
 
 
