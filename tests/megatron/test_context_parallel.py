@@ -297,13 +297,14 @@ LENGTHS = (16, 32, 16)  # packed
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny GPT in context parallelism."""
+    """A tiny GPT in context parallelism. mask: what the loader hands to a causal layer; "more" hides further tokens."""
 
     family: Literal["gpt", "llama"] = "llama"
     comm: str | None = None
     packed: bool = False
     recompute: bool = False
     zigzag: bool = True
+    mask: Literal["", "causal", "more"] = ""
 
 
 def trained(model: Model) -> tuple[float, dict[str, torch.Tensor]]:
@@ -317,7 +318,7 @@ def trained(model: Model) -> tuple[float, dict[str, torch.Tensor]]:
     parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
     try:
         made, (batch, extra) = gpt(model), share(model)
-        losses = made(batch["tokens"], batch["positions"], None, labels=batch["labels"], **extra)
+        losses = made(batch["tokens"], batch["positions"], batch.get("attention_mask"), labels=batch["labels"], **extra)
         loss = losses.sum() / (losses.numel() * dist.get_world_size())
         loss.backward()
         gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
@@ -373,13 +374,16 @@ def share(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return batch, {"packed_seq_params": PackedSeqParams("thd", starts, starts, None, None, longest, longest)}
     if not model.zigzag:
         return {key: x.chunk(parts, 1)[rank] for key, x in batch.items()}, {}
+    if model.mask:  # as Megatron-LM's data set makes it; a second document begins in the middle
+        batch["attention_mask"] = torch.ones(B, 1, S, S, dtype=torch.bool).triu(1)
+        batch["attention_mask"][:, :, S // 2 :, : S // 2] |= model.mask == "more"
     return get_batch_on_this_cp_rank({key: x.contiguous() for key, x in batch.items()}), {}
 
 
 def model_errors(gloo: Gloo, model: Model) -> tuple[float, float]:
     """Loss and worst gradient of two ranks against one."""
     pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    one = replace(model, comm=None, zigzag=True, recompute=False)
+    one = replace(model, comm=None, zigzag=True, recompute=False, mask="")
     (expected, reference), *_ = gloo(1, trained, one, init=ACTIVE, env=ACTIVE_ENV)
     found = gloo(2, trained, model, init=ACTIVE, env=ACTIVE_ENV)
     loss, gradients = found[0]
@@ -394,6 +398,7 @@ MODELS = {
     "all_gather": Model(comm="all_gather"),
     "recompute": Model(recompute=True),
     "learned positions": Model("gpt"),
+    "the loader's mask": Model(mask="causal"),
     "packed": Model(packed=True),
     "packed, a2a": Model(packed=True, comm="a2a"),
 }
@@ -408,3 +413,20 @@ def test_a_model_at_two_ranks_equals_one(gloo: Gloo, name: str) -> None:
 def test_a_model_whose_batch_is_not_in_megatrons_order_would_be_seen(gloo: Gloo) -> None:
     loss, gradient = model_errors(gloo, Model(zigzag=False))
     assert loss > 1e-5 and gradient > 1e-2
+
+
+def refused(model: Model) -> str:
+    from nxdt_nemo.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        trained(model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("order", [("more",), ("causal", "more")])
+def test_a_mask_that_hides_more_than_the_layer_is_refused(gloo: Gloo, order: tuple[str, ...]) -> None:
+    """Also right after one that was found to be the layer's own."""
+    for mask in order[:-1]:
+        gloo(2, trained, Model(mask=mask), init=ACTIVE, env=ACTIVE_ENV)
+    for line in gloo(2, refused, Model(mask="more"), init=ACTIVE, env=ACTIVE_ENV):
+        assert line.startswith("attention_mask") and "context_parallel_size=2" in line

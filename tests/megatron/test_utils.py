@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 from unittest.mock import patch
 
-from nxdt_nemo.megatron.datasets.utils import compile_helpers
+import pytest
+
+from nxdt_nemo.megatron.datasets.utils import compile_helpers, lend_compiled
 
 
 def versions() -> tuple[bool, bool]:
@@ -39,3 +42,17 @@ def test_what_is_not_is_left_to_upstream():
     ):
         compile_helpers(lambda: called.append(True))
     assert called == [True]
+
+
+@pytest.mark.parametrize("has_its_own", [False, True])
+def test_a_checkout_is_lent_what_the_wheel_has_compiled(tmp_path, has_its_own):
+    pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    if has_its_own:
+        (tmp_path / "helpers_cpp.cpython-311-x86_64-linux-gnu.so").touch()
+    checkout = ModuleType("megatron.core.datasets")
+    checkout.__path__ = [str(tmp_path)]
+    take_back = lend_compiled(checkout, None)
+    lent = checkout.__path__[1:]
+    assert [folder.endswith("megatron/core/datasets") for folder in lent] == [True] * (not has_its_own)
+    take_back()
+    assert checkout.__path__ == [str(tmp_path)]

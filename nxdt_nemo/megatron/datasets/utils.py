@@ -15,6 +15,8 @@ from nxdt_nemo.patching.view import Views
 
 __all__ = ["compile_helpers", "lend_compiled"]
 
+COMPILED = "helpers_cpp.cpython"
+
 
 def compile_helpers(original: Callable[[], None]) -> None:
     """Upstream's, where there is something to compile: the wheel brings the compiled module and no Makefile."""
@@ -28,9 +30,10 @@ def lend_compiled(package: ModuleType, views: Views) -> Callable[[], None]:
     A checkout of Megatron-LM would compile its own at the first start, on each node's first rank, which wants pybind11
     and a compiler. Only what the checkout itself lacks is looked for in the wheel.
     """
-    lent = _folder_of_the_wheel()
     path = package.__path__
-    if lent is None or lent in path:
+    has_it = any(file.name.startswith(COMPILED) for folder in path for file in Path(folder).iterdir())
+    lent = None if has_it else _folder_of_the_wheel()
+    if lent is None:
         return lambda: None
     path.append(lent)
 
@@ -47,6 +50,6 @@ def _folder_of_the_wheel() -> str | None:
     except PackageNotFoundError:
         return None
     for file in files:
-        if file.name.startswith("helpers_cpp.") and file.suffix == ".so":
+        if file.name.startswith(COMPILED):
             return str(Path(str(file.locate())).parent)
     return None

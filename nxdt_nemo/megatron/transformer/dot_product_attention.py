@@ -14,7 +14,7 @@ import copy
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,6 @@ from nxdt_nemo.runtime.select import current
 __all__ = ["DotProductAttention", "of_its_own"]
 
 
-_last_causal: weakref.ref[Tensor] | None = None  # all layers of a micro-batch are handed the same one
-
-
-def _remember_causal(mask: Tensor) -> None:
-    global _last_causal
-    _last_causal = weakref.ref(mask)
-
-
 class DotProductAttention(_DotProductAttention):
     """Upstream's attention, without its [b, n, s, s] scores where the result is the same without them.
 
@@ -52,6 +44,9 @@ class DotProductAttention(_DotProductAttention):
     `masked_softmax_fusion` says. Arguments as upstream. With config.position_embedding_type "alibi" (which upstream's
     GPTModel reads there too, and takes for no positions) distances are taken from the scores, by alibi.py.
     """
+
+    # The last mask that was found to be causal: all layers of a micro-batch are handed the same one.
+    _causal_mask: ClassVar[weakref.ref[Tensor] | None] = None
 
     def __init__(
         self,
@@ -177,18 +172,18 @@ class DotProductAttention(_DotProductAttention):
         Under context parallelism TransformerEngine goes by the layer's type and never looks at a mask. A traced lane
         cannot look either; elsewhere one that hides more (--reset-attention-mask) stays, and is refused.
         """
-        if current().traced:
+        known = DotProductAttention._causal_mask
+        if current().traced or (known is not None and known() is mask):
             return None
-        if (of_last := _last_causal) is None or of_last() is not mask:
-            parts, (rows, columns) = self.config.context_parallel_size, mask.shape[-2:]
-            if rows * parts != columns:
-                return mask
-            chunks = chunks_of(None, None, rows // 2, parts, mask.device).positions
-            rank = current().group_of(self.cp_group).rank
-            mine = torch.cat((chunks[rank], chunks[2 * parts - 1 - rank]))
-            if not torch.equal(mask, (torch.arange(columns, device=mask.device) > mine.unsqueeze(1)).expand_as(mask)):
-                return mask
-            _remember_causal(mask)
+        parts, (rows, columns) = self.config.context_parallel_size, mask.shape[-2:]
+        if rows * parts != columns:
+            return mask
+        chunks = chunks_of(None, None, rows // 2, parts, mask.device).positions
+        rank = current().group_of(self.cp_group).rank
+        mine = torch.cat((chunks[rank], chunks[2 * parts - 1 - rank]))
+        if not torch.equal(mask, (torch.arange(columns, device=mask.device) > mine.unsqueeze(1)).expand_as(mask)):
+            return mask
+        DotProductAttention._causal_mask = weakref.ref(mask)
         return None
 
     def _rule(self, call: Call, mask: Tensor | None) -> Rule:
