@@ -63,7 +63,7 @@ class _P2POp(dist.P2POp):
 
     def __new__(cls, op: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> dist.P2POp:  # type: ignore[misc]
         if op is gaps.isend:
-            return dist.P2POp(dist.isend, tensor.detach(), *args, **kwargs)
+            op, tensor = dist.isend, tensor.detach()
         return dist.P2POp(op, tensor, *args, **kwargs)
 
 
