@@ -216,8 +216,11 @@ class _Flat:
         yield np.zeros(self.length - at, FLOAT32.raw)
 
     def tensor(self) -> Raw:
-        """All of it."""
-        return np.concatenate([piece.reshape(-1) for piece in self.pieces()])
+        """All of it. Not of `pieces`, which may lie in one another's place."""
+        made = np.zeros(self.length, FLOAT32.raw)
+        for begin, want in self.wants:
+            made[begin : begin + math.prod(want.shape)] = want.tensor().reshape(-1)
+        return made
 
 
 def buffers_of(
