@@ -211,7 +211,7 @@ class _Flat:
         at = 0
         for begin, want in self.wants:
             yield np.zeros(begin - at, FLOAT32.raw)
-            yield from want.blocks()
+            yield from want.pieces()
             at = begin + math.prod(want.shape)
         yield np.zeros(self.length - at, FLOAT32.raw)
 
