@@ -21,6 +21,7 @@ __all__ = [
     "NxdtError",
     "PatchError",
     "UserError",
+    "one_line",
 ]
 
 
@@ -67,3 +68,8 @@ class PatchError(NxdtError):
 
 class NotOnNeuron(NxdtError, NotImplementedError):
     """A CUDA, Apex or TransformerEngine feature with no counterpart on this backend."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another package's exception says, for a `reason`: one line, 200 characters at most, or its class."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -240,10 +240,6 @@ class Wanted:
         return collect(self.moves, self.shape, self.dtype)
 
     def pieces(self) -> Iterator[Raw]:
-        """The same as `blocks`, for torch_zip.py."""
-        return self.blocks()
-
-    def blocks(self) -> Iterator[Raw]:
         """The array as runs of rows, each in the place of the one before: a large one is never there at once."""
         rows = max(1, _BLOCK * self.shape[0] // self.nbytes) if self.shape and self.nbytes else 0
         if not rows or rows >= self.shape[0] or len(self.moves) == 1:

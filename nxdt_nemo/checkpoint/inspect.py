@@ -67,6 +67,7 @@ def summary(source: Source) -> dict[str, Any]:
     """All of it, as JSON takes it."""
     listed, training = tensors(source), source.training
     weights = [tensor for tensor in listed if tensor.kind == "model"]
+    sizes = [file.stat().st_size for file in source.files]  # a request each, of files at a URL
     return {
         "path": str(source.path),
         "format": source.format,
@@ -84,8 +85,8 @@ def summary(source: Source) -> dict[str, Any]:
         "dtypes": sorted({tensor.dtype for tensor in weights}),
         "parameters": sum(math.prod(tensor.shape) for tensor in weights),
         "tensors": [dataclasses.asdict(tensor) for tensor in listed],
-        "files": {_relative(file, source.path): file.stat().st_size for file in source.files},
-        "bytes": sum(file.stat().st_size for file in source.files),
+        "files": {_relative(file, source.path): size for file, size in zip(source.files, sizes, strict=True)},
+        "bytes": sum(sizes),
         "arguments": plain(training.args),
         "manifest": _manifest(source.path),
         "notes": source.notes,

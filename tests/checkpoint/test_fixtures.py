@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nxdt_nemo.checkpoint import formats
+from nxdt_nemo.checkpoint import catalog, formats
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, same
 from nxdt_nemo.checkpoint.formats.base import Options, Target
@@ -83,14 +83,16 @@ def test_the_files_of_upstream_come_back_to_the_bit(unpacked: Unpacked, tmp_path
             assert same(array.extent.tensor(), boxes[box].extent.tensor()), (key, box)
 
 
+@pytest.mark.parametrize("block", [catalog._BLOCK, 2000])
 @pytest.mark.parametrize("name", ["ll_torch_tp2pp2_do", "ll_td_tp2pp2"])
 def test_the_buffers_of_the_distributed_optimizer_come_back_to_the_bit(
-    name: str, unpacked: Unpacked, tmp_path: Path
+    name: str, block: int, unpacked: Unpacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of Megatron-LM's own distrib_optim.pt, each flat buffer with its gaps; made of the other format's tiles too.
 
     Its second rank's copies of norms have drifted from the first's, which are the ones that are taken.
     """
+    monkeypatch.setattr(catalog, "_BLOCK", block)  # bytes: parameters larger than that can be made in parts
     extra = {"optimizer_format": "distrib_optim"}
     convert(unpacked(name), tmp_path / "out", "torch", wanted=Target(Layout(tp=2, pp=2), kinds=KINDS, extra=extra))
     norms = {"mp_rank_00_000": 0, "mp_rank_00_001": 0, "mp_rank_01_000": 4 * 64, "mp_rank_01_001": 5 * 64}

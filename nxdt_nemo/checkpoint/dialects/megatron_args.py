@@ -15,7 +15,7 @@ from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.errors import UserError
 
-__all__ = ["from_args", "layout_of", "positions_of", "to_args"]
+__all__ = ["from_args", "layout_of", "positions_of", "relative_of", "to_args"]
 
 _SQUARED, _OPENAI = "squared_relu", "openai_gelu"
 # What we add to the Namespace: a vocabulary's true size, which Megatron's own `vocab_size` is not (NullTokenizer).
@@ -106,6 +106,16 @@ def positions_of(model: Model) -> str:
     return "relative" if model.relative_buckets else "rope"
 
 
+def relative_of(model: Model) -> dict[str, int]:
+    """Megatron's arguments of relative positions, NeMo's too; none for others."""
+    if not model.relative_buckets:
+        return {}
+    return {
+        "relative_attention_num_buckets": model.relative_buckets,
+        "relative_attention_max_distance": model.relative_distance,
+    }
+
+
 def _window(args: Mapping[str, Any]) -> int | None:
     window = args.get("window_size")
     return int(window[0]) if isinstance(window, (list, tuple)) and window and window[0] > 0 else None
@@ -159,8 +169,7 @@ def to_args(model: Model, layout: Layout, dtype: DType) -> dict[str, Any]:
         "seq_length": model.positions,
         "encoder_seq_length": model.positions,
         "position_embedding_type": positions_of(model),
-        **({"relative_attention_num_buckets": model.relative_buckets} if model.relative_buckets else {}),
-        **({"relative_attention_max_distance": model.relative_distance} if model.relative_buckets else {}),
+        **relative_of(model),
         "add_position_embedding": True,  # what --position-embedding-type rope leaves it at; loaders compare
         "rotary_base": int(model.rope_base),
         "rotary_percent": model.rope_fraction,

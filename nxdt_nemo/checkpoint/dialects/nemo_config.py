@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of
+from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of, relative_of
 from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
@@ -256,9 +256,7 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTyp
         said["scale_factor"] = float(scaling.get("factor", 8.0))
     if model.qk_norm:
         said["qk_layernorm"] = True
-    if model.relative_buckets:
-        said["relative_attention_num_buckets"] = model.relative_buckets
-        said["relative_attention_max_distance"] = model.relative_distance
+    said |= relative_of(model)
     if model.window:
         said["window_size"] = [model.window, 0]
     if layout.stages:
@@ -381,10 +379,8 @@ def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTy
             "encoder_num_layers": model.layers,
             "max_position_embeddings": model.positions,
         }
-        said = {key: value for key, value in said.items() if key != "rotary_base"}
-    if model.relative_buckets:
-        said["relative_attention_num_buckets"] = model.relative_buckets
-        said["relative_attention_max_distance"] = model.relative_distance
+        del said["rotary_base"]
+    said |= relative_of(model)
     return {**kept, **said}
 
 

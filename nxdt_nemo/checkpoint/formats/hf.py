@@ -212,7 +212,7 @@ def _safe(path: str, shard: list[tuple[str, Wanted]]) -> Output:
     def stream() -> Iterator[Bytes]:
         yield head
         for _, want in shard:
-            yield from map(torch_zip.raw_bytes, want.blocks())
+            yield from map(torch_zip.raw_bytes, want.pieces())
 
     return Output(path, len(head) + sum(want.nbytes for _, want in shard), stream)
 

@@ -211,13 +211,16 @@ class _Flat:
         at = 0
         for begin, want in self.wants:
             yield np.zeros(begin - at, FLOAT32.raw)
-            yield from want.blocks()
+            yield from want.pieces()
             at = begin + math.prod(want.shape)
         yield np.zeros(self.length - at, FLOAT32.raw)
 
     def tensor(self) -> Raw:
-        """All of it."""
-        return np.concatenate([piece.reshape(-1) for piece in self.pieces()])
+        """All of it. Not of `pieces`, which may lie in one another's place."""
+        made = np.zeros(self.length, FLOAT32.raw)
+        for begin, want in self.wants:
+            made[begin : begin + math.prod(want.shape)] = want.tensor().reshape(-1)
+        return made
 
 
 def buffers_of(

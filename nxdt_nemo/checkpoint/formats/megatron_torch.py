@@ -24,7 +24,6 @@ from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
 from nxdt_nemo.checkpoint.formats.per_rank import Held
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
-from nxdt_nemo.checkpoint.io.pickling import Pending
 from nxdt_nemo.checkpoint.layout import Layout, Shard, padded
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, copied, rows_of
@@ -236,9 +235,8 @@ def _rank_state(
     chunks: list[list[Stored]] = []
     for number, shard in enumerate(shards):
         found = list(rows_of(dialect, model, source.names, shard, layout))
-        wants = {stored.key: source.catalog.want("model", stored, target.dtype) for stored in found}
         key = f"model{number}" if layout.vpp > 1 else "model"
-        arrays = {name: Pending.of(want) for name, want in wants.items()}
+        arrays = {stored.key: per_rank.pending(source, "model", stored, target.dtype) for stored in found}
         state[key] = ptl.nested(arrays) if args.use_legacy_models else arrays
         chunks.append(per_rank.once(found))
     if len(target.kinds) > 1:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, cast
 
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import UserError, one_line
 
 __all__ = ["RemotePath", "path_of"]
 
@@ -36,14 +36,10 @@ def path_of(text: str) -> Path:
     except ImportError as error:
         raise UserError(f"{scheme}:// needs a package: {error}", place=text, fix="install it") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be listed: {_line(error)}", place=text) from error
+        raise UserError(f"cannot be listed: {one_line(error)}", place=text) from error
     except Exception as error:  # each service has its own
-        raise UserError(f"cannot be listed: {_line(error)}", place=text, fix="check the credentials") from error
+        raise UserError(f"cannot be listed: {one_line(error)}", place=text, fix="check the credentials") from error
     return cast("Path", RemotePath(_Tree(text.rstrip("/"), root, files, sizes), root))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class _Tree:
@@ -167,7 +163,7 @@ class RemotePath:
         try:
             found: bytes = self._tree.files.cat_file(self._key, start=offset, end=offset + size) if size else b""
         except Exception as error:
-            raise UserError(f"cannot be read: {_line(error)}", place=str(self)) from error
+            raise UserError(f"cannot be read: {one_line(error)}", place=str(self)) from error
         if len(found) != size:
             raise UserError(f"gave {len(found)} of {size} bytes", place=str(self), fix="run it again")
         return found

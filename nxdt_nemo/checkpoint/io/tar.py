@@ -54,7 +54,8 @@ class Tree:
             for at in sorted(path.rglob("*")):
                 if at.is_file():
                     name = at.relative_to(path).as_posix()
-                    tree.members[name] = Member(tree.files(at), 0, at.stat().st_size, name)
+                    file = tree.files(at)
+                    tree.members[name] = Member(file, 0, file.size, name)
             return tree
         mapped = tree.files(path)
         if mapped.bytes(0, min(2, mapped.size)) == b"\x1f\x8b":

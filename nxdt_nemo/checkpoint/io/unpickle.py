@@ -24,7 +24,7 @@ import numpy as np
 
 from nxdt_nemo.checkpoint.dtypes import BY_NAME, DType
 from nxdt_nemo.checkpoint.io.files import Extent
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import UserError, one_line
 
 __all__ = ["Device", "Global", "Inert", "NumpyArray", "PathText", "StorageRef", "dense", "inert", "load", "plain"]
 
@@ -109,11 +109,8 @@ def load(
     except RecursionError as error:
         raise UserError("its pickle is nested too deeply", place=place) from error
     except Exception as error:
-        raise UserError(f"its pickle cannot be read: {_line(error)}", place=place, fix="the file is damaged") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"its pickle cannot be read: {one_line(error)}"
+        raise UserError(reason, place=place, fix="the file is damaged") from error
 
 
 class _Unpickler(pickle.Unpickler):
