@@ -20,7 +20,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -30,7 +29,7 @@ from rich.markup import escape
 
 from demo_lib.curves import event_files, read_scalars
 from demo_lib.data import prepare_data
-from demo_lib.report import Rows, table, versions
+from demo_lib.report import Rows, cell, listed, table, versions
 from demo_lib.runs import ChildError, quoted, run_child
 from demo_lib.stages import Stages, exit_code, shown, staged
 
@@ -212,8 +211,6 @@ def demo(plan: Plan, console: Console, results: Path | None) -> int:
 
 def page(rows: Rows, pairs: list[dict[str, str]], found: Answers) -> str:
     """docs/results/demo_finetune.md."""
-    cell: Callable[[str], str] = lambda text: text.replace("|", "&#124;")  # noqa: E731
-    body = "\n".join(f"| {label} | {cell(value)} |" for label, value in rows)
     asked = "\n".join(
         f"| {cell(pair['input'])} | {cell(before[:80])} | {cell(after)} |"
         for pair, before, after in zip(pairs, found.base, found.merged, strict=True)
@@ -223,7 +220,7 @@ def page(rows: Rows, pairs: list[dict[str, str]], found: Answers) -> str:
         f"`make demo-finetune`, {date.today().isoformat()}. {versions()}.\n"
         "Written by `tools/demo_finetune.py --results`; every number is of that one run. Answers are transformers' "
         "greedy ones, from the base model and from the merged export.\n\n"
-        f"| | |\n|---|---|\n{body}\n\n"
+        f"{listed(rows)}\n\n"
         f"| Question | Before | After |\n|---|---|---|\n{asked}\n"
     )
 
