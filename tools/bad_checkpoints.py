@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Target
 from tests.checkpoint import test_bad_input, test_bad_ranks
-from tests.checkpoint.conftest import DATA
+from tests.checkpoint.conftest import kill_half_way, slow_writes, unpack_into
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "bad_checkpoints.md"
@@ -56,13 +55,8 @@ os.pwrite = full
 from nxdt_nemo.cli.main import main
 main(["ckpt", "convert", sys.argv[1], sys.argv[2], "--to", "torch"])
 """
-SLOW = """
-import os, sys, time
-write = os.pwrite
-def slowly(*arguments):
-    time.sleep(0.1)
-    return write(*arguments)
-os.pwrite = slowly
+SLOW = f"""{slow_writes(0.1)}
+import sys
 from nxdt_nemo.cli.main import main
 main(["ckpt", "convert", *sys.argv[1:]])
 """
@@ -108,9 +102,7 @@ class Work:
             path = self.place / (f"{name}.nemo" if name == "archive" else name)
             convert(self.good("hf_llama_tiny"), path, to, wanted=Target(layout, extra=extra))
         else:
-            with tarfile.open(DATA / f"{name}.tar.xz") as tar:
-                tar.extractall(self.place, filter="data")
-                path = self.place / tar.getnames()[0].split("/")[0]
+            path = unpack_into(self.place, name)
         self._good[name] = path
         return path
 
@@ -181,11 +173,7 @@ class Work:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         wanted = ["--to", "torch_dist", "--tp", "4", "--pp", "2", "--with-optimizer"]
         process = subprocess.Popen([sys.executable, "-c", SLOW, str(source), str(out), *wanted], env=environment)
-        journal = here / "out.partial" / "nxdt_journal.jsonl"
-        while not journal.exists() or len(journal.read_text().splitlines()) < 4:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        code = process.wait()
+        code = kill_half_way(process, here / "out.partial")
         case = Case("killed half-way, and what is left is read", "torch_dist", here, lambda _: None, "", [])
         row = self.converted(case, here, [str(here / "out.partial"), str(here / "x"), "--to", "hf"])
         command = [sys.executable, "-m", "nxdt_nemo", "ckpt", "convert", str(source), str(out), *wanted]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import shutil
 import sys
@@ -24,14 +23,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Column
 
-from demo_lib.corpus import LICENCE, write_corpus
+from demo_lib.corpus import LICENCE
 from demo_lib.curves import Curve, event_files, read_scalars, save_picture, terminal_plot
+from demo_lib.data import prepare_data
 from demo_lib.report import Rows, loss_rows, markdown, speed, table
-from demo_lib.runs import ChildError, run_child
-from demo_lib.tokens import VOCAB_SIZE
+from demo_lib.runs import ChildError, quoted, run_child
+from demo_lib.stages import Stages, exit_code, shown, staged
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo_llama.yaml"
@@ -76,53 +74,6 @@ def make_plan(folder: Path, steps: int) -> Plan:
     """Validate (and save) six times, kill and resume after four of them."""
     validate = max(steps // 6, 1)
     return Plan(folder.resolve(), validate * 6, validate * 4, validate)
-
-
-class Stages:
-    """One line of progress a stage, added as it begins."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-
-    def begin(self, name: str, total: int | None = None) -> None:
-        self._task = self._progress.add_task(name, total=total, note="")
-
-    def update(self, done: int, note: str) -> None:
-        assert self._task is not None
-        self._progress.update(self._task, completed=done, note=note)
-
-    def end(self, note: str) -> None:
-        assert self._task is not None
-        total = self._progress.tasks[self._task].total or 1
-        self._progress.update(self._task, total=total, completed=total, note=note)
-        self._progress.stop_task(self._task)
-
-
-def prepare_data(plan: Plan, stages: Stages) -> dict[str, int]:
-    """Corpus, tokenizer and index, unless this Python's are already there; returns the counts."""
-    plan.data.mkdir(parents=True, exist_ok=True)
-    corpus, finished = plan.data / "corpus.jsonl", plan.data / f"python-{platform.python_version()}.json"
-    if finished.exists():
-        counts: dict[str, int] = json.loads(finished.read_text())
-        stages.begin("corpus, tokenizer, index", 1)
-        stages.end(f"reused: {counts['documents']} documents, {counts['tokens']} tokens")
-        return counts
-    stages.begin("corpus: Python's own documentation")
-    text = write_corpus(corpus)
-    stages.end(f"{text['documents']} documents, {int(text['bytes']) / 1e6:.2f} MB")
-    stages.begin("tokenizer and .bin/.idx")
-    tool = ROOT / "tools" / "demo_lib" / "tokens.py"
-    run_child("tokenizing", [sys.executable, tool, corpus, plan.data], plan.data / "tokens.log")
-    counts = json.loads((plan.data / "tokens.json").read_text()) | {"bytes": int(text["bytes"])}
-    stages.end(f"{VOCAB_SIZE} pieces, {counts['tokens']} tokens")
-    finished.write_text(json.dumps(counts))  # last: an interrupted preparation is not taken for a whole one
-    return counts
-
-
-def quoted(value: object) -> str:
-    """`value` as Hydra's command line takes it literally, blanks, commas and equals signs included."""
-    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def nemo_command(script: Path, plan: Plan, *overrides: str) -> list[str | Path]:
@@ -249,30 +200,13 @@ def summary(plan: Plan, counts: dict[str, int], first: Run, second: Run, seconds
     ]
 
 
-def shown(path: Path) -> str:
-    """`path` as seen from here, where it lies below."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _columns() -> list[ProgressColumn]:
-    whole = Column(no_wrap=True, min_width=36)
-    return [
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}", table_column=whole),
-        BarColumn(10),
-        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
-        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-    ]
-
-
 def demo(plan: Plan, console: Console, results: Path | None) -> None:
     """All steps, then the table and the curve."""
     began = time.monotonic()
     shutil.rmtree(plan.run, ignore_errors=True)
     plan.run.mkdir(parents=True)
-    with Progress(*_columns(), console=console) as progress:
-        stages = Stages(progress)
-        counts = prepare_data(plan, stages)
+    with staged(console) as stages:
+        counts = prepare_data(plan.data, stages)
         first = train(plan, stages, after=0)
         second = train(plan, stages, after=plan.stop)
         samples = generate(plan, stages)
@@ -299,17 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--results", type=Path, help="also write demo.md and demo_loss.png to this folder")
     options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        demo(make_plan(options.folder, options.steps), console, options.results)
-    except ChildError as failure:
-        for line in failure.tail:
-            console.print(escape(line), highlight=False, soft_wrap=True)
-        console.print(f"[red]demo: {escape(str(failure))}[/]", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    plan, console = make_plan(options.folder, options.steps), Console()
+    return exit_code(console, lambda: demo(plan, console, options.results))
 
 
 if __name__ == "__main__":

@@ -20,19 +20,18 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
-from demo import Stages, _columns, make_plan, prepare_data, quoted, shown
 from demo_lib.curves import event_files, read_scalars
-from demo_lib.report import Rows, table, versions
-from demo_lib.runs import ChildError, run_child
+from demo_lib.data import prepare_data
+from demo_lib.report import Rows, cell, listed, table, versions
+from demo_lib.runs import ChildError, quoted, run_child
+from demo_lib.stages import Stages, exit_code, shown, staged
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo_finetune.yaml"
@@ -169,14 +168,13 @@ def right(answers: list[str], pairs: list[dict[str, str]]) -> int:
     return sum(answer == pair["output"] for answer, pair in zip(answers, pairs, strict=True))
 
 
-def demo(plan: Plan, console: Console, results: Path | None) -> bool:
-    """All steps and the table; False when the answers are not what was trained."""
+def demo(plan: Plan, console: Console, results: Path | None) -> int:
+    """All steps and the table; 1 when the answers are not what was trained."""
     began = time.monotonic()
     shutil.rmtree(plan.run, ignore_errors=True)
     plan.run.mkdir(parents=True)
-    with Progress(*_columns(), console=console) as progress:
-        stages = Stages(progress)
-        prepare_data(make_plan(plan.folder, 6), stages)
+    with staged(console) as stages:
+        prepare_data(plan.data, stages)
         base_loss = make_base(plan, stages)
         pairs = [question(name) for name in FUNCTIONS]
         plan.questions.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
@@ -205,13 +203,14 @@ def demo(plan: Plan, console: Console, results: Path | None) -> bool:
     if results:
         results.mkdir(parents=True, exist_ok=True)
         (results / "demo_finetune.md").write_text(page(rows, pairs, found), encoding="utf-8")
-    return right(found.merged, pairs) > right(found.base, pairs) and found.merged == found.adapter
+    if right(found.merged, pairs) > right(found.base, pairs) and found.merged == found.adapter:
+        return 0
+    console.print("[red]demo: the tuned model does not answer as it was trained[/]")
+    return 1
 
 
 def page(rows: Rows, pairs: list[dict[str, str]], found: Answers) -> str:
     """docs/results/demo_finetune.md."""
-    cell: Callable[[str], str] = lambda text: text.replace("|", "&#124;")  # noqa: E731
-    body = "\n".join(f"| {label} | {cell(value)} |" for label, value in rows)
     asked = "\n".join(
         f"| {cell(pair['input'])} | {cell(before[:80])} | {cell(after)} |"
         for pair, before, after in zip(pairs, found.base, found.merged, strict=True)
@@ -221,7 +220,7 @@ def page(rows: Rows, pairs: list[dict[str, str]], found: Answers) -> str:
         f"`make demo-finetune`, {date.today().isoformat()}. {versions()}.\n"
         "Written by `tools/demo_finetune.py --results`; every number is of that one run. Answers are transformers' "
         "greedy ones, from the base model and from the merged export.\n\n"
-        f"| | |\n|---|---|\n{body}\n\n"
+        f"{listed(rows)}\n\n"
         f"| Question | Before | After |\n|---|---|---|\n{asked}\n"
     )
 
@@ -233,19 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--results", type=Path, help="also write demo_finetune.md to this folder")
     options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        good = demo(Plan(options.folder.resolve(), options.steps, options.base_steps), console, options.results)
-    except ChildError as failure:
-        for line in failure.tail:
-            console.print(escape(line), highlight=False, soft_wrap=True)
-        console.print(f"[red]demo: {escape(str(failure))}[/]", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if not good:
-        console.print("[red]demo: the tuned model does not answer as it was trained[/]")
-    return 0 if good else 1
+    plan, console = Plan(options.folder.resolve(), options.steps, options.base_steps), Console()
+    return exit_code(console, lambda: demo(plan, console, options.results))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from nxdt_nemo.checkpoint.boxes import whole
 from nxdt_nemo.checkpoint.dtypes import DType, Raw, dtype_of
 from nxdt_nemo.checkpoint.formats.base import Options, Source
 from nxdt_nemo.checkpoint.io.pickling import Pending
+from nxdt_nemo.checkpoint.output import JOURNAL
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
 
 DATA = Path(__file__).parent / "data"
@@ -44,12 +47,17 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def unpack(name: str) -> Path:
         if name not in done:
-            with tarfile.open(DATA / f"{name}.tar.xz") as tar:
-                tar.extractall(root, filter="data")
-                done[name] = root / tar.getnames()[0].split("/")[0]
+            done[name] = unpack_into(root, name)
         return done[name]
 
     return unpack
+
+
+def unpack_into(root: Path, name: str) -> Path:
+    """The folder of one of data/*.tar.xz, below `root`."""
+    with tarfile.open(DATA / f"{name}.tar.xz") as tar:
+        tar.extractall(root, filter="data")
+        return root / tar.getnames()[0].split("/")[0]
 
 
 @pytest.fixture
@@ -140,3 +148,28 @@ def assert_same(first: Source, second: Source, kinds: tuple[str, ...] = KINDS) -
 def files_of(folder: Path) -> set[str]:
     """All files below a folder; empty if it is not there."""
     return {os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names}
+
+
+def slow_writes(seconds: float) -> str:
+    """The beginning of a program whose every write takes that long, so that there is a half-way."""
+    return f"""
+import os, time
+write = os.pwrite
+def slowly(*arguments):
+    time.sleep({seconds})
+    return write(*arguments)
+os.pwrite = slowly
+"""
+
+
+def kill_half_way(conversion: subprocess.Popen[Any], partial: Path) -> int:
+    """Kill it when three files are finished; its exit code. `partial` is the folder that it writes to."""
+    journal, limit = partial / JOURNAL, time.monotonic() + 200
+    try:
+        while not journal.exists() or len(journal.read_text().splitlines()) < 4:
+            assert conversion.poll() is None and time.monotonic() < limit
+            time.sleep(0.01)
+    finally:
+        conversion.kill()
+        code = conversion.wait()
+    return code

@@ -18,20 +18,15 @@ from nxdt_nemo.checkpoint.imported import digest_of, imported
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
 
-from .conftest import assert_same, read
+from .conftest import assert_same, read, slow_writes
 
 Copied = Callable[[str], Path]
 # Imports argv[1] where argv[2:] says, slowly, and prints the path and whether it was made here.
-ONE = """
-import os, sys, time
+ONE = f"""{slow_writes(0.3)}
+import sys
 from pathlib import Path
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.imported import imported
-write = os.pwrite
-def slowly(*arguments):
-    time.sleep(0.3)
-    return write(*arguments)
-os.pwrite = slowly
 places = [Path(name) for name in sys.argv[2:]]
 found = imported(Path(sys.argv[1]), "nemo", places, Options(), lambda source: Target(), say=print)
 print(found.path, found.report is not None)

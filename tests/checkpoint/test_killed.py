@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,20 +20,15 @@ from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.output import JOURNAL, check_manifest
 from nxdt_nemo.errors import UserError
 
-from .conftest import KINDS, assert_same, files_of, read
+from .conftest import KINDS, assert_same, files_of, kill_half_way, read, slow_writes
 
-# The conversion, with every write taking a while, so that there is a half-way.
-SLOWLY = """
-import os, sys, time
+# The conversion, with a half-way.
+SLOWLY = f"""{slow_writes(0.1)}
+import sys
 from pathlib import Path
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
-write = os.pwrite
-def slowly(*arguments):
-    time.sleep(0.1)
-    return write(*arguments)
-os.pwrite = slowly
 kinds = ("model", "fp32_param", "exp_avg", "exp_avg_sq")
 convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], wanted=Target(Layout(tp=4, pp=2), kinds=kinds))
 """
@@ -47,19 +40,11 @@ def test_killed_half_way(to: str, unpacked: Callable[[str], Path], tmp_path: Pat
     partial = tmp_path / "out.partial"
     environment = {**os.environ, "PYTHONPATH": str(Path(nxdt_nemo.__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, source, target, to], env=environment)
-    try:
-        journal = partial / JOURNAL
-        limit = time.monotonic() + 200
-        while not journal.exists() or len(journal.read_text().splitlines()) < 4:
-            assert process.poll() is None and time.monotonic() < limit
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_half_way(process, partial)
     assert not target.exists()
     with pytest.raises(UserError):  # what is there has no tracker and no metadata
         formats.read(partial, formats.Options())
-    finished = len(journal.read_text().splitlines()) - 1
+    finished = len((partial / JOURNAL).read_text().splitlines()) - 1
     report = convert(source, target, to, wanted=Target(Layout(tp=4, pp=2), kinds=KINDS))
     assert 3 <= report.resumed <= finished
     assert not partial.exists() and check_manifest(target) == []

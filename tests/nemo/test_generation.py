@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from nxdt_nemo.errors import UserError
 from nxdt_nemo.nemo.lm_eval import Scorer, as_lm
 
-from .conftest import Run
+from .conftest import Run, hugging_face_llama
 
 SCRIPT = Path(__file__).with_name("generates.py")
 LAYOUTS = {
@@ -31,23 +31,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    torch.manual_seed(4)
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        rms_norm_eps=1e-5,
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return hugging_face_llama(tmp_path_factory.mktemp("base"), seed=4, initializer_range=0.2)
 
 
 def log_likelihood(model: Any, before: list[int], scored: list[int]) -> tuple[float, bool]:

@@ -18,6 +18,8 @@ from nxdt_nemo.nemo.alignment.dataset import PreferenceDataset, Rows, cut, read_
 from nxdt_nemo.nemo.alignment.losses import Answers, dpo, orpo
 from nxdt_nemo.testing.script_run import Run, run
 
+from .conftest import hugging_face_llama
+
 TRL: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "trl_0_10_1.json").read_text())
 BETA = 0.3
 PROMPTS = (2, 3, 2, 3)  # tokens of the prompt in rows chosen 0, chosen 1, rejected 0, rejected 1
@@ -175,22 +177,8 @@ Started = Callable[..., Run]
 @pytest.fixture(scope="module")
 def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded Llama as transformers writes it, and pairs.jsonl beside it."""
-    import transformers
-
-    torch.manual_seed(11)
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=SEQ,
-        rms_norm_eps=1e-5,
-        initializer_range=0.1,
-    )
     folder = tmp_path_factory.mktemp("base")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
+    hugging_face_llama(folder / "hf", seed=11, length=SEQ, initializer_range=0.1)
     (folder / "pairs.jsonl").write_text(pair_lines(PAIRS))
     return folder
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.boxes import whole
@@ -21,7 +20,7 @@ from nxdt_nemo.checkpoint.formats.base import Options, Source, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
 
-from .conftest import Run
+from .conftest import Run, hugging_face_llama
 
 FIXTURES = Path(__file__).parents[1] / "checkpoint" / "data"
 RESTORES = Path(__file__).with_name("restores.py")
@@ -46,19 +45,6 @@ def fixture(name: str, folder: Path) -> Path:
     with tarfile.open(FIXTURES / f"{name}.tar.xz") as tar:
         tar.extractall(folder, filter="data")
         return folder / tar.getnames()[0].split("/")[0]
-
-
-def llama(folder: Path) -> Path:
-    """The tiny Llama of the tests as transformers writes one."""
-    import transformers
-
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(
-        **sizes, num_key_value_heads=2, vocab_size=1024, max_position_embeddings=32, rms_norm_eps=1e-5
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def assert_started_from(source: Source, start: Path, kinds: tuple[str, ...]) -> None:
@@ -90,7 +76,7 @@ def start(train: Callable[..., Run], tmp_path: Path, *overrides: str, **named: A
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [TP2, PP2, (*TP2, *O2)])
 def test_hugging_face_weights(train: Callable[..., Run], tmp_path: Path, place: tuple[str, ...]) -> None:
-    source = llama(tmp_path / "models" / "llama")
+    source = hugging_face_llama(tmp_path / "models" / "llama", seed=3)
     if O2[0] in place:  # a run in bfloat16 rounds what it is given
         convert(source, tmp_path / "models/bf16", "hf", wanted=Target(dtype=BFLOAT16))
         source = tmp_path / "models/bf16"
@@ -134,7 +120,7 @@ def test_megatrons_run_goes_on(train: Callable[..., Run], tmp_path: Path, place:
 @pytest.mark.slow
 def test_two_runs_at_once_and_a_third(train: Callable[..., Run], tmp_path: Path) -> None:
     """torchrun's ranks both come first: one imports, the other waits or finds it; so does the next run."""
-    source = llama(tmp_path / "models" / "llama")
+    source = hugging_face_llama(tmp_path / "models" / "llama", seed=3)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "nxdt_nemo", "run")
     for name in ("first", "second"):
         run = start(train, tmp_path, *TP2, f"+model.restore_from_path={source}", command=torchrun, name=name)
@@ -145,7 +131,7 @@ def test_two_runs_at_once_and_a_third(train: Callable[..., Run], tmp_path: Path)
 
 @pytest.mark.slow
 def test_what_nemo_reads_stays(train: Callable[..., Run], tmp_path: Path) -> None:
-    source = llama(tmp_path / "models" / "llama")
+    source = hugging_face_llama(tmp_path / "models" / "llama", seed=3)
     convert(source, tmp_path / "models/llama.nemo", "nemo", wanted=Target(Layout(), FLOAT32))
     run = start(train, tmp_path, *TP2, f"+model.restore_from_path={tmp_path / 'models/llama.nemo'}")
     assert_started_from(formats.read(source, Options()), tmp_path / "start", ("model",))
@@ -171,7 +157,11 @@ def test_one_line(overrides: list[str], words: list[str], tmp_path: Path) -> Non
     from nxdt_nemo.nemo.core.config.hydra_runner import prepare
     from nxdt_nemo.testing.script_run import tiny
 
-    given = {"tmp": tmp_path, "llama": llama(tmp_path / "llama"), "cut": llama(tmp_path / "cut")}
+    given = {
+        "tmp": tmp_path,
+        "llama": hugging_face_llama(tmp_path / "llama", seed=3),
+        "cut": hugging_face_llama(tmp_path / "cut", seed=3),
+    }
     (tmp_path / "empty").mkdir()
     file = tmp_path / "cut/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -16,6 +16,8 @@ from nxdt_nemo.checkpoint import adapters, formats
 from nxdt_nemo.checkpoint.formats.base import Options
 from nxdt_nemo.testing.script_run import Run, run
 
+from .conftest import hugging_face_llama
+
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
 PAIRS = [
@@ -37,22 +39,9 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded Llama as transformers writes it; pairs.jsonl, chat.jsonl and packed.npy beside it."""
     import numpy as np
     import sentencepiece
-    import transformers
 
-    torch.manual_seed(11)
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        initializer_range=0.1,
-    )
     folder = tmp_path_factory.mktemp("base")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
+    hugging_face_llama(folder / "hf", seed=11, length=64, initializer_range=0.1)
     (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in PAIRS))
     chats = [
         {

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import date
@@ -25,79 +23,32 @@ from pathlib import Path
 from typing import Any
 
 from step_lib.worker import SHAPES
+from turns import ROOT, SAME_LOSS, Worker, check_losses, in_turn, write_weights
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results" / "step.md"
+WORKER = str(ROOT / "tools" / "bench" / "step_lib" / "worker.py")
 VARIANTS = {  # name: (families it has, limit of ours / it, environment)
     "ours": (("gpt", "llama"), None, {"NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0"}),
     "stock, fusions compiled": (("gpt", "llama"), 0.95, {"NXDT_NEMO": "0"}),
     "stock, fusions eager": (("gpt", "llama"), 0.95, {"NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1"}),
     "transformers": (("llama",), 0.80, {"NXDT_NEMO": "0"}),
 }
-SAME_LOSS = 2e-5  # relative, over the first steps, between any two variants
 COLUMNS = ("step", "forward and backward", "clip and AdamW")
-
-
-class Worker:
-    """One variant in a process that steps when it is told to."""
-
-    def __init__(self, variant: str, family: str, setting: str, weights: Path) -> None:
-        environment = os.environ | VARIANTS[variant][2] | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        program = [sys.executable, str(ROOT / "tools/bench/step_lib/worker.py"), variant, family, setting, str(weights)]
-        self._process = subprocess.Popen(
-            program, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        self.about = self._answer()
-
-    def step(self) -> dict[str, float]:
-        """Seconds of each part of one step, wall and CPU time, and the loss."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("BENCH "):
-                return dict(json.loads(line.removeprefix("BENCH ")))
-        raise SystemExit(f"a worker ended with {self._process.wait(60)}")
 
 
 def measure(family: str, setting: str, pairs: int, names: list[str]) -> dict[str, Any]:
     """Steps of all variants in turn; figures by variant."""
-    names = [name for name in names if family in VARIANTS[name][0]]
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
-        subprocess.run(
-            [sys.executable, str(ROOT / "tools/bench/step_lib/worker.py"), "weights", family, setting, str(weights)],
-            env=os.environ | VARIANTS["stock, fusions eager"][2],
-            check=True,
-            cwd=ROOT,
-        )
-        workers = {name: Worker(name, family, setting, weights) for name in names}
-        steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for turn in range(pairs + 3):  # the first is reported apart, two more warm up
-            order = names if turn % 2 == 0 else names[::-1]
-            for name in order:
-                steps[name].append(workers[name].step())
-        for worker in workers.values():
-            worker.close()
-    _check_losses({name: [step["loss"] for step in taken[:4]] for name, taken in steps.items()})
-    return {name: _figures(steps[name], steps["ours"], workers[name].about) for name in names}
-
-
-def _check_losses(losses: dict[str, list[float]]) -> None:
-    ours = losses["ours"]
-    for name, theirs in losses.items():
-        worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-        if worst > SAME_LOSS:
-            raise SystemExit(f"{name} does not train the same model: losses {theirs}, ours {ours}")
+        write_weights([WORKER, "weights", family, setting, str(weights)])
+        workers = {
+            name: Worker([WORKER, name, family, setting, str(weights)], environment)
+            for name, (families, _, environment) in VARIANTS.items()
+            if name in names and family in families
+        }
+        steps = in_turn(workers, pairs + 3)  # the first is reported apart, two more warm up
+    check_losses(steps, "ours", 4)
+    return {name: _figures(steps[name], steps["ours"], worker.about) for name, worker in workers.items()}
 
 
 def _figures(steps: list[dict[str, float]], ours: list[dict[str, float]], about: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,9 @@ before anything is timed. Exit code 1 when a goal is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import date
@@ -25,11 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from turns import ROOT, SAME_LOSS, Worker, check_losses, in_turn, write_weights
 from xla_step_lib.worker import SETTINGS, recipe_of
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results" / "xla_step.md"
-WORKER = ROOT / "tools" / "bench" / "xla_step_lib" / "worker.py"
+WORKER = str(ROOT / "tools" / "bench" / "xla_step_lib" / "worker.py")
 OURS, EAGER, NXD = "the xla lane", "the cpu lane, eager", "NxD Core"
 VARIANTS = {
     OURS: ("ours", {"NXDT_NEMO_RUNTIME": "xla", "NXDT_NEMO": "0"}),
@@ -37,71 +35,23 @@ VARIANTS = {
     NXD: ("nxd", {"NXDT_NEMO": "0", "PJRT_DEVICE": "CPU"}),
 }
 DOMINATES = "1024"  # the hidden size at which compute does
-SAME_LOSS = 2e-5  # relative, over the first steps, between any two variants
 WARM = 4
-
-
-class Worker:
-    """One variant in a process that steps when it is told to."""
-
-    def __init__(self, variant: str, setting: str, weights: Path, checkout: str) -> None:
-        kind, environment = VARIANTS[variant]
-        core = max(os.sched_getaffinity(0))
-        self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), kind, setting, str(weights), checkout],
-            env=os.environ | environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        )
-        self._answer()
-
-    def step(self) -> dict[str, float]:
-        """Seconds of one step, its loss, graphs that it compiled."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("BENCH "):
-                return dict(json.loads(line.removeprefix("BENCH ")))
-        raise SystemExit(f"a worker ended with {self._process.wait(60)}")
 
 
 def measure(setting: str, pairs: int, checkout: str) -> dict[str, dict[str, Any]]:
     """Steps of all variants in turn; figures by variant."""
-    names = [name for name in VARIANTS if name != NXD or checkout]
+    core = max(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
-        subprocess.run(
-            [sys.executable, str(WORKER), "weights", setting, str(weights)],
-            env=os.environ | {"NXDT_NEMO": "0", "TORCHDYNAMO_DISABLE": "1"},
-            check=True,
-            cwd=ROOT,
-        )
-        workers = {name: Worker(name, setting, weights, checkout) for name in names}
-        steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for turn in range(pairs + WARM):
-            for name in names if turn % 2 == 0 else names[::-1]:
-                steps[name].append(workers[name].step())
-        for worker in workers.values():
-            worker.close()
-    losses = {name: [step["loss"] for step in taken[:WARM]] for name, taken in steps.items()}
-    for name, theirs in losses.items():
-        worst = max(abs(one - other) / abs(other) for one, other in zip(losses[OURS], theirs, strict=True))
-        if worst > SAME_LOSS:
-            raise SystemExit(f"{name} does not train the same model: losses {theirs}, ours {losses[OURS]}")
-    return {name: _figures(steps[name], steps[OURS]) for name in names}
+        write_weights([WORKER, "weights", setting, str(weights)])
+        workers = {
+            name: Worker([WORKER, kind, setting, str(weights), checkout], environment, core)
+            for name, (kind, environment) in VARIANTS.items()
+            if name != NXD or checkout
+        }
+        steps = in_turn(workers, pairs + WARM)
+    check_losses(steps, OURS, WARM)
+    return {name: _figures(taken, steps[OURS]) for name, taken in steps.items()}
 
 
 def _figures(steps: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ def write(folder: Path) -> Path:
     texts = [text.replace("\n", " ") for text in topics.values()][:40]
     _word_pieces(folder, texts)
     pairs = [{"input": text[:80], "output": text[80:200]} for text in texts if len(text) > 200]
-    answers = [text[80:200] for text in texts if len(text) > 200]
+    others = [*pairs[1:], pairs[0]]
     (folder / "pairs.jsonl").write_text(
         "".join(
-            json.dumps({"prompt": pair["input"], "chosen": pair["output"], "rejected": other}) + "\n"
-            for pair, other in zip(pairs, [*answers[1:], answers[0]], strict=True)
+            json.dumps({"prompt": pair["input"], "chosen": pair["output"], "rejected": other["output"]}) + "\n"
+            for pair, other in zip(pairs, others, strict=True)
         ),
         encoding="utf-8",
     )

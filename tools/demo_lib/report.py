@@ -18,7 +18,7 @@ from nxdt_nemo import __version__
 
 from .curves import Curve
 
-__all__ = ["Rows", "loss_rows", "markdown", "speed", "table", "versions"]
+__all__ = ["Rows", "cell", "listed", "loss_rows", "markdown", "speed", "table", "versions"]
 
 Rows = list[tuple[str, str]]
 
@@ -57,15 +57,24 @@ def table(rows: Rows) -> Table:
     return drawn
 
 
+def cell(text: str) -> str:
+    """`text` as a cell of a Markdown table."""
+    return text.replace("|", "&#124;")
+
+
+def listed(rows: Rows) -> str:
+    """The rows as a Markdown table."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {cell(value)} |" for label, value in rows)])
+
+
 def markdown(rows: Rows, samples: Sequence[Mapping[str, str]], *, command: str, picture: str) -> str:
     """The result as a page: command, date, versions, table, picture, generated text."""
-    body = "\n".join(f"| {label} | {value.replace('|', '&#124;')} |" for label, value in rows)
     texts = "\n".join(f"- **{s['prompt']}**{s['text'].removeprefix(s['prompt'])}" for s in samples)
     return (
         "# The demo: a small Llama on two ranks\n\n"
         f"`{command}`, {date.today().isoformat()}. {versions()}.\n"
         "Written by `tools/demo.py --results`; every number is of that one run.\n\n"
-        f"| | |\n|---|---|\n{body}\n\n"
+        f"{listed(rows)}\n\n"
         f"![loss curve]({picture})\n\n"
         f"What the model makes of a prompt after that little training:\n\n{texts}\n"
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["ChildError", "child_environment", "run_child"]
+__all__ = ["ChildError", "child_environment", "quoted", "run_child"]
 
 _SHOWN = 30  # lines of a failed child's log
 
@@ -39,6 +39,11 @@ def child_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def quoted(value: object) -> str:
+    """`value` as Hydra's command line takes it literally, blanks, commas and equals signs included."""
+    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def run_child(

@@ -1,21 +1,24 @@
 """One variant of the step benchmark: builds its model, then steps whenever a line arrives.
 
 Started by tools/bench/step.py as `worker.py VARIANT FAMILY SETTING WEIGHTS`; VARIANT "weights" writes the file.
-Answers are lines that begin with BENCH and hold JSON.
+Answers are those of tools/bench/turns.py.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[0] = str(ROOT)  # not this folder
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from hugging_face import adamw, llama_config, llama_weights  # noqa: E402
+from turns import answer  # noqa: E402
 
 from nxdt_nemo.testing.recipe import Recipe, micro_batches  # noqa: E402
 
@@ -55,11 +58,9 @@ class Plain(Side):
     """Plain PyTorch around any model: what megatron-core without Apex and Hugging Face's Trainer do by default."""
 
     def __init__(self, recipe: Recipe, model: Any) -> None:
-        import torch
-
         super().__init__(recipe)
         self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(groups(model, recipe), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+        self.optimizer = adamw(model, recipe)
 
     def zero(self) -> None:
         self.optimizer.zero_grad()
@@ -71,15 +72,6 @@ class Plain(Side):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-
-
-def groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
 
 
 class Stock(Plain):
@@ -104,47 +96,15 @@ class Transformers(Plain):
     """LlamaForCausalLM with SDPA attention."""
 
     def __init__(self, recipe: Recipe, weights: dict[str, Any]) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        config = LlamaConfig(
-            vocab_size=recipe.vocab,
-            hidden_size=recipe.hidden,
-            intermediate_size=recipe.ffn,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.kv_groups,
-            max_position_embeddings=recipe.seq,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(dict(_hugging_face(weights, recipe)))
+        model = LlamaForCausalLM(llama_config(recipe, attn_implementation="sdpa"))
+        model.load_state_dict(dict(llama_weights(weights, recipe)))
         super().__init__(recipe, model.train())
 
     def loss(self, tokens: Any, labels: Any) -> Any:
         logits = self.model(tokens).logits
         return self.model.loss_function(logits, None, self.recipe.vocab, shift_labels=labels)
-
-
-def _hugging_face(weights: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    size, heads = recipe.hidden, recipe.heads
-    yield "model.embed_tokens.weight", weights["embedding.word_embeddings.weight"]
-    yield "model.norm.weight", weights["decoder.final_layernorm.weight"]
-    yield "lm_head.weight", weights["output_layer.weight"]
-    for index in range(recipe.layers):
-        ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
-        qkv = weights[ours + "self_attention.linear_qkv.weight"].view(heads, 3, size // heads, size)
-        for part, name in enumerate("qkv"):
-            yield f"{theirs}self_attn.{name}_proj.weight", qkv[:, part].reshape(size, size)
-        yield theirs + "self_attn.o_proj.weight", weights[ours + "self_attention.linear_proj.weight"]
-        gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
-        yield theirs + "mlp.gate_proj.weight", gate
-        yield theirs + "mlp.up_proj.weight", up
-        yield theirs + "mlp.down_proj.weight", weights[ours + "mlp.linear_fc2.weight"]
-        yield theirs + "input_layernorm.weight", weights[ours + "input_layernorm.weight"]
-        yield theirs + "post_attention_layernorm.weight", weights[ours + "pre_mlp_layernorm.weight"]
 
 
 class Ours(Side):
@@ -219,10 +179,6 @@ def forward_backward(side: Side, batches: list[tuple[Any, Any]]) -> list[float]:
 
 def clock() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
-
-
-def answer(found: dict[str, Any]) -> None:
-    print("BENCH " + json.dumps(found), flush=True)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import importlib.abc
 import importlib.machinery
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -99,21 +98,9 @@ def load(checkout: Path) -> Any:
 def model(module: Any, recipe: Recipe, weights: dict[str, Any]) -> Any:
     """The recipe's Llama with these weights, on XLA:CPU."""
     import torch_xla
-    from transformers import LlamaConfig
+    from hugging_face import llama_config, llama_weights
 
-    config = LlamaConfig(
-        vocab_size=recipe.vocab,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.ffn,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_groups,
-        head_dim=recipe.hidden // recipe.heads,
-        max_position_embeddings=recipe.seq,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    config = llama_config(recipe, head_dim=recipe.hidden // recipe.heads)
     plain = {
         "kv_shared_group_size": 1, "qkv_linear": False, "fuse_qkv": False, "separate_qkv": True,
         "use_flash_attention": 0,
@@ -123,23 +110,10 @@ def model(module: Any, recipe: Recipe, weights: dict[str, Any]) -> Any:
     for name, value in plain.items():
         setattr(config, name, value)
     made = module.LlamaForCausalLM(config)
-    made.load_state_dict(dict(_named(weights, recipe)))
-    return made.train().to(torch_xla.device())
-
-
-def _named(weights: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    size, heads, groups = recipe.hidden, recipe.heads, recipe.kv_groups
-    yield "model.embed_tokens.weight", weights["embedding.word_embeddings.weight"]
-    yield "model.norm.weight", weights["decoder.final_layernorm.weight"]
-    yield "lm_head.weight", weights["output_layer.weight"]
+    named = dict(llama_weights(weights, recipe))
     for index in range(recipe.layers):
-        ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
-        per = heads // groups
-        qkv = weights[ours + "self_attention.linear_qkv.weight"].view(groups, per + 2, size // heads, size)
-        for part, rows in (("q", qkv[:, :per]), ("k", qkv[:, per]), ("v", qkv[:, per + 1])):
-            yield f"{theirs}self_attn.{part}_proj.weight", rows.reshape(-1, size)
-        yield theirs + "self_attn.o_proj.weight", weights[ours + "self_attention.linear_proj.weight"]
-        yield theirs + "mlp.gate_up_proj.weight", weights[ours + "mlp.linear_fc1.weight"]
-        yield theirs + "mlp.down_proj.weight", weights[ours + "mlp.linear_fc2.weight"]
-        yield theirs + "input_layernorm.weight", weights[ours + "input_layernorm.weight"]
-        yield theirs + "post_attention_layernorm.weight", weights[ours + "pre_mlp_layernorm.weight"]
+        place = f"model.layers.{index}.mlp."
+        named[f"{place}gate_up_proj.weight"] = weights[f"decoder.layers.{index}.mlp.linear_fc1.weight"]
+        del named[f"{place}gate_proj.weight"], named[f"{place}up_proj.weight"]
+    made.load_state_dict(named)
+    return made.train().to(torch_xla.device())

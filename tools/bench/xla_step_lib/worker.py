@@ -1,13 +1,12 @@
 """One variant of the xla lane's step benchmark: builds its Llama, then steps whenever a line arrives.
 
 Started by tools/bench/xla_step.py as `worker.py VARIANT SETTING WEIGHTS [CHECKOUT]`; VARIANT "weights" writes the file.
-Answers are lines that begin with BENCH and hold JSON.
+Answers are those of tools/bench/turns.py.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[0] = str(ROOT)  # not this folder
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from hugging_face import adamw  # noqa: E402
+from turns import answer  # noqa: E402
 
 from nxdt_nemo.testing.recipe import Batch, Layout, Recipe, micro_batches  # noqa: E402
 
@@ -86,12 +88,7 @@ def nxd(recipe: Recipe, weights: dict[str, Any]) -> Step:
     from neuronx_distributed.parallel_layers import grads
     from neuronx_distributed.parallel_layers.loss_functions import parallel_cross_entropy
 
-    parameters = list(made.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    parameters, optimizer = list(made.parameters()), adamw(made, recipe)
     torch_xla.sync()
 
     def step(index: int) -> Callable[[], float]:
@@ -137,10 +134,6 @@ def serve(step: Step, recipe: Recipe) -> None:
         loss = wait()
         spent = {"step": time.perf_counter() - began, "tracing": traced - busy}
         answer({"loss": loss, "compiled": graphs() - before, **spent})
-
-
-def answer(found: dict[str, Any]) -> None:
-    print("BENCH " + json.dumps(found), flush=True)
 
 
 def main() -> None:
