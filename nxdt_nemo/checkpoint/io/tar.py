@@ -54,8 +54,8 @@ class Tree:
             for at in sorted(path.rglob("*")):
                 if at.is_file():
                     name = at.relative_to(path).as_posix()
-                    file = tree.files(at)
-                    tree.members[name] = Member(file, 0, file.size, name)
+                    whole = tree.files(at)
+                    tree.members[name] = Member(whole, 0, whole.size, name)
             return tree
         mapped = tree.files(path)
         if mapped.bytes(0, min(2, mapped.size)) == b"\x1f\x8b":
