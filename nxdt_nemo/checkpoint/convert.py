@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,10 @@ def convert(
 
     try:
         folder.open(total)
-        folder.write(outputs, workers, advance)
-        for last in writer.last({name: written.digest for name, written in folder.done.items()}):
+        with ThreadPoolExecutor(1, "last") as pool:
+            later = pool.submit(lambda: list(writer.last()))
+            folder.write(outputs, workers, advance)
+        for last in later.result():
             folder.write([last], 1, lambda _: None)
             outputs.append(last)
         if _fingerprints(source) != before:

@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import xxhash
@@ -125,9 +126,11 @@ class Folder:
         """Write files, `workers` at a time. The first failure stops the others."""
         todo = [output for output in outputs if output.path not in self.done]
         advance(sum(output.size for output in outputs if output.path in self.done))
-        blocks = Blocks(_AHEAD * max(1, workers), 2 * max(1, workers))
-        with closing(blocks), ThreadPoolExecutor(max(1, workers), "write") as pool:
-            futures = [pool.submit(self._write_or_stop, output, advance, blocks) for output in todo]
+        workers = max(1, workers)
+        blocks, turns = Blocks(_AHEAD * workers, 2 * workers), BoundedSemaphore(workers)
+        # Twice as many threads as turns to make arrays: while one file waits for the disk the next is under way.
+        with closing(blocks), ThreadPoolExecutor(2 * workers, "write") as pool:
+            futures = [pool.submit(self._write_or_stop, output, advance, blocks, turns) for output in todo]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
@@ -140,26 +143,24 @@ class Folder:
                     future.cancel()
                 failed[0].result()
 
-    def _write_or_stop(self, output: Output, advance: Callable[[int], None], blocks: Blocks) -> None:
+    def _write_or_stop(
+        self, output: Output, advance: Callable[[int], None], blocks: Blocks, turns: BoundedSemaphore
+    ) -> None:
         try:
-            self._write(output, advance, blocks)
+            self._write(output, advance, blocks, turns)
         except BaseException:
             self._stop.set()  # before this thread takes the next file
             raise
 
-    def _write(self, output: Output, advance: Callable[[int], None], blocks: Blocks) -> None:
+    def _write(self, output: Output, advance: Callable[[int], None], blocks: Blocks, turns: BoundedSemaphore) -> None:
         at = self.partial / output.path
         summed = _hash(self.algorithm)
         try:
             at.parent.mkdir(parents=True, exist_ok=True)
             with DirectFile(at, blocks, summed, output.size) as file:
-                for piece in output.stream():
-                    view = memoryview(piece)
-                    for begin in range(0, len(view), BLOCK):
-                        if self._stop.is_set():
-                            return
-                        file.write(view[begin : begin + BLOCK])
-                        advance(min(BLOCK, len(view) - begin))
+                with turns:
+                    if not self._fill(file, output, advance):
+                        return
                 file.finish()
         except OSError as error:
             said = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror}"
@@ -170,6 +171,17 @@ class Folder:
             with (self.partial / JOURNAL).open("a") as journal:
                 row = {"path": output.path, "size": file.size, "digest": self.done[output.path].digest}
                 journal.write(json.dumps(row) + "\n")
+
+    def _fill(self, file: DirectFile, output: Output, advance: Callable[[int], None]) -> bool:
+        """Make what is in it; False if another file's failure has stopped it."""
+        for piece in output.stream():
+            view = memoryview(piece)
+            for begin in range(0, len(view), BLOCK):
+                if self._stop.is_set():
+                    return False
+                file.write(view[begin : begin + BLOCK])
+                advance(min(BLOCK, len(view) - begin))
+        return True
 
     def commit(self, provenance: Mapping[str, Any], order: Iterable[str]) -> None:
         """Manifest, sync, rename. `order` gives the files as the manifest lists them."""

@@ -1,73 +1,157 @@
 """`nxdt-nemo ckpt`: what is in a checkpoint, and another one made of it.
 
-Room cli/. Imports typer; rich, torch and the checkpoint room are loaded by the command that needs them.
-Proof: tests/checkpoint/test_cli.py.
+Room cli/. Imports argparse and no typer, which takes as long to start as numpy does: a conversion is timed beside `cp`.
+rich and the checkpoint room are loaded by the command that needs them. Proof: tests/checkpoint/test_cli.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nxdt_nemo import __version__
 from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from nxdt_nemo.checkpoint.convert import Report
+    from nxdt_nemo.checkpoint.formats.base import Options
 
-__all__ = ["app"]
-
-app = typer.Typer(help="Checkpoints: inspect, convert, merge adapters.", no_args_is_help=True, rich_markup_mode=None)
+__all__ = ["main"]
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _OPTIMIZER_FORMATS = ("fully_sharded_model_space", "model_space", "distrib_optim")
 _SHOWN = 40  # tensors that are listed unless --all
 
-_From = Annotated[str, typer.Option("--from", help="The source's format, if it is not to be found out.")]
-_Family = Annotated[str, typer.Option(help="The model's family, if the source does not tell.")]
-_Config = Annotated[
-    Path | None, typer.Option("--model-config", help="A config.json, for sources that do not say what the model is.")
-]
-_Step = Annotated[int | None, typer.Option(help="The iteration to read; the latest by default.")]
-_Option = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option", help="KEY=VALUE, of one format: hw_backend=trn1, xser=true. See docs/checkpoint_formats.md."
-    ),
-]
-_Vocab = Annotated[int | None, typer.Option("--vocab-size", help="Rows that mean a token; further ones are padding.")]
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Run `nxdt-nemo ckpt ARGUMENTS`. Ends with SystemExit, or UserError."""
+    given = _parser().parse_args(arguments)
+    gc.disable()  # a plan is tens of thousands of boxes without cycles, and the process ends with it
+    try:
+        sys.exit(given.run(given))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # by `| head`: nor may Python say so when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    finally:
+        gc.enable()
 
 
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A checkpoint's folder, or its URL.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: all there is.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
-    from_: _From = "",
-    family: _Family = "",
-    model_config: _Config = None,
-    step: _Step = None,
-    vocab_size: _Vocab = None,
-    option: _Option = None,
-) -> None:
-    """Format, model, layout, tensors and where they lie, optimizer, progress, what is suspicious. Reads no tensor."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nxdt-nemo ckpt", description="Checkpoints: inspect, convert, merge adapters.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run, add in (
+        ("inspect", inspect, _add_inspect),
+        ("convert", convert, _add_convert),
+        ("merge", merge, _add_merge),
+        ("adapter", export_adapter, _add_adapter),
+    ):
+        said = (run.__doc__ or "").strip()
+        command = commands.add_parser(name, help=said, description=said, allow_abbrev=False)
+        command.set_defaults(run=run)
+        add(command)
+    return parser
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    """What is said about a source, by more than one command."""
+    add = command.add_argument
+    add("--from", dest="from_", default="", metavar="FORMAT", help="The source's format, if it is not to be found out.")
+    add("--family", default="", help="The model's family, if the source does not tell.")
+    said = "A config.json, for sources that do not say what the model is."
+    add("--model-config", type=Path, metavar="FILE", help=said)
+    add("--step", type=int, help="The iteration to read; the latest by default.")
+    add("--vocab-size", type=int, metavar="ROWS", help="Rows that mean a token; further ones are padding.")
+    said = "KEY=VALUE, of one format: hw_backend=trn1, xser=true. See docs/checkpoint_formats.md."
+    add("--option", action="append", metavar="KEY=VALUE", help=said)
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("path", metavar="PATH", help="A checkpoint's folder, or its URL.")
+    add("--json", dest="as_json", action="store_true", help="Print JSON: all there is.")
+    add("--all", dest="every", action="store_true", help="List every tensor.")
+    _add_source(command)
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", metavar="SOURCE", help="The checkpoint to read, or its URL.")
+    add("target", metavar="TARGET", type=Path, help="The folder to write; it must not be there.")
+    formats = "hf, hf_bin, torch_dist, torch, nemo, nemo2, nemo_dist, ptl, nnm, nxdt"
+    add("--to", required=True, metavar="FORMAT", help=f"Format to write: {formats}.")
+    add("--tp", type=int, default=1, help="Tensor parallel size.")
+    add("--pp", type=int, default=1, help="Pipeline stages.")
+    add("--vpp", type=int, default=1, help="Virtual stages of each stage.")
+    add("--ep", type=int, default=1, help="Expert parallel size.")
+    add("--etp", type=int, default=0, help="Tensor parallel size of experts; 0 for --tp.")
+    add("--stages", default="", metavar="LAYERS", help="Layers of each stage if they differ: 5,6,6,5.")
+    add("--dtype", default="", help="bf16, fp16 or fp32; as the source's by default.")
+    add("--with-optimizer", action="store_true", help="Take optimizer state along.")
+    said = (
+        "torch_dist: fully_sharded_model_space (Megatron's distributed; the default) or model_space; torch: "
+        "distrib_optim for Megatron's distributed, else the other."
+    )
+    add("--optimizer-format", default=_OPTIMIZER_FORMATS[0], metavar="NAME", help=said)
+    said = "torch: layer spec of the run that loads it, local (the default) or te; legacy for old names."
+    add("--spec", default="local", help=said)
+    add("--divisible-by", type=int, default=128, metavar="ROWS", help="Megatron's make_vocab_size_divisible_by.")
+    add("--shard-size", type=float, default=5.0, metavar="GB", help="hf: GB of a file.")
+    add("--workers", type=int, default=4, help="Files written at a time.")
+    add("--overwrite", action="store_true", help="Replace what is at the target.")
+    add("--digest", default="xxh3_128", help="Of each file, in the manifest: xxh3_128 or sha256.")
+    add("--verify", action="store_true", help="Check digests, tensors and logits afterwards.")
+    add("--trust-source", action="store_true", help="--verify may run Megatron's loader on the source.")
+    _add_source(command)
+
+
+def _add_adapted(command: argparse.ArgumentParser, adapter: str) -> None:
+    add = command.add_argument
+    add("base", metavar="BASE", type=Path, help="The base model, of any format.")
+    add("adapter", metavar="ADAPTER", type=Path, help=adapter)
+    add("target", metavar="TARGET", type=Path, help="The folder to write; it must not be there.")
+    add("--overwrite", action="store_true", help="Replace TARGET when all is written.")
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    _add_adapted(command, "A .nemo of NeMo's LoRA, or a folder of peft.")
+    command.add_argument("--to", default="hf", metavar="FORMAT", help="Format to write, as of convert; hf by default.")
+    command.add_argument("--dtype", default="", help="The weights': bf16, fp16 or fp32; as in BASE by default.")
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    _add_adapted(command, "A .nemo of NeMo's LoRA.")
+
+
+def _source_options(given: argparse.Namespace, optimizer: bool = False) -> Options:
     from nxdt_nemo.checkpoint.formats.base import Options
+
+    extra = _options(given.option)
+    return Options(given.from_, given.family, given.model_config, given.step, given.vocab_size, optimizer, extra)
+
+
+def inspect(given: argparse.Namespace) -> None:
+    """Format, model, layout, tensors and where they lie, optimizer, progress, what is suspicious. Reads no tensor."""
     from nxdt_nemo.checkpoint.inspect import inspect as look
     from nxdt_nemo.checkpoint.inspect import summary
     from nxdt_nemo.checkpoint.io.remote import path_of
 
-    found = summary(look(path_of(path), Options(from_, family, model_config, step, vocab_size, extra=_options(option))))
-    if as_json:
-        typer.echo(json.dumps(found, indent=2, default=str))
+    found = summary(look(path_of(given.path), _source_options(given)))
+    if given.as_json:
+        print(json.dumps(found, indent=2, default=str))
     else:
-        typer.echo("\n".join(_lines(found, every)))
+        print("\n".join(_lines(found, given.every)))
 
 
 def _lines(found: dict[str, Any], every: bool) -> Iterator[str]:
@@ -118,146 +202,95 @@ def _size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="The checkpoint to read, or its URL.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="Format to write: hf, hf_bin, torch_dist, torch, nemo, nemo2, nemo_dist, ptl, nnm, nxdt.",
-            show_default=False,
-        ),
-    ],
-    tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
-    vpp: Annotated[int, typer.Option(help="Virtual stages of each stage.")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
-    etp: Annotated[int, typer.Option(help="Tensor parallel size of experts; 0 for --tp.")] = 0,
-    stages: Annotated[str, typer.Option(help="Layers of each stage if they differ: 5,6,6,5.")] = "",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; as the source's by default.")] = "",
-    with_optimizer: Annotated[bool, typer.Option("--with-optimizer", help="Take optimizer state along.")] = False,
-    optimizer_format: Annotated[
-        str,
-        typer.Option(
-            help="torch_dist: fully_sharded_model_space (Megatron's distributed) or model_space; torch: distrib_optim "
-            "for Megatron's distributed, else the other."
-        ),
-    ] = "fully_sharded_model_space",
-    spec: Annotated[
-        str, typer.Option(help="torch: layer spec of the run that loads it, local or te; legacy for old names.")
-    ] = "local",
-    divisible_by: Annotated[int, typer.Option(help="Megatron's make_vocab_size_divisible_by.")] = 128,
-    shard_size: Annotated[float, typer.Option(help="hf: GB of a file.")] = 5.0,
-    from_: _From = "",
-    family: _Family = "",
-    model_config: _Config = None,
-    step: _Step = None,
-    vocab_size: _Vocab = None,
-    option: _Option = None,
-    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 4,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the target.")] = False,
-    digest: Annotated[str, typer.Option(help="Of each file, in the manifest: xxh3_128 or sha256.")] = "xxh3_128",
-    verify: Annotated[bool, typer.Option("--verify", help="Check digests, tensors and logits afterwards.")] = False,
-    trust_source: Annotated[
-        bool, typer.Option("--trust-source", help="--verify may run Megatron's loader on the source.")
-    ] = False,
-) -> None:
+def convert(given: argparse.Namespace) -> int:
     """Write SOURCE as another format or layout at TARGET. Nothing is at TARGET before all of it is."""
     from nxdt_nemo.checkpoint.convert import convert as run
-    from nxdt_nemo.checkpoint.formats.base import Options, Target
+    from nxdt_nemo.checkpoint.formats.base import Target
     from nxdt_nemo.checkpoint.io.remote import path_of
     from nxdt_nemo.checkpoint.layout import Layout
     from nxdt_nemo.checkpoint.tensors import KINDS
 
-    kinds = KINDS if with_optimizer else KINDS[:1]
-    options = Options(from_, family, model_config, step, vocab_size, with_optimizer, _options(option))
+    kinds = KINDS if given.with_optimizer else KINDS[:1]
+    options = _source_options(given, given.with_optimizer)
     extra = {
-        "optimizer_format": _one_of("--optimizer-format", optimizer_format, *_OPTIMIZER_FORMATS),
-        "spec": _one_of("--spec", spec, "local", "te", "legacy"),
-        "shard_size": int(shard_size * 1000**3),
-        **_options(option),
+        "optimizer_format": _one_of("--optimizer-format", given.optimizer_format, *_OPTIMIZER_FORMATS),
+        "spec": _one_of("--spec", given.spec, "local", "te", "legacy"),
+        "shard_size": int(given.shard_size * 1000**3),
+        **options.extra,
     }
-    layout = Layout(tp, pp, vpp, ep, etp, _numbers(stages))
-    wanted = Target(layout, _dtype(dtype), kinds, _positive("--divisible-by", divisible_by), extra)
+    layout = Layout(given.tp, given.pp, given.vpp, given.ep, given.etp, _numbers(given.stages))
+    wanted = Target(layout, _dtype(given.dtype), kinds, _positive("--divisible-by", given.divisible_by), extra)
     with _progress() as progress:
         report = run(
-            path_of(source),
-            target,
-            to,
+            path_of(given.source),
+            given.target,
+            given.to,
             options,
             wanted,
             version=__version__,
-            workers=_positive("--workers", workers),
-            overwrite=overwrite,
-            digest=_one_of("--digest", digest, "xxh3_128", "sha256"),
+            workers=_positive("--workers", given.workers),
+            overwrite=given.overwrite,
+            digest=_one_of("--digest", given.digest, "xxh3_128", "sha256"),
             progress=progress,
         )
+    _say(report, f"as {given.to}")
+    return _verify(report, given.trust_source) if given.verify else 0
+
+
+def _say(report: Report, what: str) -> None:
     for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+        print(f"note: {note}", file=sys.stderr)
     resumed = f", {report.resumed} files from an earlier run" if report.resumed else ""
-    what = f"{report.source.format} ({report.source.family.name}) as {to}"
-    typer.echo(f"{what}: {_size(report.bytes)} in {report.seconds:.1f} s{resumed}; {report.target}")
-    if verify:
-        _verify(report, trust_source)
+    source = f"{report.source.format} ({report.source.family.name})"
+    print(f"{source} {what}: {_size(report.bytes)} in {report.seconds:.1f} s{resumed}; {report.target}")
 
 
-@app.command()
-def merge(
-    base: Annotated[Path, typer.Argument(help="The base model, of any format.", show_default=False)],
-    adapter: Annotated[Path, typer.Argument(help="A .nemo of NeMo's LoRA, or a folder of peft.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
-    to: Annotated[str, typer.Option(help="Format to write, as of convert.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="The weights': bf16, fp16 or fp32; as in BASE by default.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET when all is written.")] = False,
-) -> None:
+def merge(given: argparse.Namespace) -> None:
     """Write BASE with a LoRA adapter added to its weights: W + alpha / rank * B A."""
     from nxdt_nemo.checkpoint import adapters
     from nxdt_nemo.checkpoint.convert import convert as run
     from nxdt_nemo.checkpoint.formats.base import Source, Target
 
     def change(source: Source) -> None:
-        adapters.merge_into(source, adapters.read(adapter, source))
+        adapters.merge_into(source, adapters.read(given.adapter, source))
 
-    wanted = Target(dtype=_dtype(dtype))
+    wanted = Target(dtype=_dtype(given.dtype))
     with _progress() as progress:
         report = run(
-            base, target, to, wanted=wanted, version=__version__, overwrite=overwrite, progress=progress, change=change
+            given.base,
+            given.target,
+            given.to,
+            wanted=wanted,
+            version=__version__,
+            overwrite=given.overwrite,
+            progress=progress,
+            change=change,
         )
-    for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
-    what = f"{report.source.format} ({report.source.family.name}) with its adapter as {to}"
-    typer.echo(f"{what}: {_size(report.bytes)} in {report.seconds:.1f} s; {report.target}")
+    _say(report, f"with its adapter as {given.to}")
 
 
-@app.command("adapter")
-def export_adapter(
-    base: Annotated[Path, typer.Argument(help="The base model, of any format.", show_default=False)],
-    adapter: Annotated[Path, typer.Argument(help="A .nemo of NeMo's LoRA.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET when all is written.")] = False,
-) -> None:
+def export_adapter(given: argparse.Namespace) -> None:
     """Write a LoRA adapter as Hugging Face's peft loads it."""
     from nxdt_nemo.checkpoint import adapters, formats
     from nxdt_nemo.checkpoint.formats.base import Options
 
-    source = formats.read(base, Options())
-    found = adapters.read(adapter, source)
-    adapters.write_peft(found, source, target, overwrite=overwrite, version=__version__)
+    source = formats.read(given.base, Options())
+    found = adapters.read(given.adapter, source)
+    adapters.write_peft(found, source, given.target, overwrite=given.overwrite, version=__version__)
     what = f"{len(found.pairs)} weights of {source.family.name}, rank {found.rank}, alpha {found.alpha:g}"
-    typer.echo(f"LoRA as peft: {what}; {target}")
+    print(f"LoRA as peft: {what}; {given.target}")
 
 
-def _verify(report: Report, trusted: bool) -> None:
+def _verify(report: Report, trusted: bool) -> int:
+    """The exit code: 1 if something is wrong."""
     from nxdt_nemo.audit.verify import verify
 
     failed = False
     for check in verify(report, trusted=trusted):
         state = {True: "ok", False: "WRONG", None: "skipped"}[check.ok]
-        typer.echo(f"{check.what:8} {state}: {check.found}")
+        print(f"{check.what:8} {state}: {check.found}")
         failed |= check.ok is False
-    if failed:
-        raise typer.Exit(1)
+    return int(failed)
 
 
 def _one_of(option: str, value: str, *known: str) -> str:

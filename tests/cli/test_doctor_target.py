@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nxdt_nemo._resources import folder
-from nxdt_nemo.cli.main import app
+from nxdt_nemo.cli.app import app
 from nxdt_nemo.errors import UserError
 
 CONF = """

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from nxdt_nemo.cli.main import app
+from nxdt_nemo.cli.app import app
 from nxdt_nemo.errors import UserError
 
 LIGHT = """

@@ -6,7 +6,8 @@ Order of a conversion (convert.py):
  1 Reader.read      once: metadata only. It maps files and says which boxes of which tensor lie where
  2 Writer.outputs   once: every file that will be, and of what. All that can be refused is refused here
  3 Output.stream    in any order, from several threads: the bytes, a tensor at a time
- 4 Writer.last      once, when these are written: files that name the others (indexes, trackers), in order
+ 4 Writer.last      once, while these are written: files that name the others (indexes, trackers), in the order in which
+                    they are written afterwards
 """
 
 from __future__ import annotations
@@ -179,5 +180,5 @@ class Writer(ABC):
         """The files with tensors. Raises UserError for a source or a layout that the format cannot hold."""
 
     @abstractmethod
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
-        """The files that make it a checkpoint, the one that readers look for last. digests: of the others, by path."""
+    def last(self) -> Iterable[Output]:
+        """The files that make it a checkpoint, the one that readers look for last."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class HFWriter(Writer):
             self._place |= {key: path for key, _ in shard}
             yield _safe(path, shard) if suffix == "safetensors" else _bin(path, shard)
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         for name, path in self._source.assets.items():
             yield constant(name, path.read_bytes())
         if len(set(self._place.values())) > 1:

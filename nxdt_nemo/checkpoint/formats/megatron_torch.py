@@ -215,7 +215,7 @@ class MegatronTorchWriter(Writer):
                     buffers = megatron_optimizer.buffers_of(source, target, chunks, cuts, dense=(tp, ep) in first)
                     yield zipped(f"{place}/{megatron_optimizer.SHARDED}", buffers)
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         iteration = self._source.training.iteration
         yield from megatron.asset_outputs(self._source)
         yield constant(megatron.TRACKER, b"release" if iteration is None else str(iteration).encode())

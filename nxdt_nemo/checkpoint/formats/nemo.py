@@ -349,7 +349,7 @@ class NemoWriter(Writer):
         else:
             yield from written
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         return self._last
 
     def _parts(self, source: Source, target: Target) -> tuple[list[Output], list[Output]]:
@@ -481,7 +481,7 @@ class NemoDistWriter(Writer):
         self._last = [*megatron.asset_outputs(source), *(_under(output) for output in weights.indexes())]
         return written
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         return self._last
 
 
@@ -523,7 +523,7 @@ class Nemo2Writer(Writer):
         ]
         return written
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         return self._last
 
 

@@ -435,7 +435,7 @@ class NxDTWriter(Writer):
         }
         yield zipped(f"{path}.info.pt", info)
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         source, model = self._source, self._model
         step = source.training.iteration or 0
         dtype = self._target.dtype or source.dtype

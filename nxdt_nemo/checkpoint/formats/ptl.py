@@ -341,7 +341,7 @@ class PTLWriter(Writer):
             for tp in range(layout.tp):
                 yield from self._rank(source, target, model, dtype, tp, pp)
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         return () if self._bare else megatron.asset_outputs(self._source)
 
     def state_dicts(self, source: Source, target: Target) -> Iterator[Output]:

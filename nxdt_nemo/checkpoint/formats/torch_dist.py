@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -219,7 +219,7 @@ class TorchDistWriter(Writer):
 
         return Output(f"{self._folder}/{name}", offset, stream)
 
-    def last(self, digests: Mapping[str, str]) -> Iterable[Output]:
+    def last(self) -> Iterable[Output]:
         yield from megatron.asset_outputs(self._source)
         yield from self.indexes()
         iteration = self._source.training.iteration
