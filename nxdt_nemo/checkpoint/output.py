@@ -16,7 +16,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -26,13 +25,12 @@ import xxhash
 
 from nxdt_nemo import folders
 from nxdt_nemo.checkpoint.formats.base import Output
-from nxdt_nemo.checkpoint.io.disk import BLOCK, Blocks, DirectFile
+from nxdt_nemo.checkpoint.io.disk import BLOCK, NewFile
 from nxdt_nemo.errors import UserError
 
 __all__ = ["JOURNAL", "MANIFEST", "Folder", "check_manifest", "digest", "same"]
 
 MANIFEST, JOURNAL = "nxdt_manifest.json", "nxdt_journal.jsonl"
-_AHEAD = 4  # blocks a writer
 _SLACK = 64 << 20  # bytes that a file system needs beside the files'
 
 
@@ -127,10 +125,10 @@ class Folder:
         todo = [output for output in outputs if output.path not in self.done]
         advance(sum(output.size for output in outputs if output.path in self.done))
         workers = max(1, workers)
-        blocks, turns = Blocks(_AHEAD * workers, 2 * workers), BoundedSemaphore(workers)
+        turns = BoundedSemaphore(workers)
         # Twice as many threads as turns to make arrays: while one file waits for the disk the next is under way.
-        with closing(blocks), ThreadPoolExecutor(2 * workers, "write") as pool:
-            futures = [pool.submit(self._write_or_stop, output, advance, blocks, turns) for output in todo]
+        with ThreadPoolExecutor(2 * workers, "write") as pool:
+            futures = [pool.submit(self._write_or_stop, output, advance, turns) for output in todo]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
@@ -143,21 +141,19 @@ class Folder:
                     future.cancel()
                 failed[0].result()
 
-    def _write_or_stop(
-        self, output: Output, advance: Callable[[int], None], blocks: Blocks, turns: BoundedSemaphore
-    ) -> None:
+    def _write_or_stop(self, output: Output, advance: Callable[[int], None], turns: BoundedSemaphore) -> None:
         try:
-            self._write(output, advance, blocks, turns)
+            self._write(output, advance, turns)
         except BaseException:
             self._stop.set()  # before this thread takes the next file
             raise
 
-    def _write(self, output: Output, advance: Callable[[int], None], blocks: Blocks, turns: BoundedSemaphore) -> None:
+    def _write(self, output: Output, advance: Callable[[int], None], turns: BoundedSemaphore) -> None:
         at = self.partial / output.path
         summed = _hash(self.algorithm)
         try:
             at.parent.mkdir(parents=True, exist_ok=True)
-            with DirectFile(at, blocks, summed, output.size) as file:
+            with NewFile(at, summed) as file:
                 with turns:
                     if not self._fill(file, output, advance):
                         return
@@ -172,7 +168,7 @@ class Folder:
                 row = {"path": output.path, "size": file.size, "digest": self.done[output.path].digest}
                 journal.write(json.dumps(row) + "\n")
 
-    def _fill(self, file: DirectFile, output: Output, advance: Callable[[int], None]) -> bool:
+    def _fill(self, file: NewFile, output: Output, advance: Callable[[int], None]) -> bool:
         """Make what is in it; False if another file's failure has stopped it."""
         for piece in output.stream():
             view = memoryview(piece)
