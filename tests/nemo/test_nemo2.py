@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.checkpoint.convert import convert
+from nxdt_nemo.checkpoint.formats.base import Target
+from nxdt_nemo.checkpoint.layout import Layout
+from nxdt_nemo.checkpoint.tensors import KINDS
+
 from .conftest import Run
 
 pytestmark = pytest.mark.ranks
@@ -78,3 +83,21 @@ def test_bf16_by_tensor_parallel_ranks(losses: Callable[..., Losses], tmp_path: 
     half = losses(tmp_path / "half", f"steps={FIRST}", *words)
     assert len(whole) == LAST and half == whole[:FIRST]
     assert whole[-1] != whole[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [False, True])
+def test_goes_on_from_what_the_converter_wrote(losses: Callable[..., Losses], tmp_path: Path, zero: bool) -> None:
+    """By way of Megatron's `torch_dist`, which keeps nothing of NeMo's: AutoResume finds weights, moments and step."""
+    of = ("family=llama", f"zero={zero}")
+    base, through = tmp_path / "base", tmp_path / "through"
+    first = losses(base, f"steps={FIRST}", *of)
+    shutil.copytree(base, through)
+    straight = losses(base, f"steps={LAST}", *of)
+    (saved,) = (through / "default" / "checkpoints").glob("*-last")
+    convert(saved, tmp_path / "dist", "torch_dist", wanted=Target(Layout(tp=2, pp=2), kinds=KINDS))
+    shutil.rmtree(saved)
+    convert(tmp_path / "dist", saved, "nemo2", wanted=Target(Layout(tp=2), kinds=KINDS))
+    found = losses(through, f"steps={LAST}", *of)
+    assert len(found) == LAST - FIRST and found == pytest.approx(straight, rel=1e-6)
+    assert abs(found[0] - first[0]) > 1e-3, "a run that began anew would agree"

@@ -202,6 +202,7 @@ def _assets(tree: Tree, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+_LIGHTNING_VERSION = {"pytorch-lightning_version": "2.4.0"}
 _LIGHTNING = ("epoch", "loops", "callbacks", "lr_schedulers")
 
 
@@ -230,13 +231,22 @@ class NemoDistReader(Reader):
             else {}
         )
         source = _distributed(self.format, path, tree.members, args, options, common)
-        source.detail |= {"nemo_config": config, "lightning": {key: common[key] for key in _LIGHTNING if key in common}}
-        if match := re.search(r"consumed_samples=(\d+)", path.name):
-            source.training.consumed = int(match[1])
-        elif isinstance(memo, dict):
+        source.detail |= {"nemo_config": config, "lightning": _progress(common)}
+        source.training.consumed = _consumed(path)
+        if source.training.consumed is None and isinstance(memo, dict):
             source.training.consumed = memo.get("consumed")
         source.assets = dict(megatron.assets_of(path))
         return source
+
+
+def _progress(common: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: common[key] for key in _LIGHTNING if key in common}
+
+
+def _consumed(path: Path) -> int | None:
+    """Samples seen, as a run of NeMo's names its checkpoints."""
+    match = re.search(r"consumed_samples=(\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def _kept(common: Mapping[str, Any]) -> Any:
@@ -261,7 +271,8 @@ class Nemo2Reader(Reader):
         common = _common(weights)
         args = nemo_config.two_args(config) | _memo(tree) if config else {}
         source = _distributed(self.format, path, weights, args, options, common)
-        source.detail |= {"nemo2_config": config}
+        source.detail |= {"nemo2_config": config, "lightning": _progress(common)}
+        source.training.consumed = _consumed(path)
         start = "context/nemo_tokenizer/"
         source.assets = {
             key.removeprefix(start): _Inside(member)
@@ -461,7 +472,7 @@ class NemoDistWriter(Writer):
         weights.content = {
             "epoch": 0,
             "global_step": step,
-            "pytorch-lightning_version": "2.4.0",
+            **_LIGHTNING_VERSION,
             "state_dict": {},
             "loops": _loops(step),
             "callbacks": {},
@@ -470,11 +481,7 @@ class NemoDistWriter(Writer):
         }
         written, _ = weights.files(source, target)
         if len(target.kinds) > 1:
-            kept_groups = _fitted(training.groups, int(target.extra.get("groups", len(training.groups))))
-            groups = [{**group, "step": training.step} for group in kept_groups]
-            state: dict[str, Any] = {"param_groups": groups}
-            state = state if dtype == FLOAT32 else {"optimizer": state}
-            weights.content["optimizer_states"] = [state]
+            weights.content["optimizer_states"] = [_optimizer(source, target, dtype)]
             weights.content["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1}]
         # A run of NeMo's goes on as it was.
         weights.content |= source.detail.get("lightning", {})
@@ -483,6 +490,14 @@ class NemoDistWriter(Writer):
 
     def last(self) -> Iterable[Output]:
         return self._last
+
+
+def _optimizer(source: Source, target: Target, dtype: DType) -> dict[str, Any]:
+    """The optimizer's state without its tensors."""
+    training = source.training
+    kept = _fitted(training.groups, int(target.extra.get("groups", len(training.groups))))
+    state: dict[str, Any] = {"param_groups": [{**group, "step": training.step} for group in kept]}
+    return state if dtype == FLOAT32 else {"optimizer": state}
 
 
 def _fitted(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -495,19 +510,24 @@ def _fitted(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Nemo2Writer(Writer):
-    """Writes a NeMo 2.0 folder to restore weights from: `weights/` and context/model.yaml.
+    """Writes a NeMo 2.0 folder to restore weights from, or with optimizer state to go on from: `weights/`, and
+    context/model.yaml.
 
     Not io.json, a graph of Python objects from which NeMo rebuilds the model itself: the recipe has to name it.
+    Options: groups, as NemoDistWriter's.
     """
 
     format: ClassVar[str] = "nemo2"
     _last: list[Output] = field(default_factory=list)
 
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:
-        if len(target.kinds) > 1:
-            raise UserError("is written without optimizer state", place="--to nemo2", fix="leave out --with-optimizer")
         dtype = target.dtype or source.dtype
-        content = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.4.0", "state_dict": {}}
+        content: dict[str, Any] = {"epoch": 0, "global_step": 0, "state_dict": {}, **_LIGHTNING_VERSION}
+        if len(target.kinds) > 1:
+            step = source.training.iteration or 0
+            content |= {"global_step": step, "loops": _loops(step), "callbacks": {}, "lr_schedulers": []}
+            content |= {"optimizer_states": {}, "optimizer": [_optimizer(source, target, dtype)]}
+            content |= source.detail.get("lightning", {})
         weights = _Weights(prefix="module.", where="weights", content=content)
         written, indexes = weights.files(source, target)
         kept = source.detail.get("nemo2_config") or {}
