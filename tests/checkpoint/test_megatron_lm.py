@@ -94,9 +94,10 @@ def test_upstream_loads_it_and_saves_the_same(
 
 PP2 = ("--pipeline-model-parallel-size", "2")
 PLAIN = ("--ckpt-format", "torch")
-RESUMED = [  # arguments of the run that is left, of the one that goes on, of the writer
-    ((*TP2, *PLAIN), (*PP2, *PLAIN), {}),
-    ((*TP2, *SHARDED), (*PP2, *SHARDED), DISTRIB_OPTIM),
+RESUMED = [  # arguments of the run that is left, of the one that goes on; format, and of the writer
+    ((*TP2, *PLAIN), (*PP2, *PLAIN), "torch", {}),
+    ((*TP2, *SHARDED), (*PP2, *SHARDED), "torch", DISTRIB_OPTIM),
+    ((*TP2, *DISTRIBUTED), (*PP2, *DISTRIBUTED), "torch_dist", {}),
 ]
 
 
@@ -104,15 +105,15 @@ def losses(said: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"loss (\d+) (\d+\.\d{9})", said)}
 
 
-@pytest.mark.parametrize(("before", "after", "extra"), RESUMED)
+@pytest.mark.parametrize(("before", "after", "to", "extra"), RESUMED)
 def test_training_goes_on_at_another_layout(
-    before: tuple[str, ...], after: tuple[str, ...], extra: dict[str, Any], tmp_path: Path
+    before: tuple[str, ...], after: tuple[str, ...], to: str, extra: dict[str, Any], tmp_path: Path
 ) -> None:
     """Megatron-LM trains at TP 2 and saves, its checkpoint is converted, Megatron-LM trains on at PP 2, in float32."""
     whole = losses(megatron(2, 6, *before, "--save", tmp_path / "whole"))
     first = losses(megatron(2, 3, *before, "--save", tmp_path / "half"))
     assert first == {step: whole[step] for step in (1, 2, 3)}
-    convert(tmp_path / "half", tmp_path / "ours", "torch", wanted=Target(Layout(pp=2), kinds=KINDS, extra=extra))
+    convert(tmp_path / "half", tmp_path / "ours", to, wanted=Target(Layout(pp=2), kinds=KINDS, extra=extra))
     said = megatron(2, 3, *after, "--load", tmp_path / "ours", "--save", tmp_path / "rest")
     assert "loaded iteration 3, 12 samples" in said
     rest = losses(said)

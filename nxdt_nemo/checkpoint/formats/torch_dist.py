@@ -193,10 +193,14 @@ class TorchDistWriter(Writer):
             layout = replace(layout, tp=math.gcd(layout.tp, source.model.groups))
         layout.check(source.model.layers, source.model.experts)
         rows = padded(source.model.vocab, target.divisible_by, target.layout.tp)
+        self._flat = target.extra.get("optimizer_format", "fully_sharded_model_space") == "fully_sharded_model_space"
+        if self._flat and len(target.kinds) > 1 and "fp32_param" not in target.kinds:
+            # Megatron's distributed optimizer has main parameters of float32 weights too, and asks for them.
+            source.catalog.copy("model", "fp32_param")
+            target = replace(target, kinds=(*target.kinds, "fp32_param"))
         self._source, self._target = source, target
         self._model = source.model.with_(padded_vocab=rows)
         self._folder = self.folder()
-        self._flat = target.extra.get("optimizer_format", "fully_sharded_model_space") == "fully_sharded_model_space"
         for rank, found in enumerate(_by_rank(self, source, target, layout)):
             if found:
                 yield self._file(f"__{rank}_0.distcp", found)
@@ -371,7 +375,7 @@ def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: La
                 objects.add(extra)
                 found += [_Object(writer.prefix + extra)] if extra else []
             for kind in target.kinds:
-                dtype = target.dtype if kind == "model" else None
+                dtype = {"model": target.dtype, "fp32_param": FLOAT32}.get(kind)
                 found += [writer.chunk(kind, all_of_it, box, dtype) for box in new]
         yield found
 
