@@ -103,6 +103,9 @@ def stage_of(layers: int) -> range:
 class Mixer(MegatronModule):
     """One pipeline stage, or the whole: embedding, blocks, norm and output layer.
 
+    Beside its config, megatron-core asks a model for model_type, pre_process, post_process, set_input_tensor,
+    share_embeddings_and_output_weights and, for checkpoints, sharded_state_dict.
+
     blocks  numbers of this stage's in the whole model, which their parameters and checkpoints are named by
     seed    each part draws its initial weights from a seed of its own, so that layouts begin with the same model
     """
@@ -117,10 +120,11 @@ class Mixer(MegatronModule):
         taps: int,
         blocks: Sequence[int],
         seed: int,
-        first: bool,
-        last: bool,
+        pre_process: bool,
+        post_process: bool,
     ) -> None:
         super().__init__(config)
+        self.pre_process, self.post_process = pre_process, post_process
         self.received: Tensor | None = None
         torch.manual_seed(seed)
         self.embedding = (
@@ -131,7 +135,7 @@ class Mixer(MegatronModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
             )
-            if first
+            if pre_process
             else None
         )
         self.blocks = nn.ModuleDict()
@@ -139,8 +143,8 @@ class Mixer(MegatronModule):
             torch.manual_seed(seed + 1 + number)
             self.blocks[str(number)] = Block(config, taps)
         torch.manual_seed(seed + 1 + config.num_layers)
-        self.norm = Norm(config, config.hidden_size, config.layernorm_epsilon) if last else None
-        self.head = column(config, config.hidden_size, vocab) if last else None
+        self.norm = Norm(config, config.hidden_size, config.layernorm_epsilon) if post_process else None
+        self.head = column(config, config.hidden_size, vocab) if post_process else None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """What the stage before this one sent: the schedules call it before each forward pass."""
