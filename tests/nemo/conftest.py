@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nxdt_nemo.testing.script_run import OURS, Run, run, tiny, write_corpus
+from nxdt_nemo.testing.script_run import OURS, Run, hugging_face_llama, run, tiny, write_corpus
+
+__all__ = ["Run", "corpus", "hugging_face_llama", "train"]
 
 SCRIPT = Path(__file__).with_name("gpt_pretraining.py")
 

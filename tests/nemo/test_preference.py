@@ -16,7 +16,9 @@ from nxdt_nemo._resources import folder as resource
 from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.nemo.alignment.dataset import PreferenceDataset, Rows, cut, read_pairs
 from nxdt_nemo.nemo.alignment.losses import Answers, dpo, orpo
-from nxdt_nemo.testing.script_run import Run, hugging_face_llama, run
+from nxdt_nemo.testing.script_run import Run, run
+
+from .conftest import hugging_face_llama
 
 TRL: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "trl_0_10_1.json").read_text())
 BETA = 0.3

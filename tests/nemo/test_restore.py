@@ -19,7 +19,8 @@ from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT32, Raw, cast, same
 from nxdt_nemo.checkpoint.formats.base import Options, Source, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
-from nxdt_nemo.testing.script_run import Run, hugging_face_llama
+
+from .conftest import Run, hugging_face_llama
 
 FIXTURES = Path(__file__).parents[1] / "checkpoint" / "data"
 RESTORES = Path(__file__).with_name("restores.py")

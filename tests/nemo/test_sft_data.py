@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from nxdt_nemo._resources import folder as resource
 from nxdt_nemo.checkpoint import adapters, formats
 from nxdt_nemo.checkpoint.formats.base import Options
-from nxdt_nemo.testing.script_run import Run, hugging_face_llama, run
+from nxdt_nemo.testing.script_run import Run, run
+
+from .conftest import hugging_face_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
