@@ -513,7 +513,12 @@ LORA_TARGETS = {
     "gate_up_proj": "mlp_fc1",
     "down_proj": "mlp_fc2",
 }
-LORA = {"lora_rank": "adapter_dim", "lora_alpha": "alpha", "lora_dropout": "adapter_dropout"}
+# Their key: NeMo's, and what NxD Training takes where there is none.
+LORA = {
+    "lora_rank": ("adapter_dim", 16),
+    "lora_alpha": ("alpha", 32),
+    "lora_dropout": ("adapter_dropout", 0.05),
+}
 LORA_DROPPED = {
     "lora_bias": "NeMo's LoRA trains no biases",
     "lora_verbose": "the log says what is trained",
@@ -537,12 +542,16 @@ def peft(m: Migration) -> None:
     if not lora:
         return
     m.put("model.peft.lora_tuning.weight_tying", False, "NeMo's LoRA reads it without a default")
-    for theirs, ours in LORA.items():
-        key = f"{base}.{theirs}"
+    for theirs, (ours, default) in LORA.items():
+        key, path = f"{base}.{theirs}", f"model.peft.lora_tuning.{ours}"
         if m.has(key):
-            m.put(f"model.peft.lora_tuning.{ours}", m.was(key), "NeMo's name", key=key)
+            m.put(path, m.was(key), "NeMo's name", key=key)
+        else:
+            m.put(path, default, f"NxD Training's own where {theirs} is not given")
     key = f"{base}.target_modules"
-    if m.has(key):
+    if not m.has(key):
+        m.put("model.peft.lora_tuning.target_modules", ["attention_qkv"], "qkv_proj is NxD Training's own")
+    else:
         names = m.was(key, [])
         strange = [name for name in names if name not in LORA_TARGETS]
         found = [LORA_TARGETS[name] for name in names if name in LORA_TARGETS]
