@@ -36,7 +36,7 @@ megatron.core.distributed.DistributedDataParallelConfig megatron.core.distribute
 megatron.core.optimizer.OptimizerConfig megatron.core.optimizer.get_megatron_optimizer
 megatron.core.dist_checkpointing.save megatron.core.dist_checkpointing.load
 """.split()
-SLOW = ("nemo", "lightning")  # seconds to import
+SLOW = ("nemo.", "lightning.", "nxdt_nemo.lightning.")  # seconds to import
 
 
 def cells(page: str) -> list[list[str]]:

@@ -542,6 +542,7 @@ def peft(m: Migration) -> None:
     if not lora:
         return
     m.put("model.peft.lora_tuning.weight_tying", False, "NeMo's LoRA reads it without a default")
+    m.put("model.peft.lora_tuning.dropout_position", "pre", "NxD drops of an adapter's input, NeMo of its output")
     for theirs, (ours, default) in LORA.items():
         key, path = f"{base}.{theirs}", f"model.peft.lora_tuning.{ours}"
         if m.has(key):

@@ -88,6 +88,7 @@ CASES = [  # dialect, their keys, NeMo's
       "model.peft.lora_tuning.target_modules": ["attention_qkv"]}),
     (NXDT, {"model_alignment_strategy.peft.lora_dropout": 0.0},
      {"model.peft.lora_tuning.adapter_dim": 16, "model.peft.lora_tuning.alpha": 32,
+      "model.peft.lora_tuning.dropout_position": "pre",
       "model.peft.lora_tuning.adapter_dropout": 0.0, "model.peft.lora_tuning.target_modules": ["attention_qkv"]}),
     (NXDT, {"exp_manager.resume_from_checkpoint": "/c", "model.weight_init_only": True},
      {"model.restore_from_path": "/c", "exp_manager.resume_from_checkpoint": ABSENT}),
