@@ -174,7 +174,7 @@ def _core_key(m: Migration) -> tuple[str, str]:
     if m.has("model.mcore_bert") or m.has("model.bert_binary_head"):
         return "model.mcore_bert", "BERT"
     decoder = ("model.num_layers", "model.encoder_seq_length")
-    if m.has("model.mcore_gpt") or all(m.has(key) for key in decoder):
+    if m.has("model.mcore_gpt") or not any(m.absent(key) for key in decoder):
         return "model.mcore_gpt", "GPT"
     return "", ""
 
