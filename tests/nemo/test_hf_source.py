@@ -98,14 +98,14 @@ def losses(found: Run) -> list[float]:
     return list(found.curve().values())
 
 
-def by_transformers(folder: Path, tokens: Path) -> float:
-    """The first batch's loss, a mean of its micro-batches' means; rows are padded for transformers, at the end."""
+def by_transformers(folder: Path, tokens: Path, step: int = 0) -> float:
+    """A batch's loss, a mean of its micro-batches' means; rows are padded for transformers, at the end."""
     import datasets
     import torch
     import transformers
 
-    rows, order = datasets.load_from_disk(str(tokens)), TokenRows(tokens, SEQ, VOCAB, samples=BATCH, seed=SEED)
-    batch = [rows[order.row_of(sample)] for sample in range(BATCH)]
+    rows, order = datasets.load_from_disk(str(tokens)), TokenRows(tokens, SEQ, VOCAB, seed=SEED)
+    batch = [rows[order.row_of(sample)] for sample in range(step * BATCH, (step + 1) * BATCH)]
     hugging = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     means = []
     for pair in (batch[:2], batch[2:]):
@@ -121,7 +121,7 @@ def test_the_first_loss_is_that_of_transformers(train, model, tokens: Path, fami
     found = losses(train(model(family)))
     assert len(found) == 3
     assert found[0] == pytest.approx(by_transformers(model(family), tokens), rel=1e-5)
-    assert abs(found[2] - found[0]) > 1e-3, "the weights were not trained"
+    assert abs(found[2] - by_transformers(model(family), tokens, step=2)) > 1e-3, "the weights were not trained"
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -151,15 +151,12 @@ def test_a_run_goes_on_with_the_rows_that_it_has_not_seen(train, model) -> None:
         "exp_manager.create_checkpoint_callback=True",
         "exp_manager.resume_if_exists=True",
         "exp_manager.resume_ignore_no_checkpoint=True",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
-        "exp_manager.checkpoint_callback_params.monitor=step",
-        "exp_manager.checkpoint_callback_params.mode=max",
         "model.optim.sched.max_steps=4",
     )
     whole = losses(train(model("llama"), "trainer.max_steps=4", "model.optim.sched.max_steps=4", name="whole"))
     losses(train(model("llama"), *saves, "trainer.max_steps=2", name="half"))
     found = train(model("llama"), *saves, "trainer.max_steps=4", name="half", ranks=2)
-    assert losses(found) == pytest.approx(whole, rel=1e-6)
+    assert losses(found) == pytest.approx(whole, rel=1e-5)
     assert found.resumed_from
     shutil.rmtree(found.folder)
 
