@@ -97,7 +97,7 @@ class TokenRows(Dataset[dict[str, torch.Tensor]]):
 
         if len(self._rows) == 0:
             raise UserError("has no rows", place=str(self.folder), fix="save a data set with some")
-        lengths = compute.list_value_length(self._rows.data.column(IDS).combine_chunks())
+        lengths = compute.list_value_length(self._rows.data.column(IDS))
         longest = compute.max(lengths).as_py()
         if longest > self.length:
             row = compute.index(lengths, longest).as_py()
