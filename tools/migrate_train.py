@@ -1,4 +1,4 @@
-"""Five configurations of each dialect, migrated in memory and shrunk by overrides only: 3 steps on the cpu lane.
+"""Configurations of each dialect, migrated in memory and shrunk by overrides only: 3 steps on the cpu lane.
 
     NXDT_NEMO_CHECKOUT=... NXDT_CHECKOUT=... NNM_CHECKOUT=... python tools/migrate_train.py
                                                 # what has not trained yet; writes docs/results/migrate_train.md

@@ -36,6 +36,9 @@ def prefix_errors(view: View) -> Iterator[ConfigError]:
     if implementation == "mock":
         return
     value = view.get(KEY)
+    if implementation == "arrow":
+        yield from _folder_errors(view, value)
+        return
     if value is None or value == [] or value == {}:
         yield view.error(f"{KEY} is not set", f"{EXAMPLE}, or model.data.data_impl=mock")
         return
@@ -46,6 +49,24 @@ def prefix_errors(view: View) -> Iterator[ConfigError]:
         blends = {f"{KEY}.{split}": value[split] for split in SPLITS if value.get(split)}
     for key, blend in blends.items():
         yield from _blend_errors(view, key, as_list(blend), files=implementation == "mmap")
+
+
+def _folder_errors(view: View, value: Any) -> Iterator[ConfigError]:
+    """Of rows of token ids: a folder for each split, and one to validate with if the run validates."""
+    folders = value if isinstance(value, dict) else {}
+    if not folders.get("train"):
+        yield view.error(f"{KEY}.train is not set", f"{KEY}.train=[/data/tokens], as Dataset.save_to_disk wrote it")
+        return
+    for split in (split for split in SPLITS if folders.get(split)):
+        named = as_list(folders[split])
+        if not isinstance(named, list) or len(named) != 1:
+            yield view.error(f"{KEY}.{split}={folders[split]} is not one folder", f"write {KEY}.{split}=[/data/tokens]")
+        elif "://" not in str(named[0]) and not os.path.isdir(str(named[0])):
+            yield view.here(f"{KEY}.{split}: {named[0]} is no folder", "name one that Dataset.save_to_disk wrote")
+    validates = view.get("trainer.limit_val_batches", 1.0)
+    if validates and not folders.get("validation"):
+        fix = "name a folder, or set trainer.limit_val_batches=0.0"
+        yield view.error(f"{KEY}.validation is not set, and trainer.limit_val_batches={validates}", fix)
 
 
 def _number(item: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Leaf data/: packing and preparing samples. Imports no other room."""
+"""Leaf data/: samples of what was prepared elsewhere. Imports no other room."""

@@ -1,8 +1,8 @@
 """Whole NeMo jobs of a few seconds: a script through the command line, on real text, read back from what it leaves.
 
 Room testing/. A tiny Llama over configs/demo_llama.yaml, its corpus, the processes of a job, and what can be compared
-afterwards: logged curves and every tensor of a checkpoint. For tests/nemo and tools/resume.py, and for a script of
-yours. Proof: tests/nemo/.
+afterwards: logged curves and every tensor of a checkpoint; the same Llama as transformers writes it. For tests/nemo and
+tools/resume.py, and for a script of yours. Proof: tests/nemo/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nxdt_nemo._resources import folder as resource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OURS", "Run", "read_tensors", "run", "start", "tiny", "write_corpus"]
+__all__ = ["OURS", "Run", "hugging_face_llama", "read_tensors", "run", "start", "tiny", "write_corpus", "write_rows"]
 
 OURS = ("-m", "nxdt_nemo", "run")
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
@@ -79,6 +79,43 @@ def write_corpus(folder: Path) -> Path:
         ids = [*tokenizer.encode(text), tokenizer.eos_id()]
         builder.add_document(torch.tensor(ids, dtype=torch.int32), [len(ids)])
     builder.finalize(str(folder / "text_document.idx"))
+    return folder
+
+
+def hugging_face_llama(folder: Path, seed: int, length: int = 32, **named: Any) -> Path:
+    """The tiny Llama as transformers writes one, with random weights; returns `folder`.
+
+    length   positions
+    named    other keys of its configuration
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+        rms_norm_eps=1e-5,
+        **named,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_rows(corpus: Path, length: int) -> Path:
+    """The same text as rows of `length` token ids, as NxD Training's users prepare it; returns its folder."""
+    import datasets
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    ids = [int(token) for document in IndexedDataset(str(corpus / "text_document")) for token in document]
+    rows = [ids[at : at + length] for at in range(0, len(ids) - length, length)]
+    folder = corpus / f"rows_{length}"
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(str(folder))
     return folder
 
 

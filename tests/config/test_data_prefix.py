@@ -86,3 +86,31 @@ def test_remote_data_and_other_formats_are_not_looked_at(errors):
 def test_finetuning_data_has_no_prefix(gpt, corpus):
     cfg = gpt("~model.data", "+model.data.train_ds.file_names=[a.jsonl]")
     assert check(cfg).errors == []
+
+
+ROWS = "model.data.data_impl=arrow"
+ALONE = "trainer.limit_val_batches=0.0"
+
+
+def test_folders_of_rows(errors, tmp_path):
+    assert errors(ROWS, ALONE, f"{KEY}={{train:[{tmp_path}]}}") == []
+    assert errors(ROWS, f"{KEY}={{train:[{tmp_path}],validation:{tmp_path}}}") == []
+
+
+FOLDERS = [  # what is given, what is said of it
+    ("null", ".train is not set"),
+    ("[1.0,/a]", ".train is not set"),
+    ("{train:[/nowhere]}", ".train: /nowhere is no folder"),
+    ("{train:[0.5,/a,0.5,/b]}", ".train=[0.5, '/a', 0.5, '/b'] is not one folder"),
+]
+
+
+@pytest.mark.parametrize("given, said", FOLDERS)
+def test_what_is_no_folder_of_rows(errors, given, said):
+    (line,) = errors(ROWS, ALONE, f"{KEY}={given}")
+    assert line.startswith(f"tiny_gpt.yaml: {KEY}{said}; ")
+
+
+def test_rows_to_validate_with(errors, tmp_path):
+    (line,) = errors(ROWS, "trainer.limit_val_batches=3", f"{KEY}={{train:[{tmp_path}]}}")
+    assert f"{KEY}.validation is not set, and trainer.limit_val_batches=3; name a folder" in line

@@ -77,31 +77,41 @@ def architecture(m: Migration) -> None:
         "init_method_std": 0.02,
     } | (found or {})
     why = f"{path.name} of Hugging Face" if found else "a Llama's; the file's config.json is not on this machine"
+    if _tokenized(m):
+        said.pop("tokenizer.vocab_size", None)
     for key, value in said.items():
         if m.absent(f"model.{key}"):
             m.put(f"model.{key}", value, why)
     if found is None:
         for key in ("ffn_hidden_size", "num_attention_heads", "num_query_groups"):
             m.ask(f"model.{key}", f"it is in {path}, which is not on this machine: --model-config, or write it here")
+    if not _aligns(m):
+        m.put("model.make_vocab_size_divisible_by", 1, "as many rows as the Hugging Face model, if TP divides them")
     m.drop("model.model_config", "its values are NeMo's keys now" if found else "not on this machine")
 
 
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+# Of rope_type llama3, which NeMo takes for granted beside the factor.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
 def _hugging_face(path: Path) -> dict[str, Any]:
-    """A config.json of a Llama, Mistral, Mixtral or Qwen2 as keys of NeMo's `model`."""
+    """A config.json of AutoModelForCausalLM as keys of NeMo's `model`. Raises ConfigError for one of no such family."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"is no JSON: {error}", place=str(path)) from None
     kind = said.get("model_type", "llama") if isinstance(said, dict) else ""
-    if kind not in ("llama", "mistral", "mixtral", "qwen2"):
-        raise ConfigError(f"model_type={kind} is no Llama, Mistral, Mixtral or Qwen2", place=str(path))
-    heads = said.get("num_attention_heads")
+    if kind not in FAMILIES:
+        raise ConfigError(f"model_type={kind} is no Llama, Mistral, Mixtral, Qwen2 or Qwen3", place=str(path))
+    heads, qwen = said.get("num_attention_heads"), kind.startswith("qwen")
     pairs = {
         "num_layers": said.get("num_hidden_layers"),
         "hidden_size": said.get("hidden_size"),
         "ffn_hidden_size": said.get("intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": said.get("num_key_value_heads", heads),
+        "kv_channels": _head_size(said, kind),
         "max_position_embeddings": said.get("max_position_embeddings"),
         "layernorm_epsilon": said.get("rms_norm_eps"),
         "init_method_std": said.get("initializer_range"),
@@ -109,14 +119,35 @@ def _hugging_face(path: Path) -> dict[str, Any]:
         "share_embeddings_and_output_weights": said.get("tie_word_embeddings"),
         "num_moe_experts": said.get("num_local_experts"),
         "moe_router_topk": said.get("num_experts_per_tok"),
+        "qkv_bias": True if kind == "qwen2" else None,
+        "qk_layernorm": True if kind == "qwen3" else None,
+        "tokenizer.vocab_size": said.get("vocab_size"),
     }
-    if kind == "qwen2":
-        pairs["qkv_bias"] = True
-    if said.get("sliding_window") and kind != "qwen2":
+    windowed = said.get("use_sliding_window") if qwen else kind != "llama"
+    if windowed and said.get("sliding_window"):
         pairs["window_size"] = [said["sliding_window"] - 1, 0]
-    if (said.get("rope_scaling") or {}).get("rope_type") == "llama3":
-        pairs["scale_positional_embedding"] = True
+    pairs |= _rope_scaling(said.get("rope_scaling") or {}, path)
     return {key: value for key, value in pairs.items() if value is not None}
+
+
+def _head_size(said: dict[str, Any], kind: str) -> int | None:
+    """Where it is not hidden_size / num_attention_heads."""
+    size = said.get("head_dim") or (128 if kind == "qwen3" else None)
+    heads, hidden = said.get("num_attention_heads"), said.get("hidden_size")
+    return size if size and heads and size * heads != hidden else None
+
+
+def _rope_scaling(said: dict[str, Any], path: Path) -> dict[str, Any]:
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"seq_len_interpolation_factor": said.get("factor")}
+    if kind != "llama3":
+        raise ConfigError(f"rope_scaling of type {kind}: NeMo has llama3's and linear only", place=str(path))
+    if other := [f"{key}={said[key]}" for key, value in LLAMA3.items() if said.get(key, value) != value]:
+        raise ConfigError(f"rope_scaling of type llama3 with {', '.join(other)}: NeMo has Llama 3.1's", place=str(path))
+    return {"scale_positional_embedding": True, "scale_factor": said.get("factor", 8.0)}
 
 
 def megatron_core(m: Migration) -> None:
@@ -143,7 +174,7 @@ def _core_key(m: Migration) -> tuple[str, str]:
     if m.has("model.mcore_bert") or m.has("model.bert_binary_head"):
         return "model.mcore_bert", "BERT"
     decoder = ("model.num_layers", "model.encoder_seq_length")
-    if m.has("model.mcore_gpt") or all(m.has(key) for key in decoder):
+    if m.has("model.mcore_gpt") or not any(m.absent(key) for key in decoder):
         return "model.mcore_gpt", "GPT"
     return "", ""
 
@@ -381,19 +412,26 @@ def data_files(m: Migration) -> None:
         if not _prefers(m):
             _tuning_data(m)
     elif m.has("data.train_dir"):
-        m.drop("data.train_dir", "")
-        m.forget("data.train_dir")
-        node = m.document.set("model.data.data_prefix", "???", "???", f"was data.train_dir: {folder}")
-        node.post = f"  # was data.train_dir: {folder}"
-        why = "a folder of token ids: NeMo's pretraining reads Megatron's .bin and .idx, made from the text or the ids"
-        m.note("mapped", "data.train_dir", "model.data.data_prefix", new="???", why=why, level="question")
-        m.drop("data.val_dir", "model.data.splits_string splits off a validation set")
+        _token_rows(m)
     samples: Level = "warning" if m.was("data.dev_choose_samples") is not None else ""
     m.drop(
         "data.dev_choose_samples",
         "off" if not samples else "cut the jsonl file instead: nothing takes its head",
         samples,
     )
+
+
+def _token_rows(m: Migration) -> None:
+    """Folders of Dataset.save_to_disk, which this backend's reader of token ids takes as they are."""
+    m.put("model.data.data_impl", "arrow", "rows of token ids, read as `datasets` saved them (docs/migrate.md)")
+    for key, split in (("data.train_dir", "train"), ("data.val_dir", "validation"), ("data.test_dir", "test")):
+        folder = m.was(key)
+        if folder is not None:
+            m.put(f"model.data.data_prefix.{split}", [folder], "a folder for each split", key=key)
+        elif m.has(key):
+            m.drop(key, "no folder")
+    if m.was("data.train_dir") is None:
+        m.ask("model.data.data_prefix.train", "a folder of token ids")
 
 
 def _alignment_files(m: Migration, folder: Any, held: Any) -> None:
@@ -475,7 +513,12 @@ LORA_TARGETS = {
     "gate_up_proj": "mlp_fc1",
     "down_proj": "mlp_fc2",
 }
-LORA = {"lora_rank": "adapter_dim", "lora_alpha": "alpha", "lora_dropout": "adapter_dropout"}
+# Their key: NeMo's, and what NxD Training takes where there is none.
+LORA = {
+    "lora_rank": ("adapter_dim", 16),
+    "lora_alpha": ("alpha", 32),
+    "lora_dropout": ("adapter_dropout", 0.05),
+}
 LORA_DROPPED = {
     "lora_bias": "NeMo's LoRA trains no biases",
     "lora_verbose": "the log says what is trained",
@@ -499,12 +542,17 @@ def peft(m: Migration) -> None:
     if not lora:
         return
     m.put("model.peft.lora_tuning.weight_tying", False, "NeMo's LoRA reads it without a default")
-    for theirs, ours in LORA.items():
-        key = f"{base}.{theirs}"
+    m.put("model.peft.lora_tuning.dropout_position", "pre", "NxD drops of an adapter's input, NeMo of its output")
+    for theirs, (ours, default) in LORA.items():
+        key, path = f"{base}.{theirs}", f"model.peft.lora_tuning.{ours}"
         if m.has(key):
-            m.put(f"model.peft.lora_tuning.{ours}", m.was(key), "NeMo's name", key=key)
+            m.put(path, m.was(key), "NeMo's name", key=key)
+        else:
+            m.put(path, default, f"NxD Training's own where {theirs} is not given")
     key = f"{base}.target_modules"
-    if m.has(key):
+    if not m.has(key):
+        m.put("model.peft.lora_tuning.target_modules", ["attention_qkv"], "qkv_proj is NxD Training's own")
+    else:
         names = m.was(key, [])
         strange = [name for name in names if name not in LORA_TARGETS]
         found = [LORA_TARGETS[name] for name in names if name in LORA_TARGETS]
@@ -631,17 +679,19 @@ def fill_in_the_middle(m: Migration) -> None:
                 m.put(path, token, "StarCoder's, which NNM has in its code")
 
 
+def _tokenized(m: Migration) -> bool:
+    return m.has("data.tokenizer") or m.has("model.tokenizer")
+
+
 def tokenizer(m: Migration) -> None:
     """NxD Training's Hugging Face data needs none for pretraining, and no library for an alignment."""
     if m.dialect != "nxdt" or m.options.partial:
         return
-    if m.document.find("model.tokenizer") is None:
-        m.put("model.tokenizer.library", "huggingface", "NeMo reads the vocabulary's size from a tokenizer")
-        m.ask(
-            "model.tokenizer.type",
-            "a Hugging Face tokenizer's name or folder: the one that the token ids were made with",
-        )
-    elif m.absent("model.tokenizer.library"):
+    if not _tokenized(m):
+        m.put("model.tokenizer.library", "null", "token ids need no tokenizer: the vocabulary's size is all of it")
+        m.ask("model.tokenizer.vocab_size", "the vocab_size of the model's config.json")
+        return
+    if m.absent("model.tokenizer.library"):
         m.put("model.tokenizer.library", "huggingface", "NxD Training's AutoTokenizer")
 
 

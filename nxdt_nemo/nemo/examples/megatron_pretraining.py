@@ -2,13 +2,15 @@
 
 Room nemo/. Stands in for examples/nlp/language_modeling/megatron_{gpt,bert,t5}_pretraining.py, which are not in NeMo's
 wheel, and for the training scripts of NNM and NxD Training, which need their packages. Upstream's calls in upstream's
-order; which model is what the configuration says. Alone in its folder: Python puts a script's folder first on sys.path.
+order; which model is what the configuration says, and whether its weights are those of model.restore_from_path. Alone
+in its folder: Python puts a script's folder first on sys.path.
 Proof: tests/nemo/test_run_config.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.multiprocessing as mp
 from nemo.core.config import hydra_runner
@@ -32,18 +34,26 @@ def main(cfg: DictConfig) -> None:
         from nemo.collections.nlp.models.language_modeling.megatron_bert_model import MegatronBertModel as Model
         from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronBertTrainerBuilder as Builder
     else:
-        from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel as Model
+        Model = _gpt(cfg)
         from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder as Builder
     trainer = Builder(cfg).create_trainer()
     exp_manager(trainer, cfg.get("exp_manager"))
-    if cfg.model.get("restore_from_path") is not None:
-        raise ConfigError(
-            f"model.restore_from_path={cfg.model.restore_from_path}: this script starts from nothing or resumes",
-            fix="name a distributed checkpoint in model.restore_from_ckpt",
-        )
     if cfg.model.get("restore_from_ckpt") is not None:
         trainer.ckpt_path = Path(cfg.model.restore_from_ckpt)
-    trainer.fit(Model(cfg.model, trainer))
+    weights = cfg.model.get("restore_from_path")
+    begun = Model(cfg.model, trainer) if weights is None else Model.restore_from(weights, cfg.model, trainer=trainer)
+    trainer.fit(begun)
+
+
+def _gpt(cfg: DictConfig) -> Any:
+    """NeMo's GPT, or the same on rows of token ids."""
+    if cfg.model.data.get("data_impl") == "arrow":
+        from nxdt_nemo.nemo.token_rows import MegatronGPTRowsModel
+
+        return MegatronGPTRowsModel
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+    return MegatronGPTModel
 
 
 def _refuse(cfg: DictConfig) -> None:

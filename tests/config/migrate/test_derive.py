@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from nxdt_nemo.checkpoint.dialects.nemo_config import config_of
+from nxdt_nemo.checkpoint.dtypes import FLOAT32
+from nxdt_nemo.checkpoint.formats.hf import model_of
+from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.config.migrate import Options, migrate
 from nxdt_nemo.config.validate import validate
 from nxdt_nemo.errors import ConfigError, UserError
@@ -81,11 +86,17 @@ CASES = [  # dialect, their keys, NeMo's
     (NXDT, {"model_alignment_strategy.peft.lora_rank": 8, "model_alignment_strategy.peft.target_modules": ["qkv_proj"]},
      {"model.peft.peft_scheme": "lora", "model.peft.lora_tuning.adapter_dim": 8,
       "model.peft.lora_tuning.target_modules": ["attention_qkv"]}),
+    (NXDT, {"model_alignment_strategy.peft.lora_dropout": 0.0},
+     {"model.peft.lora_tuning.adapter_dim": 16, "model.peft.lora_tuning.alpha": 32,
+      "model.peft.lora_tuning.dropout_position": "pre",
+      "model.peft.lora_tuning.adapter_dropout": 0.0, "model.peft.lora_tuning.target_modules": ["attention_qkv"]}),
     (NXDT, {"exp_manager.resume_from_checkpoint": "/c", "model.weight_init_only": True},
      {"model.restore_from_path": "/c", "exp_manager.resume_from_checkpoint": ABSENT}),
     (NXDT, {"exp_manager.checkpoint_callback_params.every_n_train_steps": 10},
      {"exp_manager.checkpoint_callback_params.every_n_epochs": None}),
-    (NXDT, {"data.train_dir": "/tokens"}, {"model.data.data_prefix": "???", "model.data.train_dir": ABSENT}),
+    (NXDT, {"data.train_dir": "/tokens", "data.val_dir": "/held"},
+     {"model.data.data_prefix": {"train": ["/tokens"], "validation": ["/held"]}, "model.data.data_impl": "arrow",
+      "model.data.train_dir": ABSENT}),
     (NNM, {"model.wrap_with_zero": True} | OPTIM, {"model.optim.name": "mcore_distributed_optim"}),
     (NNM, {"model.wrap_with_zero": False} | OPTIM, {"model.optim.name": "adamw", "model.wrap_with_zero": ABSENT}),
     (NNM, {"trainer.precision": 32, "model.zero_use_master_weight": True}, {"trainer.precision": "bf16"}),
@@ -152,7 +163,7 @@ def test_a_config_json_of_hugging_face(tmp_path):
     assert (model.ffn_hidden_size, model.num_attention_heads, model.num_query_groups) == (14336, 32, 8)
     assert (model.num_layers, model.rotary_base) == (4, 500000.0)  # the YAML comes first
     assert (model.normalization, model.bias, model.layernorm_epsilon) == ("rmsnorm", False, 1e-6)
-    assert [entry.to for entry in report.entries if entry.level == "question"] == ["model.tokenizer.type"]
+    assert [entry.to for entry in report.entries if entry.level == "question"] == ["model.tokenizer.vocab_size"]
 
 
 def test_a_config_json_that_is_elsewhere_is_asked_for(tmp_path):
@@ -169,6 +180,57 @@ def test_a_config_json_that_is_elsewhere_is_asked_for(tmp_path):
     wrong.write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):
         run(NXDT, keys, model_config=wrong)
+
+
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 5e5,
+    "initializer_range": 0.03, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES = [  # model_type, its own keys, what NeMo calls them
+    ("llama", {"rope_scaling": LLAMA3}, {"scale_positional_embedding": True, "scale_factor": 4.0}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"seq_len_interpolation_factor": 2.0}),
+    ("mistral", {"sliding_window": 16, "head_dim": 32}, {"window_size": [15, 0], "kv_channels": 32}),
+    ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}, {"num_moe_experts": 8, "moe_router_topk": 2}),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, {"qkv_bias": True, "window_size": ABSENT}),
+    ("qwen3", {}, {"qk_layernorm": True, "kv_channels": 128}),
+]
+
+
+@pytest.mark.parametrize("kind, own, wanted", FAMILIES, ids=[f"{kind}-{'-'.join(own)}" for kind, own, _ in FAMILIES])
+def test_a_family_of_hugging_face(tmp_path, kind, own, wanted):
+    """As the checkpoints' room has it, which reads the weights."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": kind, **SIZES, **own}))
+    found, report = run(NXDT, {"model_source": "hf", "model.model_config": str(file), "data.train_dir": "/x"})
+    for key, value in wanted.items():
+        assert select(found, f"model.{key}") == value, report.render()
+    assert found.model.init_method_std == 0.03
+    assert (found.model.tokenizer.library, found.model.tokenizer.vocab_size) == ("null", 512)
+    assert [entry.to for entry in report.entries if entry.level == "question"] == []
+    _, model = model_of(file)
+    theirs = config_of(model, Layout(), {}, FLOAT32)
+    same = theirs.keys() & found.model.keys() - {"window_size", "megatron_amp_O2", "precision"}
+    assert {"num_query_groups", "layernorm_epsilon", "rotary_base"} <= same
+    assert {key: found.model[key] for key in same} == {key: theirs[key] for key in same}
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        ({"model_type": "gemma"}, "model_type=gemma is no Llama"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling of type yarn"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 8.0}}, "high_freq_factor=8.0"),
+    ],
+    ids=["gemma", "yarn", "llama3"],
+)
+def test_what_a_config_json_says_and_nemo_cannot(tmp_path, own, said):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama", **SIZES, **own}))
+    with pytest.raises(ConfigError, match=re.escape(said)) as found:
+        run(NXDT, {"model_source": "hf", "model.model_config": str(file)})
+    assert found.value.place == str(file)
 
 
 ERRORS = [  # dialect, their keys, the key that is an error
