@@ -1,7 +1,8 @@
-"""The chunks of an interleaved pipeline for NeMo's YAML models.
+"""The chunks of an interleaved pipeline for NeMo's YAML models, and no part of a BERT that its stage does not use.
 
 Room nemo/. Wraps nemo.collections.nlp.modules.common.megatron.build_model.build_model, which NeMo 2.4 lets refuse a
-virtual pipeline size, though the rest of it takes a list of chunks. Proof: tests/nemo/test_layouts.py.
+virtual pipeline size, though the rest of it takes a list of chunks. Proof: tests/nemo/test_layouts.py,
+tests/nemo/test_scripts.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ def build_model(
     from megatron.core import parallel_state as state
 
     chunks = virtual_pipeline_model_parallel_size
+
+    def stage(*inner: Any, **named: Any) -> Any:
+        return _without_idle_pooler(model_provider_func(*inner, **named))
+
     if chunks is None or state.get_pipeline_model_parallel_world_size() == 1:
-        return upstream(model_provider_func, wrap_with_ddp, None, *args, **kwargs)
+        return upstream(stage, wrap_with_ddp, None, *args, **kwargs)
 
     def all_chunks(*inner: Any, pre_process: bool, post_process: bool, **named: Any) -> list[Any]:
         made = []
@@ -35,9 +40,17 @@ def build_model(
             first, last = state.is_pipeline_first_stage(**place), state.is_pipeline_last_stage(**place)
             token = virtual_stage.set(index)
             try:
-                made.append(model_provider_func(*inner, pre_process=first, post_process=last, **named))
+                made.append(stage(*inner, pre_process=first, post_process=last, **named))
             finally:
                 virtual_stage.reset(token)
         return made
 
     return upstream(all_chunks, wrap_with_ddp, None, *args, **kwargs)
+
+
+def _without_idle_pooler(model: Any) -> Any:
+    """NeMo gives a BERT's pooler to each stage: before the last nobody asks it, and a checkpoint takes it once only."""
+    if not getattr(model, "post_process", True) and getattr(model, "add_pooler", False):
+        model.add_pooler = False
+        del model.pooler
+    return model
