@@ -1,4 +1,4 @@
-"""The chunks of an interleaved pipeline for NeMo's YAML models, and no part of a BERT that its stage does not use.
+"""The chunks of an interleaved pipeline for NeMo's YAML models, and a BERT's stages as megatron-core makes them.
 
 Room nemo/. Wraps nemo.collections.nlp.modules.common.megatron.build_model.build_model, which NeMo 2.4 lets refuse a
 virtual pipeline size, though the rest of it takes a list of chunks. Proof: tests/nemo/test_layouts.py,
@@ -28,7 +28,7 @@ def build_model(
     chunks = virtual_pipeline_model_parallel_size
 
     def stage(*inner: Any, **named: Any) -> Any:
-        return _without_idle_pooler(model_provider_func(*inner, **named))
+        return _settled(model_provider_func(*inner, **named))
 
     if chunks is None or state.get_pipeline_model_parallel_world_size() == 1:
         return upstream(stage, wrap_with_ddp, None, *args, **kwargs)
@@ -48,9 +48,15 @@ def build_model(
     return upstream(all_chunks, wrap_with_ddp, None, *args, **kwargs)
 
 
-def _without_idle_pooler(model: Any) -> Any:
-    """NeMo gives a BERT's pooler to each stage: before the last nobody asks it, and a checkpoint takes it once only."""
-    if not getattr(model, "post_process", True) and getattr(model, "add_pooler", False):
+def _settled(model: Any) -> Any:
+    """A stage of NeMo's BERT as megatron-core makes one. NeMo gives each stage a pooler, which nobody asks before the
+    last and a checkpoint takes once only; and the last one an output layer of its own, after megatron-core has tied its
+    weight to the first one's embeddings: they began apart, and the gradient's norm counted both."""
+    if not hasattr(model, "add_pooler") or (model.pre_process and model.post_process):
+        return model
+    if not model.post_process and model.add_pooler:
         model.add_pooler = False
         del model.pooler
+    if model.pre_process or model.post_process:
+        model.setup_embeddings_and_output_layer()
     return model
