@@ -39,7 +39,7 @@ REFUSALS = (
     Refusal(rb"megatron_griffin_sft_model", "Griffin needs the Triton kernel of accelerated-scan", OTHER_MODEL),
     Refusal(
         rb"megatron_retro_model",
-        "Retro's layers are TransformerEngine's, and its neighbours are found by faiss on a GPU",
+        "NeMo builds Retro of TransformerEngine's layers only",
         OTHER_MODEL,
     ),
     Refusal(
