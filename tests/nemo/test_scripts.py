@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -26,10 +26,13 @@ pytestmark = [
 def tool() -> Iterator[Any]:
     sys.path.insert(0, str(TOOLS))
     try:
-        yield importlib.import_module("scripts")
+        spec = importlib.util.spec_from_file_location("scripts_tool", TOOLS / "scripts.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
     finally:
         sys.path.remove(str(TOOLS))
-        sys.modules.pop("scripts", None)
 
 
 @pytest.mark.parametrize("family", ["megatron_bert_pretraining", "megatron_t5"])
