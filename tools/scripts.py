@@ -81,7 +81,7 @@ def verdict(row: Row, checkout: Path, data: Path, rows: Path) -> list[str]:
     folder.mkdir(parents=True)
     done = run(
         row.path(checkout).resolve(),
-        row.filled(data, rows),
+        row.filled(data, folder, rows),
         folder,
         seconds=600,
         command=launcher(row),
@@ -142,8 +142,7 @@ def commands() -> str:
     blocks = []
     for row in ROWS:
         if row.words:
-            words = [shlex.quote(word) for word in row.filled(Path("DATA"), Path("ROWS"))]
-            text = " ".join(words).replace(f"ROWS/{row.name}", "RUN")
+            text = shlex.join(row.filled(Path("DATA"), Path("RUN"), Path("ROWS")))
             start = f"torchrun --nproc-per-node={row.ranks} -m nxdt_nemo run" if row.ranks else "nxdt-nemo run"
             blocks.append(f"**{row.script}**, {row.layout}\n\n```\n{start} {row.script}.py {text}\n```")
     return "\n\n".join(blocks)

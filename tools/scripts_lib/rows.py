@@ -46,9 +46,9 @@ class Row:
         """The script's file."""
         return checkout / ("" if self.script.startswith("scripts/") else FOLDER) / f"{self.script}.py"
 
-    def filled(self, data: Path, rows: Path) -> list[str]:
+    def filled(self, data: Path, run: Path, rows: Path) -> list[str]:
         """Its arguments with folders in them."""
-        places = {"{data}": data, "{run}": rows / self.name, "{rows}": rows}
+        places = {"{data}": data, "{run}": run, "{rows}": rows}
         found = list(self.words)
         for mark, place in places.items():
             found = [word.replace(mark, str(place)) for word in found]
