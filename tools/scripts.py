@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -49,7 +50,7 @@ def main() -> int:
         found[row.name] = verdict(row, args.checkout, data, BUILD)
         print(": ".join((row.name, *found[row.name])), flush=True)
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        RESULT.write_text(page(found), encoding="utf-8")
+        RESULT.write_text(page(found, args.checkout), encoding="utf-8")
     return 0 if all(found.get(row.name, [""])[0] == "green" for row in ROWS) else 1
 
 
@@ -102,10 +103,10 @@ def launcher(row: Row) -> tuple[str, ...]:
     return (*torchrun, *OURS) if row.ranks else OURS
 
 
-def page(found: dict[str, list[str]]) -> str:
+def page(found: dict[str, list[str]], checkout: Path) -> str:
     """docs/results/scripts.md."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "nemo_toolkit", "lightning"))
-    lines = "\n".join(line(row, found.get(row.name, ["not run", ""])) for row in ROWS)
+    lines = "\n".join(line(row, found.get(row.name, ["not run", ""]), checkout) for row in ROWS)
     own = [row for row in ROWS if not row.script.startswith("scripts/")]
     refused = {row.script for row in own if not row.words}
     count = len({row.script for row in own})
@@ -116,10 +117,11 @@ Python {platform.python_version()}, {versions}.
 All {count} scripts of `{FOLDER}` of NeMo v2.4.0, unedited, and two of
 `scripts/nlp_language_modeling`: {count - len(refused)} of the {count} run, {len(refused)} are refused
 in one line, before anything is imported. What came out is read from what a run left and printed: losses that fall,
-tokens of transformers' `generate`, tensors. Commands are below.
+tokens of transformers' `generate`, tensors. Commands are below; all YAMLs of the folder, those that no script names
+among them: [migrate.md](migrate.md).
 
-| script | layout | what came out | verdict |
-|---|---|---|---|
+| script | its YAML | layout | what came out | verdict |
+|---|---|---|---|---|
 {lines}
 
 ## Commands
@@ -131,10 +133,16 @@ the row's own.
 """
 
 
-def line(row: Row, found: list[str]) -> str:
+def line(row: Row, found: list[str], checkout: Path) -> str:
     """A line of the table."""
     came = found[1].replace("|", "\\|")
-    return f"| {row.script} | {row.layout if row.words else ''} | {came} | {found[0]} |"
+    return f"| {row.script} | {yaml(row, checkout)} | {row.layout if row.words else ''} | {came} | {found[0]} |"
+
+
+def yaml(row: Row, checkout: Path) -> str:
+    """The configuration that the row names, or the script; "" for one that has none."""
+    said = [word.partition("=")[2] for word in row.words if word.startswith("--config-name=")]
+    return (said or re.findall(r'config_name="(\w+)"', row.path(checkout).read_text(encoding="utf-8")) or [""])[0]
 
 
 def commands() -> str:
