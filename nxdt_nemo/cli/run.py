@@ -22,7 +22,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from nxdt_nemo import console
-from nxdt_nemo.cli import early
+from nxdt_nemo.cli import early, unsupported
 from nxdt_nemo.errors import ConfigError, UserError
 
 __all__ = ["Job", "install_hook", "leave", "run_job"]
@@ -75,18 +75,9 @@ class Job:
         _execute(main, code)
 
 
-# What NeMo's scripts set that stand for one rank after another in a single process.
-_PRETENDS = b"NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"
-
-
 def _check_script(path: Path) -> None:
     if path.is_file():
-        if _PRETENDS in path.read_bytes():
-            raise UserError(
-                "stands for one rank after another in a single process, which this backend's process groups cannot",
-                place=str(path),
-                fix="cut the model another way: nxdt-nemo ckpt convert MODEL TARGET.nemo --to nemo --tp N --pp M",
-            )
+        unsupported.refuse(path)
         return
     if path.is_dir():
         raise UserError("is a folder, not a script", place=str(path))

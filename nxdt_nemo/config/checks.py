@@ -306,6 +306,13 @@ def megatron_core(view: View) -> Errors:
         )
 
 
+def encoder_decoder_stages(view: View) -> Errors:
+    """NeMo builds megatron-core's T5 whole on each stage: it does not hand on which half a stage has."""
+    stages = view.size(PP)
+    if view.training and view.get("model.mcore_t5", False) and stages > 1:
+        yield view.error(f"{PP}={stages}: NeMo does not cut megatron-core's T5 into stages", f"use {PP}=1 and {TP}")
+
+
 def _core_switch(view: View) -> tuple[str, str]:
     """The key that chooses megatron-core for this config's model, and the model's name; empty where there is none."""
     if view.has("model.encoder.arch") and view.has("model.decoder.arch"):
@@ -415,6 +422,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     names,
     sharded_optimizers,
     megatron_core,
+    encoder_decoder_stages,
     tensor_parallel,
     pipeline_parallel,
     *pipeline_layout.ERRORS,

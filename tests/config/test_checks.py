@@ -181,6 +181,11 @@ WRONG = [  # overrides, ranks, the line
         "use model.mcore_t5=True, and convert a legacy checkpoint to megatron-core first",
     ),
     (
+        ["~model.mcore_gpt", "+model.mcore_t5=True", f"{PP}=2"],
+        2,
+        f"{PP}=2: NeMo does not cut megatron-core's T5 into stages; use {PP}=1 and {TP}",
+    ),
+    (
         ["trainer.precision=bf16-true"],
         1,
         "trainer.precision=bf16-true is no precision of NeMo's Megatron models; use trainer.precision=bf16 or 32",

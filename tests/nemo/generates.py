@@ -2,7 +2,8 @@
 
 QUESTIONS names a JSON file: {"prompts": [[token, ...], ...], "tokens": N, "pairs": [[before, scored], ...], "texts":
 [...]}. Prints `found: {...}` on rank 0: greedy tokens of all prompts in one batch, samples by top-k, top-p and
-temperature, log-likelihoods.
+temperature, log-likelihoods. With "batches" in it, of prompts in each, only greedy tokens and samples of each batch,
+and on the xla lane what they made XLA do.
 """
 
 import json
@@ -19,6 +20,7 @@ from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
 from nxdt_nemo.nemo.lm_eval import Scorer
+from nxdt_nemo.runtime.select import current
 
 mp.set_start_method("spawn", force=True)
 PLAIN = {
@@ -40,6 +42,16 @@ SAMPLED = {
 }
 
 
+def counted(generate, batch):
+    """Greedy tokens, samples of the whole and of no others, and the counters of XLA at the end."""
+    found = {"greedy": generate(batch), "top_p 0": generate(batch, use_greedy=False, top_k=5, top_p=1e-6)}
+    if current().name == "xla":
+        from nxdt_nemo.runtime.xla.metrics import counters
+
+        found["counters"] = counters()
+    return found
+
+
 @hydra_runner(config_path="../../configs", config_name="demo_llama")
 def main(cfg: DictConfig) -> None:
     asked = json.loads(Path(os.environ["QUESTIONS"]).read_text())
@@ -48,18 +60,21 @@ def main(cfg: DictConfig) -> None:
     model = MegatronGPTSFTModel.restore_from(cfg.model.restore_from_path, settings, trainer=trainer)
     model.freeze()
 
-    def generate(**sampling):
-        longest = max(map(len, asked["prompts"]))
-        rows = [prompt + [0] * (longest + asked["tokens"] - len(prompt)) for prompt in asked["prompts"]]
-        lengths = torch.tensor([len(prompt) for prompt in asked["prompts"]])
+    def generate(prompts, **sampling):
+        longest = max(map(len, prompts))
+        rows = [prompt + [0] * (longest + asked["tokens"] - len(prompt)) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         length = {"min_length": asked["tokens"], "max_length": asked["tokens"]}
         said = model.generate((torch.tensor(rows), lengths), length, PLAIN | sampling)
         return [[int(token) for token in row] for row in said["token_ids"]] if said is not None else None
 
-    found = {"greedy": generate()}
+    if "batches" in asked:
+        print("found: " + json.dumps([counted(generate, batch) for batch in asked["batches"]]), flush=True)
+        return
+    found = {"greedy": generate(asked["prompts"])}
     for name, sampling in SAMPLED.items():
         seed_everything(7)  # every rank draws the same
-        found[name] = generate(use_greedy=False, **sampling)
+        found[name] = generate(asked["prompts"], use_greedy=False, **sampling)
     scorer = Scorer(model, batch=2)
     found["scores"] = scorer.scores(asked["pairs"])
     requests = [SimpleNamespace(args=tuple(text)) for text in asked["texts"]]

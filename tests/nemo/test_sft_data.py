@@ -70,7 +70,7 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(corpus: Path, base: Path, tmp_path: Path) -> Started:
     """`started("pairs.jsonl", ...)`: all weights of the base are tuned on all pairs at once, in each of the steps."""
 
-    def job(data: str, *overrides: str, name: str = "run") -> Run:
+    def job(data: str, *overrides: str, name: str = "run", script: Path | None = None, environment: Any = None) -> Run:
         cfg: Any = OmegaConf.load(resource("configs") / "demo_finetune.yaml")
         cfg.model.update({"encoder_seq_length": 64, "micro_batch_size": 4, "global_batch_size": 4})
         cfg.model.make_vocab_size_divisible_by = 64
@@ -87,7 +87,10 @@ def started(corpus: Path, base: Path, tmp_path: Path) -> Started:
         cfg.exp_manager.explicit_log_dir = str(tmp_path / name)
         OmegaConf.save(cfg, tmp_path / "tuning.yaml")
         words = [str(tmp_path / "tuning.yaml"), *overrides]
-        done = run(Path("--config"), words, tmp_path / name, cwd=tmp_path, environment={"NXDT_NEMO_RUNTIME": "cpu"})
+        if script is not None:
+            words = [f"--config-path={tmp_path}", "--config-name=tuning", *overrides]
+        environment = {"NXDT_NEMO_RUNTIME": "cpu"} | (environment or {})
+        done = run(script or Path("--config"), words, tmp_path / name, cwd=tmp_path, environment=environment)
         assert done.code == 0, done.output[-4000:]
         return done
 
@@ -122,6 +125,24 @@ def test_chat_in_two_layouts(started: Started) -> None:
     one, two = (started("chat.jsonl", "model.data.chat=true", *LAYOUTS[at], name=at) for at in ("one", "tp2"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert losses(one)[-1] < losses(one)[0]
+
+
+@pytest.mark.usefixtures("with_torch_xla")
+@pytest.mark.parametrize("kind", ["packed", "lora"])
+def test_on_the_xla_lane_two_graphs_serve_all_steps(started: Started, tmp_path: Path, kind: str) -> None:
+    """Nothing is compiled after two steps, nothing falls off XLA, and the losses are the cpu lane's."""
+    data, more = ("packed.npy", PACKED) if kind == "packed" else ("pairs.jsonl", LORA)
+    words = [*ONE, *more, "trainer.max_steps=6", "trainer.val_check_interval=6"]
+    script, counts = Path(__file__).with_name("counts_tuning.py"), tmp_path / "counts.json"
+    cpu = started(data, *words, name="cpu")
+    on_xla = {"NXDT_NEMO_RUNTIME": "xla", "COUNTS": str(counts)}
+    xla = started(data, *words, name="xla", script=script, environment=on_xla)
+    assert "nxdt_nemo: lane xla" in xla.output
+    assert losses(xla) == pytest.approx(losses(cpu), rel=1e-5)
+    parts = json.loads(counts.read_text())
+    assert len(parts) == 6
+    assert [part.get("compiled", 0) for part in parts[2:]] == [0, 0, 0, 0]
+    assert not any(number for part in parts[2:] for name, number in part.items() if name.startswith("aten::"))
 
 
 LORA = ["model.peft.peft_scheme=lora", "model.peft.lora_tuning.adapter_dim=4", "model.peft.lora_tuning.alpha=12"]

@@ -1,7 +1,8 @@
-"""Self-attention with more tensor-parallel ranks than KV heads, and one tensor fewer kept when it is recomputed.
+"""Self-attention with more tensor-parallel ranks than KV heads, one tensor fewer kept when it is recomputed, and a KV
+cache of one shape.
 
 Room megatron/. Subclass of megatron.core.transformer.attention.SelfAttention; enters by ModuleSpec, no patch.
-Proof: tests/megatron/test_kv_replication.py.
+Proof: tests/megatron/test_kv_replication.py, test_static_cache.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_pg_size
 
+from nxdt_nemo.megatron.inference.static_cache import StaticCache
 from nxdt_nemo.megatron.tensor_parallel.kv_heads import KVHeads
 from nxdt_nemo.megatron.tensor_parallel.layers import QKVParallelLinear
 from nxdt_nemo.megatron.transformer.dot_product_attention import of_its_own
@@ -71,6 +73,16 @@ class SelfAttention(_SelfAttention):
     def _checkpointed_attention_forward(self, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> Any:
         """Upstream's, which keeps what it is given."""
         return super()._checkpointed_attention_forward(query, key, of_its_own(value, query, key), *rest, **named)
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: Any, query: Any, key: Any, value: Any, rotary_pos_emb: Any, *rest: Any, **named: Any
+    ) -> Any:
+        """Upstream's, but for a token that a StaticCache has a place for."""
+        if isinstance(inference_context, StaticCache) and inference_context.is_decode_only():
+            return inference_context.attend(self.layer_number, query, key, value, rotary_pos_emb)
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *rest, **named
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

@@ -1,7 +1,8 @@
-"""The chunks of an interleaved pipeline for NeMo's YAML models.
+"""The chunks of an interleaved pipeline for NeMo's YAML models, and a BERT's stages as megatron-core makes them.
 
 Room nemo/. Wraps nemo.collections.nlp.modules.common.megatron.build_model.build_model, which NeMo 2.4 lets refuse a
-virtual pipeline size, though the rest of it takes a list of chunks. Proof: tests/nemo/test_layouts.py.
+virtual pipeline size, though the rest of it takes a list of chunks. Proof: tests/nemo/test_layouts.py,
+tests/nemo/test_scripts.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ def build_model(
     from megatron.core import parallel_state as state
 
     chunks = virtual_pipeline_model_parallel_size
+
+    def stage(*inner: Any, **named: Any) -> Any:
+        return _settled(model_provider_func(*inner, **named))
+
     if chunks is None or state.get_pipeline_model_parallel_world_size() == 1:
-        return upstream(model_provider_func, wrap_with_ddp, None, *args, **kwargs)
+        return upstream(stage, wrap_with_ddp, None, *args, **kwargs)
 
     def all_chunks(*inner: Any, pre_process: bool, post_process: bool, **named: Any) -> list[Any]:
         made = []
@@ -35,9 +40,23 @@ def build_model(
             first, last = state.is_pipeline_first_stage(**place), state.is_pipeline_last_stage(**place)
             token = virtual_stage.set(index)
             try:
-                made.append(model_provider_func(*inner, pre_process=first, post_process=last, **named))
+                made.append(stage(*inner, pre_process=first, post_process=last, **named))
             finally:
                 virtual_stage.reset(token)
         return made
 
     return upstream(all_chunks, wrap_with_ddp, None, *args, **kwargs)
+
+
+def _settled(model: Any) -> Any:
+    """A stage of NeMo's BERT as megatron-core makes one. NeMo gives each stage a pooler, which nobody asks before the
+    last and a checkpoint takes once only; and the last one an output layer of its own, after megatron-core has tied its
+    weight to the first one's embeddings: they began apart, and the gradient's norm counted both."""
+    if not hasattr(model, "add_pooler") or (model.pre_process and model.post_process):
+        return model
+    if not model.post_process and model.add_pooler:
+        model.add_pooler = False
+        del model.pooler
+    if model.pre_process or model.post_process:
+        model.setup_embeddings_and_output_layer()
+    return model
