@@ -188,7 +188,7 @@ def with_what_the_norm_gave() -> tuple[bool, bool, bool]:
     x = torch.randn(3, 2, 32)
     plain, _ = layer(x)
     layer.return_layernorm_output = True
-    (output, normed), bias = layer(x)
+    (output, normed), _ = layer(x)
     _leave()
     return torch.equal(output, plain), torch.equal(normed, layer.norm(x)), torch.equal(normed @ layer.weight.T, plain)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ import pytest
 
 from .conftest import Run
 
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import nemo2  # noqa: E402
+
 pytestmark = pytest.mark.ranks
 
-SCRIPT = Path(__file__).with_name("nemo2_pretraining.py")
+SCRIPT = TOOLS / "nemo2_lib" / "pretraining.py"
 FIRST, LAST = 4, 8
 Losses = list[float]
 
@@ -78,3 +84,16 @@ def test_bf16_by_tensor_parallel_ranks(losses: Callable[..., Losses], tmp_path: 
     half = losses(tmp_path / "half", f"steps={FIRST}", *words)
     assert len(whole) == LAST and half == whole[:FIRST]
     assert whole[-1] != whole[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["tune-sft", "tune-lora"])
+def test_an_imported_model_is_tuned_in_every_layout(tmp_path: Path, key: str) -> None:
+    """Hugging Face's format to NeMo's and back, and llm.finetune between: rows of tools/nemo2.py."""
+    runs = nemo2.Runs(nemo2.make(tmp_path / "inputs", None), Path(), tmp_path / "runs")
+    nemo2.import_model(runs, "")
+    assert nemo2.trip(runs).good
+    (family,) = (family for family in nemo2.FAMILIES if family.key == key)
+    lines = nemo2.lines_of(family, runs)
+    assert len(lines) == len(family.layouts) > 5
+    assert all(line.good for line in lines), [line.cells for line in lines]
