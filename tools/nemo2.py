@@ -60,11 +60,12 @@ def line(family: Family, layout: Layout, runs: Runs, base: Path, one: Sequence[f
 
 def job_lines(job: Job, runs: Runs) -> list[Line]:
     """A run that has to end well, with numbers."""
-    found = runs.start(job.script, job.words, runs.folder / job.key)
+    found = runs.start(job.script, job.words, runs.folder / job.key, job.ends)
     good = bool(found.losses) and all(math.isfinite(loss) for loss in found.losses)
     losses = ", ".join(f"{loss:.4g}" for loss in found.losses)
     cells = [job.key, job.script, str(job.ranks), f"`{job.words}`", job.fixed, losses, f"{found.seconds:.0f}"]
-    return [Line([*cells, "green" if good else "RED"], good)]
+    verdict = ("trains, its last check fails" if job.ends else "green") if good else "RED"
+    return [Line([*cells, verdict], good)]
 
 
 def trip(runs: Runs) -> Line:
@@ -175,7 +176,9 @@ and print four digits. {{inputs}} are made by tools/nemo2_lib/inputs.py: nothing
 
 Runs whose losses are drawn anew in each layout, or that have one only. "fixed size" is written in the script and was
 not changed; by `smaller.py` run scripts whose steps take hours at their size: text untouched, other numbers for the
-sizes that they construct models and data with.
+sizes that they construct models and data with. `mixtral` ends with a check of the checkpoint that it wrote, and stops
+at the first tensor of the optimizer: ours have the shapes of their parameters, upstream's are flat
+([checkpoints.md](../checkpoints.md)).
 
 {single.markdown}
 """

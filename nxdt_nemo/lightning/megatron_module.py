@@ -160,8 +160,9 @@ class MegatronLightningModule(LightningModule):
         return self._mean(losses)
 
     def _reported_loss(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor]:
+        """(this rank's share of the loss, as the schedule multiplies it by the ranks that share a sequence; all of it)."""
         loss = self.loss(batch, output)
-        return loss, loss.detach().clone()  # the schedule scales the first in place
+        return loss / parallel_state.get_context_parallel_world_size(), loss.detach()
 
     def _mean(self, losses: list[Tensor]) -> Tensor:
         """Over micro-batches and data; ranks before the last stage have none."""

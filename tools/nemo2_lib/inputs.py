@@ -54,6 +54,7 @@ def make(folder: Path, checkout: Path | None) -> Inputs:
     _write_answers(made.answers)
     shutil.copytree(made.answers, made.answers.with_name("squad"))
     _write_vocabularies(folder)
+    _write_numbers(folder / "numbers")
     if checkout is not None:
         (folder / "checkout").mkdir()
         for name in ("tests", "scripts"):
@@ -101,6 +102,19 @@ def _write_vocabularies(folder: Path) -> None:
         (megatron / f"megatron-bert-345m-{name}_vocab").write_text(bert)
     (megatron / "megatron-gpt-345m_vocab").write_text(gpt2["vocab.json"])
     (megatron / "megatron-gpt-345m_merges").write_text(gpt2["merges.txt"])
+
+
+def _write_numbers(prefix: Path) -> None:
+    """numbers.bin and .idx: 200 documents of 1,000 tokens, so that a hundredth of them is some samples."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    draw = torch.Generator().manual_seed(1)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for _ in range(200):
+        builder.add_document(torch.randint(1000, (1000,), generator=draw, dtype=torch.int32), [1000])
+    builder.finalize(f"{prefix}.idx")
 
 
 def _cache(folder: Path, name: str, kind: str, files: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from small_llama import CONFIG
 def main() -> None:
     asked = Asked.here()
     llm.finetune(
-        model=llm.LlamaModel(llm.LlamaConfig(**CONFIG)),
+        model=llm.LlamaModel(llm.LlamaConfig(**CONFIG, calculate_per_token_loss=True)),  # as NeMo wants it with CP
         data=llm.FineTuningDataModule(
             asked.data, seq_length=CONFIG["seq_length"], micro_batch_size=1, global_batch_size=4, num_workers=0
         ),
