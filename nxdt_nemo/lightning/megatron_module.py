@@ -160,7 +160,7 @@ class MegatronLightningModule(LightningModule):
         return self._mean(losses)
 
     def _reported_loss(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(this rank's share of the loss, as the schedule multiplies it by the ranks that share a sequence; all of it)."""
+        """(the share of ranks that divide a sequence, which the schedule multiplies by their number; the loss)."""
         loss = self.loss(batch, output)
         return loss / parallel_state.get_context_parallel_world_size(), loss.detach()
 
