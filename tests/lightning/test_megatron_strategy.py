@@ -42,7 +42,7 @@ def fitted(folder: str, steps: list[int], **changes: Any) -> list[list[float]]:
 
     gpt, found = script(), []
     fields = gpt.SmallGPT.fields | {"hidden_dropout": 0.1} | changes
-    model = type("Model", (gpt.SmallGPT,), {"fields": fields})
+    model = type("Model", (gpt.SmallGPT,), {"fields": fields, "val_dataloader": gpt.SmallGPT.train_dataloader})
     try:
         for last in steps:
             losses = gpt.Losses(Path(folder) / "losses.json")
@@ -55,10 +55,12 @@ def fitted(folder: str, steps: list[int], **changes: Any) -> list[list[float]]:
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                limit_val_batches=1,
                 max_steps=last,
             )
             trainer.fit(model(), ckpt_path="last")
             found.append(losses.found)
+            assert last < EPOCH or 3.0 < trainer.callback_metrics["val_loss"] < 4.5
     finally:
         forget_groups()
     return found

@@ -23,10 +23,13 @@ def ended(active: bool) -> tuple[bool, bool]:
     if not active:
         undo()
     try:
+        read, write = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(write, b"up")
             time.sleep(30)
             os._exit(0)
+        os.read(read, 2)
         os.kill(child, signal.SIGTERM)
         time.sleep(0.5)
         gone = os.waitpid(child, os.WNOHANG)[0] == child
