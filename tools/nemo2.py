@@ -46,7 +46,7 @@ def lines_of(family: Family, runs: Runs) -> list[Line]:
 
 def line(family: Family, layout: Layout, runs: Runs, base: Path, one: Sequence[float]) -> Line:
     """Go on from what one rank has saved."""
-    folder = runs.copy(base, f"{family.key}-{layout.name}")
+    folder = runs.copy(base, f"{family.key}-{layout.name}".replace(" ", "-"))
     words = f"{family.then} {layout.words}".strip()
     found = runs.start(family.script, f"{family.words} {words}", folder)
     shutil.rmtree(folder)

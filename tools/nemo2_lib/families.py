@@ -65,7 +65,7 @@ OURS = _layouts(
 )
 # NeMo looks for adapters among a model's names, where an interleaved one has its chunks: it saves and loads none.
 ADAPTERS = tuple(layout for layout in OURS if "vpp" not in layout.name)
-WRONG = Layout("a rate 1 % higher", 1, "lr=2.02e-3", mistake=True)
+WRONG = Layout("gradients clipped at a tenth", 1, "clip=0.1", mistake=True)  # the rate is the checkpoint's
 RECIPE = _layouts(
     "--devices 2",
     tp2_sp="--tp 2 --sp 1 --cp 1",

@@ -36,7 +36,7 @@ class Asked:
     family: str = "gpt"
     precision: str = "32"
     zero: bool = False
-    lr: float = 2e-3
+    clip: float = 1.0
     source: str = ""
     data: str = ""
     peft: str = "none"
@@ -70,9 +70,9 @@ class Asked:
             num_sanity_val_steps=0,
         )
         checkpoint = nl.ModelCheckpoint(save_last=True, every_n_train_steps=self.steps, save_optim_on_train_end=True)
-        config = OptimizerConfig(optimizer="adam", lr=self.lr, use_distributed_optimizer=self.zero, bf16=half)
+        named = {"clip_grad": self.clip, "use_distributed_optimizer": self.zero, "bf16": half}
         return {
             "trainer": trainer,
             "log": nl.NeMoLogger(log_dir=str(folder), ckpt=checkpoint, use_datetime_version=False),
-            "optim": MegatronOptimizerModule(config=config),
+            "optim": MegatronOptimizerModule(config=OptimizerConfig(optimizer="adam", lr=2e-3, **named)),
         }
