@@ -88,7 +88,15 @@ FAMILIES = (
     Family("pretrain-llama", "pretraining.py", "family=llama folder={folder}", FOUR, EIGHT, 1e-6, OURS),
     Family("tune-sft", "tuning.py", f"{TUNED} peft=none", FOUR, EIGHT, 1e-6, (*OURS, WRONG)),
     Family("tune-lora", "tuning.py", f"{TUNED} peft=lora", FOUR, EIGHT, 1e-6, (*ADAPTERS, WRONG)),
-    Family("recipe", "llama3_pretraining.py", CORPUS, "--early-stop 2 --devices 1 --cp 1", "", BFLOAT, RECIPE),
+    Family(
+        "recipe",
+        "llama3_pretraining.py",
+        CORPUS,
+        "--early-stop 2 --devices 1 --cp 1",
+        "--devices 1 --cp 1",
+        BFLOAT,
+        RECIPE,
+    ),
     Family("sft", "gpt_finetuning.py", f"{FINETUNING} --peft none", "--max_steps 3", "--max_steps 6", BFLOAT, SCRIPTS),
     Family("lora", "gpt_finetuning.py", f"{FINETUNING} --peft lora", "--max_steps 3", "--max_steps 6", BFLOAT, SCRIPTS),
 )
