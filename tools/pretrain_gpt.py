@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from parity_lib.printed import difference
 from parity_lib.sheet import Line, Sheet, heading, show
 from rich.console import Console
 
@@ -132,12 +133,6 @@ class Runs:
         stop = f"--save {kept} --save-interval {half} --exit-interval {half}"
         self.start("gpt", ranks, f"{words} {self.begin('gpt')} {stop}", tensor)
         return whole, self.start("gpt", ranks, f"{words} --load {kept}", tensor)
-
-
-def difference(found: Sequence[str], expected: Sequence[str]) -> float:
-    """The largest relative difference, of as many steps as `found` has, counted from the end."""
-    pairs = zip(found, expected[-len(found) :], strict=True)
-    return max(abs(float(one) - float(other)) / abs(float(other)) for one, other in pairs)
 
 
 def line(row: Row, runs: Runs) -> Line:

@@ -165,13 +165,15 @@ class Absent(_NothingHeld):
 
     nominal_in  modules that only ask whether it is there, before they name layers of it that we have: they get an
                 empty module, and its submodules only where no name is taken from them
-    instead     modules that get a stand-in
+    instead     modules that get a stand-in, and its package
     """
 
-    def __init__(self, name: str, product: str, nominal_in: Iterable[str] = ()) -> None:
+    def __init__(
+        self, name: str, product: str, nominal_in: Iterable[str] = (), instead: Mapping[str, str] | None = None
+    ) -> None:
         self._name, self._product = name, product
         self._nominal_in = frozenset(nominal_in)
-        self.instead: dict[str, StandIn] = {}
+        self.instead = {module: StandIn(name, package, product) for module, package in (instead or {}).items()}
 
     def answer(self, original: ImportFunction, name: str, fromlist: Sequence[str], asked_by: str) -> Any:
         if asked_by in self.instead:
@@ -223,7 +225,7 @@ class Views:
         if kind == "stand-in":
             return StandIn(name, entry["replacement"], product)
         if kind == "absent":
-            return Absent(name, product, entry.get("nominal_in", ()))
+            return Absent(name, product, entry.get("nominal_in", ()), entry.get("instead"))
         raise PatchError(f"patches/views.toml: redirect {name!r} has unknown kind {kind!r}")
 
     def _importlib(self, real: ModuleType, scope: str) -> ModuleView:

@@ -70,14 +70,19 @@ def test_files_on_a_disk_are_plain_files(path: str, kept: bool) -> None:
     assert called == ({"use_msc": True} if kept else {})
 
 
-def test_a_forked_writer_reports() -> None:
-    results = get_write_results_queue()
-    writer = multiprocessing.get_context("fork").Process(target=lambda: results.put((0, "written")))
-    writer.start()
-    assert results.get_nowait() == (0, "written")
-    writer.join()
-    results.put((1, "here"))
-    assert results.get_nowait() == (1, "here")
+def test_a_forked_writer_reports_and_ends_before_anybody_looks() -> None:
+    results, large = get_write_results_queue(), {0: b"more than a pipe holds" * 10_000}
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    for item in (large, (1, "the second")):
+        writer = multiprocessing.get_context("fork").Process(target=results.put, args=(item,))
+        writer.start()
+        writer.join(20)
+        assert writer.exitcode == 0
+    results.put((2, "here"))
+    assert [results.get_nowait() for _ in range(3)] == [large, (1, "the second"), (2, "here")]
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
 
 
 @pytest.fixture

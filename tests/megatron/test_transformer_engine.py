@@ -178,3 +178,20 @@ def refused() -> list[str]:
 
 def test_what_the_fused_layer_refuses(active):
     assert active(refused) == ["a layer of norm and linear gathers no output and serves no expert"] * 2
+
+
+def with_what_the_norm_gave() -> tuple[bool, bool, bool]:
+    """(the layer's output is the same as ever, what comes with it is the norm's, of which it is the product)."""
+    import torch
+
+    layer = model_of(True, KINDS["rms"], 1, False).decoder.layers[0].mlp.linear_fc1
+    x = torch.randn(3, 2, 32)
+    plain, _ = layer(x)
+    layer.return_layernorm_output = True
+    (output, normed), _ = layer(x)
+    _leave()
+    return torch.equal(output, plain), torch.equal(normed, layer.norm(x)), torch.equal(normed @ layer.weight.T, plain)
+
+
+def test_adapters_get_what_the_norm_gave(active):
+    assert active(with_what_the_norm_gave) == (True, True, True)

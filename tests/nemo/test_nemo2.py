@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ from nxdt_nemo.checkpoint.tensors import KINDS
 
 from .conftest import Run
 
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import nemo2  # noqa: E402
+
 pytestmark = pytest.mark.ranks
 
-SCRIPT = Path(__file__).with_name("nemo2_pretraining.py")
+SCRIPT = TOOLS / "nemo2_lib" / "pretraining.py"
 FIRST, LAST = 4, 8
 Losses = list[float]
 
@@ -101,3 +107,16 @@ def test_goes_on_from_what_the_converter_wrote(losses: Callable[..., Losses], tm
     found = losses(through, f"steps={LAST}", *of)
     assert len(found) == LAST - FIRST and found == pytest.approx(straight, rel=1e-6)
     assert abs(found[0] - first[0]) > 1e-3, "a run that began anew would agree"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["tune-sft", "tune-lora"])
+def test_an_imported_model_is_tuned_in_every_layout(tmp_path: Path, key: str) -> None:
+    """Hugging Face's format to NeMo's and back, and llm.finetune between: rows of tools/nemo2.py."""
+    runs = nemo2.Runs(nemo2.make(tmp_path / "inputs", None), Path(), tmp_path / "runs")
+    nemo2.import_model(runs, "")
+    assert nemo2.trip(runs).good
+    (family,) = (family for family in nemo2.FAMILIES if family.key == key)
+    lines = nemo2.lines_of(family, runs)
+    assert len(lines) == len(family.layouts) > 5
+    assert all(line.good for line in lines), [line.cells for line in lines]

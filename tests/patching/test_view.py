@@ -32,6 +32,7 @@ TABLE: dict[str, Any] = {
         {"name": "fakeapex", "kind": "stand-in", "replacement": "ours.apex"},
         {"name": "fakeapex_C", "kind": "stand-in", "replacement": "ours.apex.parts", "part_of": "fakeapex"},
         {"name": "faketorchte", "kind": "absent"},
+        {"name": "fakegone", "kind": "absent", "instead": {"fakeup.asks": "ours.apex"}},
     ],
 }
 
@@ -139,6 +140,15 @@ def test_absent(views):
     assert caught.value.name == "faketorchte.pytorch"
     with pytest.raises(ModuleNotFoundError, match="faketorchte"):
         seen(views, "import importlib\nimportlib.import_module('faketorchte.pytorch')")
+
+
+def test_what_is_absent_has_a_stand_in_for_a_module_that_cannot_do_without(views):
+    ask = "from fakegone.parts import NAME as found"
+    names = {"__builtins__": views.builtins_for("upstream"), "__name__": "fakeup.asks"}
+    exec(ask, names)
+    assert names["found"] == "ours"
+    with pytest.raises(ModuleNotFoundError, match="fakegone"):
+        seen(views, ask)
 
 
 VERSIONS = [

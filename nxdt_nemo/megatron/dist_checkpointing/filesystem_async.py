@@ -1,7 +1,7 @@
 """The queue through which checkpoint writers report back, and what is written to a disk.
 
 Room megatron/. Stands in for three functions of megatron.core.dist_checkpointing.strategies.filesystem_async. The queue
-on the cpu lane only: there writers that were forked share a plain queue, and one that was spawned gets a pipe.
+on the cpu lane only: there writers that were forked share a file, and one that was spawned gets a pipe.
 Proof: tests/megatron/test_filesystem_async.py, tests/nemo/test_resume.py; and upstream's own
 dist_checkpointing/test_flattened_resharding.py and test_async_save.py, which tools/test_megatron.py runs.
 """
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -28,24 +29,29 @@ SECONDS = 60.0
 class _Results:
     """put and get_nowait as upstream calls them: it looks for a result only after one was put.
 
-    A multiprocessing queue hands items over in a thread, so a look right after a put may come too early:
-    get_nowait waits. Raises queue.Empty after SECONDS.
+    Forked writers inherit a file, which holds what they put: upstream waits for them before it looks, and a queue lets
+    none end that has put more than a pipe holds, 64 KB.
 
-    Forked writers inherit the queue. A persistent writer (megatron-core's PersistentAsyncCaller) was started by spawn
-    before the save and gets its requests pickled, which no such queue can be; what it gets is a pipe's end.
+    A persistent writer (megatron-core's PersistentAsyncCaller) was started by spawn before the save and gets its
+    requests pickled, which no such file can be; what it gets is a pipe's end.
     """
 
     def __init__(self) -> None:
-        self._queue: Any = multiprocessing.get_context("fork").Queue()
+        self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115 - it lives as long as this
+        self._read = 0
         self._pipe: Connection | None = None
 
     def put(self, item: Any) -> None:
-        self._queue.put(item)
+        self._file.write(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
-        if self._pipe is None:
-            return self._queue.get(timeout=SECONDS)
-        with contextlib.suppress(EOFError):  # the writer is gone
+        """Raises queue.Empty where there is none; a persistent writer is waited for, SECONDS."""
+        with contextlib.suppress(EOFError):  # nothing was put, or the writer is gone
+            if self._pipe is None:
+                self._file.seek(self._read)
+                item = pickle.load(self._file)
+                self._read = self._file.tell()
+                return item
             if self._pipe.poll(SECONDS):
                 return self._pipe.recv()
         raise queue.Empty

@@ -88,10 +88,13 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
       layer_norm_weight  [H]            params_dtype; as Norm.weight
       layer_norm_bias    [H]            LayerNorm only; as Norm.bias
       weight, bias       [O/t, H], [O/t]
-      returns            [S, B, O/t], and the bias if skip_bias_add, else None
+      returns            [S, B, O/t], and the bias if skip_bias_add, else None; with return_layernorm_output,
+                         which NeMo's adapters set, ([S, B, O/t], norm(X)) and the bias
     Raises ValueError for gather_output and for experts, as upstream.
     Signature: megatron.core.extensions.transformer_engine.TELayerNormColumnParallelLinear.
     """
+
+    return_layernorm_output = False
 
     def __init__(
         self,
@@ -126,10 +129,11 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
         """See the class."""
-        result: tuple[Tensor, Tensor | None] = super().forward(self.norm(input_), weight, runtime_gather_output)
-        return result
+        normed = self.norm(input_)
+        output, bias = super().forward(normed, weight, runtime_gather_output)
+        return ((output, normed) if self.return_layernorm_output else output), bias
 
     def norm(self, x: Tensor) -> Tensor:
         """norm(x), [S, B, H]."""

@@ -17,6 +17,8 @@ from nemo.collections.nlp.data.language_modeling.megatron.data_samplers import (
 )
 from torch.utils.data import DataLoader
 
+from nxdt_nemo.lightning.samplers import put_in_place
+
 __all__ = ["EpochSampler", "put_around"]
 
 
@@ -94,5 +96,5 @@ def put_around(loader: DataLoader[Any], micro_batches: int, limit: int | None, c
         return None
     placed = EpochSampler(sampler, micro_batches, limit)
     placed.seek(consumed)
-    object.__setattr__(loader, "batch_sampler", placed)  # DataLoader forbids it, since workers could be running
+    put_in_place(loader, placed)
     return placed

@@ -1,0 +1,282 @@
+"""Megatron's parallel training as a strategy of Lightning's Trainer, for a MegatronLightningModule.
+
+Room lightning/. Beside nemo.lightning.MegatronStrategy, which needs NeMo; on the mixin that NeMo's own strategy has
+here, too. Enters as a Strategy instance, Lightning's own seam. Proof: tests/lightning/test_megatron_strategy.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from nxdt_nemo.errors import ConfigError, LayoutError
+from nxdt_nemo.lightning import loops
+from nxdt_nemo.lightning.megatron_module import Batch, MegatronLightningModule, MegatronOptimizer
+from nxdt_nemo.lightning.samplers import skip
+from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
+
+__all__ = ["NeuronMegatronStrategy"]
+
+PLACE = "NeuronMegatronStrategy"
+SEED = 1234
+
+
+class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
+    """Trainer(accelerator="neuron", devices=4, strategy=NeuronMegatronStrategy(tensor_model_parallel_size=2)).
+
+    *_parallel_size      as in megatron-core; what they leave of the ranks is data parallel
+    sequence_parallel    norms and dropout between tensor-parallel layers by parts of the sequence
+    distributed_optimizer  its state in parts over the data-parallel ranks (ZeRO-1)
+    micro_batch_size     samples that go through the model at once; None: the dataloader's batch
+    pipeline_dtype       of what pipeline stages send: the model's params_dtype
+    ddp                  further fields of megatron-core's DistributedDataParallelConfig
+    A dataloader's batch is one step of one data-parallel rank. Weights are drawn with the seed of seed_everything, or
+    1234. Checkpoints are folders of megatron-core's torch_dist format, and go on in other layouts.
+    Raises LayoutError, ConfigError.
+    """
+
+    def __init__(
+        self,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        virtual_pipeline_model_parallel_size: int | None = None,
+        context_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        distributed_optimizer: bool = False,
+        micro_batch_size: int | None = None,
+        pipeline_dtype: torch.dtype = torch.float32,
+        ddp: Mapping[str, Any] | None = None,
+        **lightning: Any,
+    ) -> None:
+        super().__init__(**lightning)
+        self.sizes: dict[str, int] = {
+            "tensor_model_parallel_size": tensor_model_parallel_size,
+            "pipeline_model_parallel_size": pipeline_model_parallel_size,
+            "context_parallel_size": context_parallel_size,
+            "expert_model_parallel_size": expert_model_parallel_size,
+        }
+        self.virtual = virtual_pipeline_model_parallel_size
+        self.sequence_parallel, self.distributed_optimizer = sequence_parallel, distributed_optimizer
+        self.micro_batch_size, self.pipeline_dtype, self.ddp = micro_batch_size, pipeline_dtype, dict(ddp or {})
+        self.wrapped: list[Any] = []
+        optional = {"virtual_pipeline_model_parallel_size": self.virtual, "micro_batch_size": micro_batch_size}
+        for name, size in (self.sizes | {name: size for name, size in optional.items() if size is not None}).items():
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"{size!r} is no size", place=f"{PLACE}.{name}", fix="give a number from 1 on")
+        self._refuse_pairs()
+
+    def _refuse_pairs(self) -> None:
+        for name, wanted, lacks in (
+            ("sequence_parallel", "tensor_model_parallel_size", self.sequence_parallel),
+            ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size", self.virtual is not None),
+        ):
+            if lacks and self.sizes[wanted] == 1:
+                raise ConfigError(f"needs {wanted} above 1", place=f"{PLACE}.{name}", fix="raise it, or leave this out")
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Fields of a TransformerConfig."""
+        return self.sizes | {
+            "virtual_pipeline_model_parallel_size": self.virtual,
+            "sequence_parallel": self.sequence_parallel,
+            "pipeline_dtype": self.pipeline_dtype,
+        }
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that read other samples. Raises LayoutError if the sizes do not divide the ranks."""
+        ranks: int = self.num_nodes * self.num_processes
+        tensor, pipeline, context, experts = self.sizes.values()
+        if ranks % (tensor * pipeline * context):
+            text = f"{ranks} ranks are not divided by {tensor} x {pipeline} x {context}, tensor x pipeline x context"
+            raise LayoutError(text, place="Trainer.devices", fix=f"use {tensor * pipeline * context}, or a multiple")
+        beside = ranks // (tensor * pipeline)
+        if beside % experts:
+            text = f"{experts} does not divide the {beside} ranks that tensor and pipeline leave"
+            raise LayoutError(text, place=f"{PLACE}.expert_model_parallel_size", fix="use one of their divisors")
+        return beside // context
+
+    # --- bring-up ------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Ranks, then Megatron's groups and random streams: before the model is built."""
+        self._check_trainer()
+        self.data_parallel_size  # noqa: B018 - raises
+        super().setup_environment()
+
+    def _check_trainer(self) -> None:
+        module, trainer = self.lightning_module, self.lightning_module.trainer
+        if not isinstance(module, MegatronLightningModule):
+            fix = "derive from it, or use strategy='ddp'"
+            raise ConfigError(f"{type(module).__name__} is no MegatronLightningModule", place=PLACE, fix=fix)
+        for name, right, fix in (
+            ("precision", "32-true", "say it in the TransformerConfig: bf16=True, params_dtype=torch.bfloat16"),
+            ("gradient_clip_val", None, "use OptimizerConfig(clip_grad=...)"),
+            ("accumulate_grad_batches", 1, f"use a larger batch and {PLACE}(micro_batch_size=...)"),
+        ):
+            if (given := getattr(trainer, name)) != right:
+                raise ConfigError(f"{given!r} has no effect here", place=f"Trainer.{name}", fix=fix)
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        tensor, pipeline, context, experts = self.sizes.values()
+        if self._groups_of_another_layout():
+            parallel_state.destroy_model_parallel()
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor, pipeline, self.virtual, context_parallel_size=context, expert_model_parallel_size=experts
+            )
+        seed = int(os.environ.get("PL_GLOBAL_SEED", SEED)) + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+    def _groups_of_another_layout(self) -> bool:
+        """True where a Trainer before this one has left groups of other sizes."""
+        return parallel_state.model_parallel_is_initialized() and [*self.sizes.values(), self.virtual] != [
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        ]
+
+    def pieces(self) -> Iterator[tuple[int | None, tuple[bool, bool]]]:
+        """This rank's: (vp_stage, (it begins the model, it ends it))."""
+        for stage in range(self.virtual) if self.virtual else (None,):
+            named = {"ignore_virtual": False, "vp_stage": stage}
+            first = parallel_state.is_pipeline_first_stage(**named)
+            yield stage, (first, parallel_state.is_pipeline_last_stage(**named))
+
+    def check(self, config: Any) -> None:
+        """Raise ConfigError for a model that was built for another layout."""
+        for name, size in self.layout.items():
+            if getattr(config, name) != size:
+                fix = "build it with **self.layout"
+                raise ConfigError(f"{getattr(config, name)}, and the strategy has {size}", place=name, fix=fix)
+
+    def setup(self, trainer: Any) -> None:
+        """Wrap the model's pieces, and give them an optimizer if they are trained."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        module: Any = self.lightning_module
+        self.wrapped = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in module.chunks]
+        if trainer.state.fn == TrainerFn.FITTING:
+            ddp = DistributedDataParallelConfig(
+                **{"grad_reduce_in_fp32": True, "use_distributed_optimizer": self.distributed_optimizer} | self.ddp
+            )
+            config = module.chunks[0].config
+            self.wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in self.wrapped]
+            config.finalize_model_grads_func = finalize_model_grads
+            self.setup_optimizers(trainer)
+            config.grad_scale_func = self._optimizer.inner.scale_loss
+
+    @property
+    def _optimizer(self) -> MegatronOptimizer:
+        optimizer = self.optimizers[0] if self.optimizers else None
+        if not isinstance(optimizer, MegatronOptimizer):
+            fix = "return self.megatron_optimizer(OptimizerConfig(...))"
+            raise ConfigError("no optimizer of megatron-core's", place="configure_optimizers", fix=fix)
+        return optimizer
+
+    # --- data ----------------------------------------------------------------------------------------
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks of one model read the same samples."""
+        return {"num_replicas": self.data_parallel_size, "rank": parallel_state.get_data_parallel_rank()}
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """A rank's batch in parts of micro_batch_size samples, each with this rank's share of the positions."""
+        rows = len(next(iter(batch.values())))
+        size = self.micro_batch_size or rows
+        if rows % size:
+            fix = "choose a batch that it divides, with drop_last=True"
+            raise ConfigError(f"{size} does not divide a batch of {rows}", place=f"{PLACE}.micro_batch_size", fix=fix)
+        parts = zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
+        return [get_batch_on_this_cp_rank(dict(zip(batch, part, strict=True))) for part in parts]
+
+    def on_train_start(self) -> None:
+        """As upstream; and a run that was stopped goes on with the next batch of its epoch."""
+        super().on_train_start()
+        fit_loop = self.lightning_module.trainer.fit_loop
+        steps = loops.finish_step(fit_loop)
+        if steps and steps % fit_loop.max_batches == 0:
+            loops.finish_epoch(fit_loop)
+            steps = 0
+        if steps:
+            loader = fit_loop._combined_loader.flattened[0]
+            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+            skip(loader, steps)
+            iter(fit_loop._data_fetcher)
+            loops.set_fetched(fit_loop, steps)
+
+    # --- checkpoints ---------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Into tensors that are there."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: no rank has all of it."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing: no rank has all of it."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: load_checkpoint has done it."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: load_checkpoint has done it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """A folder that is complete or not there; `checkpoint`, Lightning's own, is in its common.pt."""
+        state = self._sharded(is_loading=False) | {"lightning": checkpoint}
+        self.save_complete(Path(filepath), lambda partial: dist_checkpointing.save(state, str(partial)))
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        """Weights, the optimizer's state and this rank's random states; returns Lightning's own."""
+        folder = Path(checkpoint_path)
+        if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+            raise ConfigError("no checkpoint of megatron-core's is there", place=str(folder))
+        state = dist_checkpointing.load(self._sharded(is_loading=True), str(folder))
+        module: Any = self.lightning_module
+        for name, chunk in self._named(module):
+            chunk.load_state_dict(state[name])
+        if "optimizer" in state:
+            self._optimizer.inner.load_state_dict(state["optimizer"])
+        self.restore_rng(folder)
+        return state["lightning"]  # type: ignore[no-any-return]
+
+    def _sharded(self, is_loading: bool) -> dict[str, Any]:
+        state = {name: chunk.sharded_state_dict() for name, chunk in self._named(self.lightning_module)}
+        if self.optimizers:
+            state["optimizer"] = self._optimizer.inner.sharded_state_dict(dict(state), is_loading)
+        return state
+
+    @staticmethod
+    def _named(module: Any) -> list[tuple[str, Any]]:
+        return [(f"model{number}", chunk) for number, chunk in enumerate(module.chunks)]

@@ -1,0 +1,197 @@
+"""A LightningModule of megatron-core's layers by NeuronMegatronStrategy, as tools/lightning_gpt.py has one: every
+layout against one rank, resumed runs to the bit, and what is refused. No NeMo."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nxdt_nemo.testing.script_run import run
+
+pytestmark = pytest.mark.ranks
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "lightning_gpt.py"
+PLAIN = Path(__file__).with_name("plain.py")
+EPOCH = 4  # steps
+
+
+def script(path: Path = SCRIPT) -> Any:
+    """A script's module, imported in a rank."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fitted(folder: str, steps: list[int], **changes: Any) -> list[list[float]]:
+    """The losses of runs of the tutorial's model with dropout, one after another, in a folder of checkpoints."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+    from nxdt_nemo.testing.ours import forget_groups
+
+    gpt, found = script(), []
+    fields = gpt.SmallGPT.fields | {"hidden_dropout": 0.1} | changes
+    model = type("Model", (gpt.SmallGPT,), {"fields": fields, "val_dataloader": gpt.SmallGPT.train_dataloader})
+    try:
+        for last in steps:
+            losses = gpt.Losses(Path(folder) / "losses.json")
+            trainer = Trainer(
+                accelerator="neuron",
+                devices=1,
+                strategy=NeuronMegatronStrategy(micro_batch_size=2),
+                callbacks=[losses, ModelCheckpoint(folder, save_last=True, every_n_train_steps=3)],
+                max_epochs=-1,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=1,
+                max_steps=last,
+            )
+            trainer.fit(model(), ckpt_path="last")
+            found.append(losses.found)
+            assert last < EPOCH or 3.0 < trainer.callback_metrics["val_loss"] < 4.5
+    finally:
+        forget_groups()
+    return found
+
+
+SLOW = pytest.mark.slow
+STOPS = [3, pytest.param(EPOCH, marks=SLOW), pytest.param(6, marks=SLOW)]  # in an epoch, at its end, in the second
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_run_goes_on_to_the_bit(active: Callable[..., Any], tmp_path: Path, stop: int) -> None:
+    folders = [tmp_path / name for name in ("whole", "halves")]
+    for folder in folders:
+        folder.mkdir()
+    (whole,) = active(fitted, str(folders[0]), [stop + 3])
+    first, second = active(fitted, str(folders[1]), [stop, stop + 3])
+    assert first == whole[:stop]
+    assert second == whole[stop:]
+    assert len(set(whole)) == stop + 3
+
+
+def half(folder: str) -> list[list[float]]:
+    """As fitted, in bfloat16 with float32 main parameters."""
+    import torch
+
+    return fitted(folder, [3, 6], bf16=True, params_dtype=torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_bfloat16(active: Callable[..., Any], tmp_path: Path) -> None:
+    """Near float32, and not the same."""
+    for name in ("half", "full"):
+        (tmp_path / name).mkdir()
+    found = list(chain(*active(half, str(tmp_path / "half"))))
+    full = list(chain(*active(fitted, str(tmp_path / "full"), [3, 6])))
+    assert found == pytest.approx(full, rel=2e-2)
+    assert found != pytest.approx(full, rel=1e-5)
+
+
+def refused(given: dict[str, Any], plan: dict[str, Any], plain: bool = False) -> str:
+    """What a Trainer says to these arguments."""
+    from lightning.pytorch import Trainer
+
+    from nxdt_nemo.errors import UserError
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+
+    try:
+        strategy = NeuronMegatronStrategy(**given)
+        trainer = Trainer(accelerator="neuron", devices=1, strategy=strategy, logger=False, max_steps=1, **plan)
+        trainer.fit(script(PLAIN).Line() if plain else script().SmallGPT())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+REFUSED = [  # the strategy's arguments, the Trainer's, what is said
+    ({"tensor_model_parallel_size": 0}, {}, "NeuronMegatronStrategy.tensor_model_parallel_size: 0 is no size"),
+    ({"micro_batch_size": "2"}, {}, "NeuronMegatronStrategy.micro_batch_size: '2' is no size"),
+    ({"sequence_parallel": True}, {}, "sequence_parallel: needs tensor_model_parallel_size above 1"),
+    ({"virtual_pipeline_model_parallel_size": 2}, {}, "needs pipeline_model_parallel_size above 1"),
+    ({"tensor_model_parallel_size": 2}, {}, "Trainer.devices: 1 ranks are not divided by 2 x 1 x 1"),
+    ({"expert_model_parallel_size": 2}, {}, "expert_model_parallel_size: 2 does not divide the 1 ranks"),
+    ({}, {"precision": "bf16-mixed"}, "Trainer.precision: 'bf16-mixed' has no effect here"),
+    ({}, {"gradient_clip_val": 1.0}, "Trainer.gradient_clip_val: 1.0 has no effect here"),
+    ({}, {"accumulate_grad_batches": 2}, "Trainer.accumulate_grad_batches: 2 has no effect here"),
+]
+
+
+@pytest.mark.parametrize("given, plan, said", REFUSED, ids=lambda value: str(value)[:40])
+def test_refused(active: Callable[..., Any], given: dict[str, Any], plan: dict[str, Any], said: str) -> None:
+    found = active(refused, given, plan)
+    assert said in found, found
+    assert ";" in found and "\n" not in found
+
+
+def test_a_plain_module_is_sent_to_ddp(active: Callable[..., Any]) -> None:
+    assert "Line is no MegatronLightningModule" in active(refused, {}, {}, True)
+
+
+# --- in layouts, as a user runs it ---------------------------------------------------------------------
+
+LAYOUTS = {
+    "tp2": "--devices 2 --tensor_model_parallel_size 2",
+    "tp2sp": "--devices 2 --tensor_model_parallel_size 2 --sequence_parallel",
+    "pp2": "--devices 2 --pipeline_model_parallel_size 2",
+    "vpp2": "--devices 2 --pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2",
+    "cp2": "--devices 2 --context_parallel_size 2",
+    "dp2": "--devices 2",
+    "dp2zero": "--devices 2 --distributed_optimizer",
+    "tp2dp2zero": "--devices 4 --tensor_model_parallel_size 2 --sequence_parallel --distributed_optimizer",
+}
+FIRST, LAST = 3, 9
+
+
+def losses(folder: Path, steps: int, words: str = "") -> list[float]:
+    done = run(SCRIPT, ["--folder", str(folder), "--steps", str(steps), *words.split()], folder, cwd=folder.parent)
+    assert done.code == 0, done.output[-3000:]
+    found: list[float] = json.loads((folder / "losses.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_every_layout_goes_on_as_one_rank(tmp_path: Path) -> None:
+    """Also the other way: what two ranks saved, one rank takes up."""
+    base = tmp_path / "base"
+    first = losses(base, FIRST)
+    assert len(first) == FIRST
+    shutil.copytree(base, tmp_path / "one")
+    one = losses(tmp_path / "one", LAST)
+    assert len(one) == LAST - FIRST
+    assert abs(one[0] - one[-1]) > 0.1, "a run that learned nothing would agree with any other"
+    for name, words in LAYOUTS.items():
+        shutil.copytree(base, tmp_path / name)
+        found = losses(tmp_path / name, LAST, words)
+        assert found == pytest.approx(one, rel=1e-6), name
+    longer = losses(tmp_path / "one", LAST + 2)
+    for name in ("pp2", "tp2dp2zero"):
+        assert losses(tmp_path / name, LAST + 2) == pytest.approx(longer, rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_to_the_bit(tmp_path: Path) -> None:
+    words = f"{LAYOUTS['tp2dp2zero']}"
+    whole = losses(tmp_path / "whole", LAST, words)
+    assert losses(tmp_path / "halves", 6, words) == whole[:6]
+    assert losses(tmp_path / "halves", LAST, words) == whole[6:]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    done = run(SCRIPT, ["--tensor_model_parallel_size", "3", "--devices", "2"], tmp_path, cwd=tmp_path)
+    assert done.code == 2
+    assert "Trainer.devices: 2 ranks are not divided by 3 x 1 x 1" in done.output
+    assert "Traceback" not in done.output

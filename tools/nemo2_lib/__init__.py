@@ -1,0 +1,1 @@
+"""The parts of tools/nemo2.py."""
