@@ -1,5 +1,5 @@
-"""A LightningModule of megatron-core's layers by NeuronMegatronStrategy, as tools/lightning_gpt.py has one: every
-layout against one rank, resumed runs to the bit, and what is refused. No NeMo."""
+"""A LightningModule of megatron-core's layers by NeuronMegatronStrategy, as docs/examples/lightning_gpt.py has one:
+every layout against one rank, resumed runs to the bit, and what is refused. No NeMo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nxdt_nemo.testing.script_run import run
 
 pytestmark = pytest.mark.ranks
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "lightning_gpt.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "lightning_gpt.py"
 PLAIN = Path(__file__).with_name("plain.py")
 EPOCH = 4  # steps
 

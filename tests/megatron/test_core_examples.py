@@ -1,4 +1,4 @@
-"""examples/core: a loop of one's own on megatron.core, with its GPT and with a model of no shipped family."""
+"""docs/examples/core: a loop of one's own on megatron.core, with its GPT and with a model of no shipped family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nxdt_nemo.testing.parity import Errors, errors
 
 pytestmark = pytest.mark.ranks
 
-CORE = Path(__file__).parents[2] / "examples" / "core"
+CORE = Path(__file__).parents[2] / "docs" / "examples" / "core"
 STEPS, TOLERANCE = 5, 1e-5
 LAYOUTS = {  # name: arguments of the example's Layout
     "tp2": {"tensor": 2},

@@ -1,11 +1,11 @@
 """A training loop of one's own on megatron.core: parallel state, layers, schedules, gradient buffers, optimizer,
 checkpoints. As a job for CUDA has it, but for the first two lines after this text.
 
-    python examples/core/training.py --save /tmp/begun --steps 2                             # one rank
-    torchrun --nproc-per-node 2 examples/core/training.py --load /tmp/begun --tensor 2 --sequence
-    torchrun --nproc-per-node 2 examples/core/training.py --load /tmp/begun --pipeline 2
-    torchrun --nproc-per-node 2 examples/core/training.py --load /tmp/begun --zero           # two replicas, ZeRO-1
-    ... --model mixer                                                                       # mixer.py, not a GPT
+    python docs/examples/core/training.py --save /tmp/begun --steps 2                        # one rank
+    torchrun --nproc-per-node 2 docs/examples/core/training.py --load /tmp/begun --tensor 2 --sequence
+    torchrun --nproc-per-node 2 docs/examples/core/training.py --load /tmp/begun --pipeline 2
+    torchrun --nproc-per-node 2 docs/examples/core/training.py --load /tmp/begun --zero      # two replicas, ZeRO-1
+    ... --model mixer                                                                  # mixer.py, not a GPT
 
 Every layout prints the losses that one rank does, also where it takes up another's checkpoint.
 """
