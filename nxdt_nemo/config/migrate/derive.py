@@ -572,6 +572,10 @@ def resuming(m: Migration) -> None:
     convert = "an NxD or legacy checkpoint has to be converted first"
     value = m.was(resume)
     if m.dialect == "nxdt":
+        if m.was("exp_manager.resume_if_exists", False) and m.was(f"{SAVES}.save_last") is False:
+            m.put(
+                f"{SAVES}.save_last", True, "NeMo goes on from the checkpoint named -last, NxD Training from the newest"
+            )
         if m.was(weights, False) and value is not None:
             m.put("model.restore_from_path", value, f"{weights}: weights only; {convert}", key=resume, level="warning")
         elif value is not None:
