@@ -63,7 +63,7 @@ def convert(
 ) -> Report:
     """Write the checkpoint at `path` as format `to` at `target`. Raises UserError, and then `target` is as it was.
 
-    workers  files written at a time; digest, of each file: xxh3_128 or sha256; version goes into the manifest
+    workers  files made at a time; digest, of each file: xxh3_128 or sha256; version goes into the manifest
     change   what is to become of the source before it is written: an adapter that is merged into it
     """
     started = time.monotonic()

@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     given = _parser().parse_args(arguments)
     gc.disable()  # a plan is tens of thousands of boxes without cycles, and the process ends with it
     try:
-        sys.exit(given.run(given))
+        code = given.run(given)
+        sys.stdout.flush()  # while a closed pipe can still be answered
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # by `| head`: nor may Python say so when it closes the stream
@@ -108,7 +110,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     add("--spec", default="local", help=said)
     add("--divisible-by", type=int, default=128, metavar="ROWS", help="Megatron's make_vocab_size_divisible_by.")
     add("--shard-size", type=float, default=5.0, metavar="GB", help="hf: GB of a file.")
-    add("--workers", type=int, default=4, help="Files written at a time.")
+    add("--workers", type=int, default=4, help="Files made at a time.")
     add("--overwrite", action="store_true", help="Replace what is at the target.")
     add("--digest", default="xxh3_128", help="Of each file, in the manifest: xxh3_128 or sha256.")
     add("--verify", action="store_true", help="Check digests, tensors and logits afterwards.")
@@ -285,6 +287,7 @@ def _verify(report: Report, trusted: bool) -> int:
     """The exit code: 1 if something is wrong."""
     from nxdt_nemo.audit.verify import verify
 
+    gc.enable()  # models, unlike plans, are full of cycles
     failed = False
     for check in verify(report, trusted=trusted):
         state = {True: "ok", False: "WRONG", None: "skipped"}[check.ok]

@@ -73,7 +73,7 @@ REFUSALS = (
         f"{CONVERT} --to hf, and quantize that for the device that serves it",
     ),
     Refusal(
-        rb"onnx_opset_version",
+        rb"cfg\.export_options\.onnx_opset",
         "exports ONNX for TensorRT, which is for NVIDIA's GPUs",
         f"{CONVERT} --to hf",
     ),

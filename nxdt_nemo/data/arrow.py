@@ -1,7 +1,8 @@
 """Folders of token ids that Hugging Face's `datasets` saved, as samples of a causal language model.
 
 Room data/ (leaf). Stands in for NxD Training's hf_data_module.py, which reads rows in the folder's order and begins
-again at its first one when a run is resumed. May import torch, numpy and datasets. Proof: tests/data/test_arrow.py.
+again at its first one when a run is resumed. May import torch, numpy, datasets and pyarrow.
+Proof: tests/data/test_arrow.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import UserError, one_line
 
 __all__ = ["IGNORED", "TokenRows"]
 
@@ -52,13 +53,12 @@ class TokenRows(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         row = self.row_of(sample)
         found = self._rows[row]
+        self._check_columns(row, found)
         ids = self._padded(found[IDS], 0)
         real = self._real(row, found)
-        if ids.max() >= self.vocab or ids.min() < 0:
-            wrong = int(ids.max() if ids.max() >= self.vocab else ids.min())
-            fix = "use the tokenizer that belongs to the model"
-            raise UserError(f"row {row} has token {wrong}, the model has {self.vocab}", place=str(self.folder), fix=fix)
         said = self._padded(found[LABELS], IGNORED) if LABELS in found else np.where(real, ids, IGNORED)
+        self._check_tokens(row, ids)
+        self._check_tokens(row, said[said != IGNORED])
         labels = np.append(said[1:], IGNORED)
         return {
             "tokens": torch.from_numpy(ids),
@@ -82,6 +82,18 @@ class TokenRows(Dataset[dict[str, torch.Tensor]]):
         found = np.full(self.length, by, dtype=np.int64)
         found[: len(row)] = row
         return found
+
+    def _check_columns(self, row: int, found: dict[str, Any]) -> None:
+        for name in found:
+            if len(found[name]) != len(found[IDS]):
+                reason = f"row {row} has {len(found[IDS])} {IDS} and {len(found[name])} {name}"
+                raise UserError(reason, place=str(self.folder), fix="give each token one")
+
+    def _check_tokens(self, row: int, said: NDArray[np.int64]) -> None:
+        wrong = said[(said < 0) | (said >= self.vocab)]
+        if len(wrong):
+            reason, fix = f"row {row} has token {wrong[0]}, the model has {self.vocab}", "use the model's own tokenizer"
+            raise UserError(reason, place=str(self.folder), fix=fix)
 
     def _real(self, row: int, found: dict[str, Any]) -> NDArray[np.bool_]:
         """Which positions hold a token: all of the row, or those that its attention_mask shows."""
@@ -116,9 +128,11 @@ def _opened(folder: Path) -> Any:
     try:
         found = datasets.load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, KeyError, OSError) as error:
-        reason = f"is not what Dataset.save_to_disk writes: {str(error).splitlines()[0]}"
+        reason = f"is not what Dataset.save_to_disk writes: {one_line(error)}"
         raise UserError(reason, place=str(folder), fix="save the data set again") from None
     if IDS not in found.column_names:
         has = ", ".join(found.column_names)
         raise UserError(f"has no column {IDS}, but {has}", place=str(folder), fix="tokenize the text first")
+    if not isinstance(found.features[IDS], (datasets.Sequence, datasets.LargeList)):
+        raise UserError(f"{IDS} of a row is no list", place=str(folder), fix="save a list of token ids in each row")
     return found.select_columns([name for name in (IDS, LABELS, MASK) if name in found.column_names])

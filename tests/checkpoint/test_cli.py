@@ -123,6 +123,16 @@ def test_logits_of_other_families(
     assert float(rest.split(",")[0]) <= 1e-5
 
 
+def test_a_closed_pipe_is_no_fault_of_ours(unpacked: Unpacked) -> None:
+    """`| head` that is gone: an exit code, and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nxdt_nemo", "ckpt", "inspect", str(unpacked("hf_llama_tiny"))]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_verify_compares_what_was_written(
     unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,9 @@ print("PROBE" + json.dumps([code, sorted({{name.partition(".")[0] for name in sy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["patches", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["--version"], ["patches", "--help"], ["ckpt", "--help"]]
+)
 def test_help_loads_nothing_heavy(start, arguments) -> None:
     done = start("-c", PROBE.format(arguments=arguments))
     code, packages = json.loads(done.stdout.rpartition("PROBE")[2])
@@ -37,7 +39,7 @@ def test_the_probe_sees_what_is_loaded(start) -> None:
 def test_help_names_the_commands(ours) -> None:
     done = ours("--help")
     assert done.returncode == 0
-    for word in ("run", "patches", "--version"):
+    for word in ("run", "patches", "ckpt", "--version"):
         assert word in done.stdout
 
 

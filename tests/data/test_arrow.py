@@ -69,6 +69,10 @@ BAD = [  # columns, the row and what is said of it
     ({"input_ids": [[1, VOCAB]]}, "row 0 has token 50, the model has 50"),
     ({"input_ids": [[1, -1]]}, "row 0 has token -1"),
     ({"input_ids": [[1, 2]], "attention_mask": [[0, 1]]}, "row 0: attention_mask hides tokens before others"),
+    ({"input_ids": [[1, 2]], "labels": [[1, VOCAB]]}, "row 0 has token 50"),
+    ({"input_ids": [[1, 2]], "labels": [[1, -1]]}, "row 0 has token -1"),
+    ({"input_ids": [[1, 2]], "labels": [[1, 2, 3]]}, "row 0 has 2 input_ids and 3 labels"),
+    ({"input_ids": [1, 2]}, "input_ids of a row is no list"),
     ({"text": ["a"]}, "has no column input_ids, but text"),
 ]
 

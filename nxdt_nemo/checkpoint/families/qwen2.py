@@ -11,6 +11,7 @@ from nxdt_nemo.checkpoint.families import llama
 from nxdt_nemo.checkpoint.families.family import Config, Family
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Row, Same
+from nxdt_nemo.errors import UserError
 
 __all__ = ["FAMILY"]
 
@@ -21,6 +22,9 @@ _BIASES = tuple(
 
 def _from_hf(config: Config) -> Model:
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    if window and (first := config.get("max_window_layers", 28)):
+        reason = f"use_sliding_window from layer {first} on (max_window_layers), and one window is for all layers here"
+        raise UserError(reason, place="config.json", fix="not supported")
     # Files name a window that use_sliding_window turns off: it is kept beside the one that counts.
     model = llama.from_hf(config, family="qwen2", qkv_bias=True, window=window)
     return model.with_(extra={**model.extra, "sliding_window": config.get("sliding_window")})

@@ -31,7 +31,7 @@ from nxdt_nemo.checkpoint.io.files import Mapped
 from nxdt_nemo.checkpoint.io.tar import Member, Tree
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import UserError, one_line
 
 __all__ = [
     "CONFIG",
@@ -67,8 +67,7 @@ def read_yaml(member: Member) -> dict[str, Any]:
     try:
         found = yaml.load(member.bytes(), Loader=_Plain)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"is no YAML: {reason}", place=member.place) from error
+        raise UserError(f"is no YAML: {one_line(error)}", place=member.place) from error
     if not isinstance(found, dict):
         raise UserError("is no mapping", place=member.place)
     return found
@@ -232,7 +231,7 @@ class NemoDistReader(Reader):
         )
         source = _distributed(self.format, path, tree.members, args, options, common)
         source.detail |= {"nemo_config": config, "lightning": _progress(common)}
-        source.training.consumed = _consumed(path)
+        source.training.consumed = ptl.consumed_of(path.name)
         if source.training.consumed is None and isinstance(memo, dict):
             source.training.consumed = memo.get("consumed")
         source.assets = dict(megatron.assets_of(path))
@@ -241,12 +240,6 @@ class NemoDistReader(Reader):
 
 def _progress(common: Mapping[str, Any]) -> dict[str, Any]:
     return {key: common[key] for key in _LIGHTNING if key in common}
-
-
-def _consumed(path: Path) -> int | None:
-    """Samples seen, as a run of NeMo's names its checkpoints."""
-    match = re.search(r"consumed_samples=(\d+)", path.name)
-    return int(match[1]) if match else None
 
 
 def _kept(common: Mapping[str, Any]) -> Any:
@@ -271,8 +264,8 @@ class Nemo2Reader(Reader):
         common = _common(weights)
         args = nemo_config.two_args(config) | _memo(tree) if config else {}
         source = _distributed(self.format, path, weights, args, options, common)
-        source.detail |= {"nemo2_config": config, "lightning": _progress(common)}
-        source.training.consumed = _consumed(path)
+        source.detail |= {"nemo2_config": config, "nemo2_lightning": _progress(common)}
+        source.training.consumed = ptl.consumed_of(path.name)
         start = "context/nemo_tokenizer/"
         source.assets = {
             key.removeprefix(start): _Inside(member)
@@ -527,7 +520,7 @@ class Nemo2Writer(Writer):
             step = source.training.iteration or 0
             content |= {"global_step": step, "loops": _loops(step), "callbacks": {}, "lr_schedulers": []}
             content |= {"optimizer_states": {}, "optimizer": [_optimizer(source, target, dtype)]}
-            content |= source.detail.get("lightning", {})
+            content |= source.detail.get("nemo2_lightning", {})
         weights = _Weights(prefix="module.", where="weights", content=content)
         written, indexes = weights.files(source, target)
         kept = source.detail.get("nemo2_config") or {}

@@ -209,13 +209,13 @@ def _args(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(tag: Path, content: Mapping[str, Any]) -> Training:
-    step, consumed = content.get("global_step"), re.search(r"consumed_samples=(\d+)", tag.name)
+    step, consumed = content.get("global_step"), ptl.consumed_of(tag.name)
     found = _STEP.search(tag.name)
     if not isinstance(step, int):
         step = int(found[1]) if found else None
     memo = content.get(ptl.MEMO)
     noted = memo.get("consumed") if isinstance(memo, Mapping) else None
-    return Training(iteration=step, consumed=int(consumed[1]) if consumed else noted)
+    return Training(iteration=step, consumed=noted if consumed is None else consumed)
 
 
 def _shard(rank: _Rank, held: Held, model: Model, layout: Layout, embedding: str) -> Shard:

@@ -194,14 +194,19 @@ def _check_same(base: Path, states: Mapping[tuple[int, int], Mapping[str, Any]])
         raise UserError(f"ranks differ in global_step: {said}", place=str(base), fix="files of two saves are mixed")
 
 
+def consumed_of(name: str) -> int | None:
+    """Samples seen, as a run of NeMo's names its checkpoints; None if `name` does not say."""
+    found = _CONSUMED.search(name)
+    return int(found[1]) if found else None
+
+
 def _progress(source: Source, state: Mapping[str, Any], name: str) -> None:
     step = state.get("global_step")
-    consumed = _CONSUMED.search(name)
     optimizers = state.get("optimizer_states")
     groups, count = megatron.groups_of(optimizers)
     source.training = Training(
         iteration=step if isinstance(step, int) else None,
-        consumed=int(consumed[1]) if consumed else None,
+        consumed=consumed_of(name),
         step=count,
         groups=groups,
     )

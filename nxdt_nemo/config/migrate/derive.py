@@ -104,7 +104,10 @@ def _hugging_face(path: Path) -> dict[str, Any]:
     kind = said.get("model_type", "llama") if isinstance(said, dict) else ""
     if kind not in FAMILIES:
         raise ConfigError(f"model_type={kind} is no Llama, Mistral, Mixtral, Qwen2 or Qwen3", place=str(path))
-    heads, qwen = said.get("num_attention_heads"), kind.startswith("qwen")
+    heads = said.get("num_attention_heads")
+    for name in ("attention_bias", "mlp_bias"):
+        if said.get(name):
+            raise ConfigError(f"{name} is true, which no released model of these families has", place=str(path))
     pairs = {
         "num_layers": said.get("num_hidden_layers"),
         "hidden_size": said.get("hidden_size"),
@@ -123,11 +126,20 @@ def _hugging_face(path: Path) -> dict[str, Any]:
         "qk_layernorm": True if kind == "qwen3" else None,
         "tokenizer.vocab_size": said.get("vocab_size"),
     }
-    windowed = said.get("use_sliding_window") if qwen else kind != "llama"
-    if windowed and said.get("sliding_window"):
-        pairs["window_size"] = [said["sliding_window"] - 1, 0]
+    if window := _window(said, kind, path):
+        pairs["window_size"] = [window - 1, 0]
     pairs |= _rope_scaling(said.get("rope_scaling") or {}, path)
     return {key: value for key, value in pairs.items() if value is not None}
+
+
+def _window(said: dict[str, Any], kind: str, path: Path) -> int | None:
+    """Tokens that each one sees, with itself; None for all before it."""
+    qwen = kind.startswith("qwen")
+    windowed = said.get("use_sliding_window") if qwen else kind != "llama"
+    if windowed and said.get("sliding_window") and qwen and (first := said.get("max_window_layers", 28)):
+        reason = f"use_sliding_window from layer {first} on (max_window_layers): NeMo has one window for all layers"
+        raise ConfigError(reason, place=str(path))
+    return said.get("sliding_window") if windowed else None
 
 
 def _head_size(said: dict[str, Any], kind: str) -> int | None:

@@ -225,9 +225,11 @@ def test_a_family_of_hugging_face(tmp_path, kind, own, wanted):
     [
         ({"model_type": "gemma"}, "model_type=gemma is no Llama"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling of type yarn"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True}, "from layer 28 on"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 8.0}}, "high_freq_factor=8.0"),
     ],
-    ids=["gemma", "yarn", "llama3"],
+    ids=["gemma", "yarn", "biases", "window", "llama3"],
 )
 def test_what_a_config_json_says_and_nemo_cannot(tmp_path, own, said):
     file = tmp_path / "config.json"
