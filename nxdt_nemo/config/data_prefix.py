@@ -52,7 +52,10 @@ def prefix_errors(view: View) -> Iterator[ConfigError]:
 
 
 def _folder_errors(view: View, value: Any) -> Iterator[ConfigError]:
-    """Of rows of token ids: a folder for each split, and one to validate with if the run validates."""
+    """Of rows of token ids: a GPT's, a folder for each split, and one to validate with if the run validates."""
+    if other := [key for key in ("model.mcore_bert", "model.mcore_t5") if view.get(key)]:
+        yield view.error(f"model.data.data_impl=arrow is of GPT, and {other[0]} is set", "give a .bin/.idx corpus")
+        return
     folders = value if isinstance(value, dict) else {}
     if not folders.get("train"):
         yield view.error(f"{KEY}.train is not set", f"{KEY}.train=[/data/tokens], as Dataset.save_to_disk wrote it")

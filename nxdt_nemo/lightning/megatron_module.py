@@ -116,10 +116,10 @@ class MegatronLightningModule(LightningModule):
         return strategy
 
     def configure_model(self) -> None:
-        """Build this rank's pieces, once."""
+        """Build this rank's pieces, once; those of an earlier Trainer have to fit the strategy, too."""
         if not self.chunks:
             self.chunks.extend(self.chunk(*ends, stage) for stage, ends in self._strategy.pieces())
-            self._strategy.check(self.chunks[0].config)
+        self._strategy.check(self.chunks[0].config)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Gradients of all micro-batches; returns and logs their mean loss, the same on all ranks."""

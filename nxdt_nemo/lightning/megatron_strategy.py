@@ -44,7 +44,7 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     sequence_parallel    norms and dropout between tensor-parallel layers by parts of the sequence
     distributed_optimizer  its state in parts over the data-parallel ranks (ZeRO-1)
     micro_batch_size     samples that go through the model at once; None: the dataloader's batch
-    pipeline_dtype       of what pipeline stages send: the model's params_dtype
+    pipeline_dtype       of what pipeline stages send: has to be the model's params_dtype
     ddp                  further fields of megatron-core's DistributedDataParallelConfig
     A dataloader's batch is one step of one data-parallel rank. Weights are drawn with the seed of seed_everything, or
     1234. Checkpoints are folders of megatron-core's torch_dist format, and go on in other layouts.
@@ -166,15 +166,22 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
             yield stage, (first, parallel_state.is_pipeline_last_stage(**named))
 
     def check(self, config: Any) -> None:
-        """Raise ConfigError for a model that was built for another layout."""
+        """Raise ConfigError for a model that was built for another layout, or cannot be trained in it."""
         for name, size in self.layout.items():
             if getattr(config, name) != size:
                 fix = "build it with **self.layout"
                 raise ConfigError(f"{getattr(config, name)}, and the strategy has {size}", place=name, fix=fix)
+        if self.sizes["pipeline_model_parallel_size"] > 1 and config.params_dtype != self.pipeline_dtype:
+            text = f"{self.pipeline_dtype}, and the model's params_dtype is {config.params_dtype}"
+            raise ConfigError(text, place=f"{PLACE}.pipeline_dtype", fix="give the same to both")
+        if config.calculate_per_token_loss:
+            text = "True, and micro-batches count alike here, whatever their tokens"
+            raise ConfigError(text, place="calculate_per_token_loss", fix="leave it out")
 
     def setup(self, trainer: Any) -> None:
         """Wrap the model's pieces, and give them an optimizer if they are trained."""
         assert self.accelerator is not None
+        self._refuse_outsiders()
         self.accelerator.setup(trainer)
         self.model_to_device()
         module: Any = self.lightning_module
@@ -185,16 +192,26 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
             )
             config = module.chunks[0].config
             self.wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in self.wrapped]
+            waits = [chunk.no_sync for chunk in self.wrapped] if ddp.overlap_grad_reduce else [None]
+            config.no_sync_func = waits if len(waits) > 1 else waits[0]
             config.finalize_model_grads_func = finalize_model_grads
             self.setup_optimizers(trainer)
             config.grad_scale_func = self._optimizer.inner.scale_loss
 
+    def _refuse_outsiders(self) -> None:
+        """Nothing would train, or save, a tensor of the module that is in none of its pieces."""
+        for name in self.lightning_module.state_dict():
+            if not name.startswith("chunks."):
+                raise ConfigError(
+                    "is in no piece of the model", place=name, fix="make it a part of what chunk() returns"
+                )
+
     @property
     def _optimizer(self) -> MegatronOptimizer:
-        optimizer = self.optimizers[0] if self.optimizers else None
+        optimizer = self.optimizers[0] if len(self.optimizers) == 1 else None
         if not isinstance(optimizer, MegatronOptimizer):
             fix = "return self.megatron_optimizer(OptimizerConfig(...))"
-            raise ConfigError("no optimizer of megatron-core's", place="configure_optimizers", fix=fix)
+            raise ConfigError("not one optimizer of megatron-core's", place="configure_optimizers", fix=fix)
         return optimizer
 
     # --- data ----------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def skip(loader: Any, batches: int) -> None:
         reason = f"{type(loader).__name__} cannot begin an epoch in the middle"
         raise ConfigError(reason, place="train_dataloader", fix="use a DataLoader over a dataset with a length")
     put_in_place(loader, SkippingSampler(loader.batch_sampler, batches))
+    loader._iterator = None  # persistent workers' iterator would keep the sampler that it began with
 
 
 def put_in_place(loader: DataLoader[Any], batch_sampler: Any) -> None:

@@ -16,12 +16,15 @@ from nxdt_nemo.errors import ConfigError
 
 __all__ = ["MegatronGPTRowsModel"]
 
+SEED = 1234  # of NeMo's configurations
+
 
 class MegatronGPTRowsModel(MegatronGPTModel):
     """Reads model.data.data_prefix.{train, validation, test}, a folder each, in place of Megatron's .bin and .idx.
 
-    Rows are shuffled anew in each epoch, from model.seed; model.data.shuffle_documents=False keeps the folder's order.
-    Token ids need no tokenizer: model.tokenizer.library "null" says with vocab_size how many there are.
+    Rows are shuffled anew in each epoch, from model.seed, or 1234; model.data.shuffle_documents=False keeps the
+    folder's order. Token ids need no tokenizer: model.tokenizer.library "null" says with vocab_size how many there
+    are.
     """
 
     def _build_tokenizer(self) -> None:
@@ -37,7 +40,7 @@ class MegatronGPTRowsModel(MegatronGPTModel):
     def build_train_valid_test_datasets(self) -> tuple[Any, ...]:
         """NeMo's hook, called by setup on every rank; a split that has no folder is left out."""
         trainer, batch = self.trainer, self.cfg.global_batch_size
-        validations = trainer.max_steps // trainer.val_check_interval + 1
+        validations = int(trainer.max_steps // trainer.val_check_interval) + 1
         held = trainer.limit_val_batches
         counts = {
             "train": trainer.max_steps * batch,
@@ -57,4 +60,6 @@ class MegatronGPTRowsModel(MegatronGPTModel):
             return None
         shuffled = split == "train" and self.cfg.data.get("shuffle_documents", True)
         length, vocab = self.cfg.data.seq_length, self.tokenizer.vocab_size
-        return TokenRows(folders[0], length, vocab, samples=samples, seed=self.cfg.seed if shuffled else None)
+        seed = self.cfg.get("seed")
+        seed = SEED if seed is None else seed
+        return TokenRows(folders[0], length, vocab, samples=samples, seed=seed if shuffled else None)

@@ -111,6 +111,12 @@ def test_what_is_no_folder_of_rows(errors, given, said):
     assert line.startswith(f"tiny_gpt.yaml: {KEY}{said}; ")
 
 
+@pytest.mark.parametrize("key", ["model.mcore_bert", "model.mcore_t5"])
+def test_rows_are_of_gpt(errors, key, tmp_path):
+    said = errors(ROWS, ALONE, f"++{key}=True", f"{KEY}={{train:[{tmp_path}]}}")
+    assert f"tiny_gpt.yaml: model.data.data_impl=arrow is of GPT, and {key} is set; give a .bin/.idx corpus" in said
+
+
 def test_rows_to_validate_with(errors, tmp_path):
     (line,) = errors(ROWS, "trainer.limit_val_batches=3", f"{KEY}={{train:[{tmp_path}]}}")
     assert f"{KEY}.validation is not set, and trainer.limit_val_batches=3; name a folder" in line

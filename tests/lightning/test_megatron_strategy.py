@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,8 +101,53 @@ def test_bfloat16(active: Callable[..., Any], tmp_path: Path) -> None:
     assert found != pytest.approx(full, rel=1e-5)
 
 
-def refused(given: dict[str, Any], plan: dict[str, Any], plain: bool = False) -> str:
-    """What a Trainer says to these arguments."""
+def workers(stop: int) -> list[list[int]]:
+    """The batches of an epoch that skip() begins after `stop`, and of the next, of workers that an epoch has used."""
+    from torch.utils.data import DataLoader
+
+    from nxdt_nemo.lightning.samplers import skip
+
+    loader = DataLoader(range(EPOCH), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    iter(loader)
+    skip(loader, stop)
+    return [[batch.item() for batch in loader] for _ in range(2)]
+
+
+def test_persistent_workers_begin_in_the_middle(active: Callable[..., Any]) -> None:
+    assert active(workers, 3) == [[3], [0, 1, 2, 3]]
+
+
+def broken(gpt: Any, how: str) -> Any:
+    """The tutorial's model with a mistake; "" for none."""
+    import torch
+
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+
+    class Model(gpt.SmallGPT):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            if how == "parameter":
+                self.scale = torch.nn.Parameter(torch.ones(()))
+            elif how == "buffer":
+                self.register_buffer("seen", torch.zeros(()))
+
+        def configure_optimizers(self) -> Any:
+            found = super().configure_optimizers()
+            self.automatic_optimization = how != "two"  # else Lightning itself refuses them
+            return {"two": [found, found], "none": None}.get(how, found)
+
+    if how == "tokens":
+        Model.fields = Model.fields | {"calculate_per_token_loss": True}
+    model = Model()
+    if how == "earlier":
+        piece: Any = torch.nn.Identity()
+        piece.config = SimpleNamespace(**NeuronMegatronStrategy(tensor_model_parallel_size=2).layout)
+        model.chunks.append(piece)
+    return model
+
+
+def refused(given: dict[str, Any], plan: dict[str, Any], how: str = "") -> str:
+    """What a Trainer says to these arguments, and to a model that is `broken`, or plain."""
     from lightning.pytorch import Trainer
 
     from nxdt_nemo.errors import UserError
@@ -109,8 +155,9 @@ def refused(given: dict[str, Any], plan: dict[str, Any], plain: bool = False) ->
 
     try:
         strategy = NeuronMegatronStrategy(**given)
-        trainer = Trainer(accelerator="neuron", devices=1, strategy=strategy, logger=False, max_steps=1, **plan)
-        trainer.fit(script(PLAIN).Line() if plain else script().SmallGPT())
+        quiet = {"logger": False, "enable_checkpointing": False}
+        trainer = Trainer(accelerator="neuron", devices=1, strategy=strategy, max_steps=1, **quiet | plan)
+        trainer.fit(script(PLAIN).Line() if how == "plain" else broken(script(), how))
     except UserError as error:
         return str(error)
     return ""
@@ -137,7 +184,51 @@ def test_refused(active: Callable[..., Any], given: dict[str, Any], plan: dict[s
 
 
 def test_a_plain_module_is_sent_to_ddp(active: Callable[..., Any]) -> None:
-    assert "Line is no MegatronLightningModule" in active(refused, {}, {}, True)
+    assert "Line is no MegatronLightningModule" in active(refused, {}, {}, "plain")
+
+
+BROKEN = [  # the mistake, what is said
+    ("parameter", "scale: is in no piece of the model"),
+    ("buffer", "seen: is in no piece of the model"),
+    ("two", "configure_optimizers: not one optimizer of megatron-core's"),
+    ("none", "configure_optimizers: not one optimizer of megatron-core's"),
+    ("earlier", "tensor_model_parallel_size: 2, and the strategy has 1"),
+    ("tokens", "calculate_per_token_loss: True, and micro-batches count alike"),
+]
+
+
+@pytest.mark.parametrize("how, said", BROKEN)
+def test_models_refused(active: Callable[..., Any], how: str, said: str) -> None:
+    found = active(refused, {}, {}, how)
+    assert said in found, found
+    assert ";" in found and "\n" not in found
+
+
+def checked(given: dict[str, Any], fields: dict[str, Any]) -> str:
+    """What a strategy says to a model's configuration."""
+    from nxdt_nemo.errors import ConfigError
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+
+    strategy = NeuronMegatronStrategy(**given)
+    try:
+        strategy.check(SimpleNamespace(**strategy.layout | {"calculate_per_token_loss": False} | fields))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_stages_send_the_models_dtype(active: Callable[..., Any]) -> None:
+    import torch
+
+    half, stages = {"params_dtype": torch.bfloat16}, {"pipeline_model_parallel_size": 2}
+    assert active(checked, {}, half) == ""
+    assert active(checked, stages | {"pipeline_dtype": torch.bfloat16}, half) == ""
+    assert "pipeline_dtype: torch.float32, and the model's" in active(checked, stages, half)
+
+
+def test_gradients_are_reduced_beside_micro_batches(active: Callable[..., Any]) -> None:
+    """Once a step: megatron-core would fail at the second micro-batch."""
+    assert active(refused, {"micro_batch_size": 2, "ddp": {"overlap_grad_reduce": True}}, {}) == ""
 
 
 # --- in layouts, as a user runs it ---------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from types import ModuleType
 from unittest.mock import patch
 
@@ -44,11 +45,13 @@ def test_what_is_not_is_left_to_upstream():
     assert called == [True]
 
 
-@pytest.mark.parametrize("has_its_own", [False, True])
-def test_a_checkout_is_lent_what_the_wheel_has_compiled(tmp_path, has_its_own):
+BUILT = [(".cpython-27-other.so", False), (EXTENSION_SUFFIXES[0], True)]  # what a checkout has, is it this Python's
+
+
+@pytest.mark.parametrize("ending, has_its_own", BUILT)
+def test_a_checkout_is_lent_what_the_wheel_has_compiled(tmp_path, ending, has_its_own):
     pytest.importorskip("megatron.core", reason="needs the extra: pip install nxdt-nemo[nemo]")
-    if has_its_own:
-        (tmp_path / "helpers_cpp.cpython-311-x86_64-linux-gnu.so").touch()
+    (tmp_path / f"helpers_cpp{ending}").touch()
     checkout = ModuleType("megatron.core.datasets")
     checkout.__path__ = [str(tmp_path)]
     take_back = lend_compiled(checkout, None)

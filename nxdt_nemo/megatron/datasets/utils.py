@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from nxdt_nemo.patching.view import Views
 
 __all__ = ["compile_helpers", "lend_compiled"]
 
-COMPILED = "helpers_cpp.cpython"
+COMPILED = tuple(f"helpers_cpp{ending}" for ending in EXTENSION_SUFFIXES)  # as this Python names it
 
 
 def compile_helpers(original: Callable[[], None]) -> None:
@@ -31,7 +32,7 @@ def lend_compiled(package: ModuleType, views: Views) -> Callable[[], None]:
     and a compiler. Only what the checkout itself lacks is looked for in the wheel.
     """
     path = package.__path__
-    has_it = any(file.name.startswith(COMPILED) for folder in path for file in Path(folder).iterdir())
+    has_it = any(file.name in COMPILED for folder in path for file in Path(folder).iterdir())
     lent = None if has_it else _folder_of_the_wheel()
     if lent is None:
         return lambda: None
@@ -50,6 +51,6 @@ def _folder_of_the_wheel() -> str | None:
     except PackageNotFoundError:
         return None
     for file in files:
-        if file.name.startswith(COMPILED):
+        if file.name in COMPILED:
             return str(Path(str(file.locate())).parent)
     return None

@@ -57,7 +57,7 @@ def _gpt(cfg: DictConfig) -> Any:
 
 
 def _refuse(cfg: DictConfig) -> None:
-    """Alignment and adapters are no pretraining."""
+    """Alignment and adapters are no pretraining; and a run begins from one place."""
     section = cfg.get("neuron") or {}
     asked = [f"neuron.alignment.{name}" for name in section.get("alignment") or {}]
     if (cfg.model.get("peft") or {}).get("peft_scheme") not in (None, "none"):
@@ -67,6 +67,9 @@ def _refuse(cfg: DictConfig) -> None:
             f"{' and '.join(asked)}: there is no model.data.train_ds to tune with",
             fix="leave the section out to pretrain",
         )
+    if cfg.model.get("restore_from_path") is not None and cfg.model.get("restore_from_ckpt") is not None:
+        text = "model.restore_from_path and model.restore_from_ckpt are both set, and a run begins from one of them"
+        raise ConfigError(text, fix="leave model.restore_from_path out to restore the optimizer too")
 
 
 if __name__ == "__main__":
