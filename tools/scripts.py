@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -80,19 +81,22 @@ def verdict(row: Row, checkout: Path, data: Path, rows: Path) -> list[str]:
     folder = rows / row.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    done = run(
-        row.path(checkout).resolve(),
-        row.filled(data, folder, rows),
-        folder,
-        seconds=600,
-        command=launcher(row),
-        environment=ENVIRONMENT,
-        cwd=folder,
-    )
+    try:
+        done = run(
+            row.path(checkout).resolve(),
+            row.filled(data, folder, rows),
+            folder,
+            seconds=600,
+            command=launcher(row),
+            environment=ENVIRONMENT,
+            cwd=folder,
+        )
+    except subprocess.TimeoutExpired as error:
+        return ["RED", f"not at its end after {error.timeout:.0f} seconds"]
     (folder / "said.txt").write_text(done.output, encoding="utf-8")
     try:
         came = row.shows(Done(done, folder, data, rows))
-    except (Unexpected, OSError, KeyError, ValueError) as error:
+    except (Unexpected, OSError, KeyError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         return ["RED", f"exit code {done.code}; {' '.join(str(error).split())[:300]}"]
     return ["green", came] if done.code == 0 or came.startswith("refused") else ["RED", f"exit code {done.code}"]
 
