@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +32,7 @@ pytest_plugins = ["nxdt_nemo.testing.pytest_plugin"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+TOOLS = Path(__file__).parents[1] / "tools"
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 
@@ -57,6 +60,28 @@ def _leaves_no_mark() -> Iterator[None]:
     left = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if left:
         pytest.fail(f"the test changed, and did not put back: {', '.join(left)}")
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Iterator[Callable[[str], ModuleType]]:
+    """load_tool("keys"): tools/keys.py, which finds what lies beside it, as python does for a script."""
+    loaded: list[str] = []
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look for it there
+        loaded.append(spec.name)
+        sys.path.insert(0, str(TOOLS))
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(TOOLS))
+        return module
+
+    yield load
+    for name in loaded:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

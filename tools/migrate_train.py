@@ -29,6 +29,7 @@ from nxdt_nemo.testing.script_run import Run, write_corpus
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "results" / "migrate_train.md"
 KEPT = ROOT / "build" / "migrate_train.json"
+PARALLEL = {"TP": "tensor_model", "PP": "pipeline_model", "CP": "context"}
 
 
 def main() -> int:
@@ -52,7 +53,8 @@ def main() -> int:
             KEPT.parent.mkdir(exist_ok=True)
             KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     lines = [kept[name(case)] for case in CASES if name(case) in kept]
-    RESULT.write_text(markdown(lines), encoding="utf-8")
+    missing = [name(case) for case in CASES if name(case) not in kept]
+    RESULT.write_text(markdown(lines, missing), encoding="utf-8")
     return 0 if len(lines) == len(CASES) and all(line.endswith("green |") for line in lines) else 1
 
 
@@ -70,29 +72,40 @@ def trained(found: Run) -> bool:
 def row(case: Case, found: Run) -> str:
     """A line of the table."""
     losses = ", ".join(f"{loss:.4f}" for _, loss in sorted(found.curve().items()))
-    layout = f"{case.ranks} rank{'s, TP with SP' if case.ranks > 1 else ''}"
     more = " ".join((*(o for o in case.options if o.startswith("--")), *case.overrides))
-    return f"| {case.dialect} | {case.name} | {layout} | {more} | {losses} | {'green' if trained(found) else 'red'} |"
+    verdict = "green" if trained(found) else "red"
+    return f"| {case.dialect} | {case.name} | {layout(case)} | {more} | {losses} | {verdict} |"
 
 
-def markdown(lines: list[str]) -> str:
+def layout(case: Case) -> str:
+    """Its ranks, and what its overrides divide over them."""
+    given = dict(override.split("=", 1) for override in case.overrides)
+    sizes = {key: given.get(f"model.{word}_parallel_size") for key, word in PARALLEL.items()}
+    parts = [f"{key} {size}" for key, size in sizes.items() if size]
+    parts += ["SP"] if given.get("model.sequence_parallel") == "True" else []
+    return ", ".join([f"{case.ranks} rank{'s' if case.ranks > 1 else ''}", *parts])
+
+
+def markdown(lines: list[str], missing: list[str]) -> str:
     """The file in docs/results."""
+    rest = f"\nNot in this table yet: {', '.join(missing)}.\n" if missing else ""
     packages = ("torch", "megatron-core", "nemo_toolkit", "lightning")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"""# Migrated configurations train
 
 `python tools/migrate_train.py`, {date.today().isoformat()}, cpu lane, one thread a rank, {platform.machine()}.
 Python {platform.python_version()}, {versions}.
-`nxdt-nemo run --config FILE OVERRIDES` migrates the file in memory and trains it with NeMo's MegatronGPTModel. The
-overrides shrink layers, sizes, sequence, batch and layout, and name a tokenizer and data: `overrides()` in
-`nxdt_nemo/testing/migrated.py`. What a file says of precision, optimizer, norm, activation, positions, experts and
-recomputation stays. Three steps say that it runs, and nothing of how well it learns. A row is of the last run
-of its configuration: the tool goes on where it was cut short.
+`nxdt-nemo run --config FILE OVERRIDES` migrates the file in memory and trains it: NeMo's MegatronGPTModel on text or
+rows, its MegatronGPTSFTModel on pairs, `nxdt_nemo/nemo/examples/megatron_alignment.py` on preferences. The overrides
+shrink layers, sizes, sequence, batch and layout, and name data, with a tokenizer where it is not token ids:
+`overrides()` in `nxdt_nemo/testing/migrated.py`. What a file says of precision, optimizer, norm, activation,
+positions, experts and recomputation stays. Three steps say that it runs, and nothing of how well it learns. A row is
+of the last run of its configuration: the tool goes on where it was cut short.
 
 | dialect | configuration | layout | beyond the common overrides | losses of the 3 steps | verdict |
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
-"""
+{rest}"""
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ norm). Exit code 1 when a row is off, or the mistake that the last row makes on 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -21,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parity_lib.printed import difference
 from parity_lib.sheet import Line, Sheet, heading, show
 from rich.console import Console
+
+from nxdt_nemo.testing.parity import relative
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "pretrain_gpt.md"
@@ -135,6 +137,11 @@ class Runs:
         return whole, self.start("gpt", ranks, f"{words} --load {kept}", tensor)
 
 
+def difference(found: Sequence[str], expected: Sequence[str]) -> float:
+    """The worst relative difference, of the last steps, as many as `found` has; infinite as `relative`'s."""
+    return relative([float(one) for one in found], [float(other) for other in expected[-len(found) :]])
+
+
 def line(row: Row, runs: Runs) -> Line:
     """Run a row beside one rank."""
     rate = f"--lr {row.lr}" if row.lr else ""
@@ -142,9 +149,10 @@ def line(row: Row, runs: Runs) -> Line:
     expected = runs.alone(row.model)
     loss, norm = difference(found.losses, expected.losses), difference(found.norms, expected.norms)
     equal = len(found.losses) == STEPS and loss <= LOSS and norm <= NORM
-    verdict = ("seen" if not equal else "NOT SEEN") if row.lr else ("green" if equal else "RED")
+    good = (math.isfinite(loss) and not equal) if row.lr else equal
+    verdict = ("seen" if good else "NOT SEEN") if row.lr else ("green" if good else "RED")
     cells = [row.model, row.name, str(row.ranks), f"`{row.arguments or rate}`", f"{loss:.1e}", f"{norm:.1e}"]
-    return Line([*cells, f"{LOSS:.0e}, {NORM:.0e}", f"{found.seconds:.0f}", verdict], equal != bool(row.lr))
+    return Line([*cells, f"{LOSS:.0e}, {NORM:.0e}", f"{found.seconds:.0f}", verdict], good)
 
 
 def resume(runs: Runs) -> Line:
@@ -161,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="a folder with pretrain_gpt.py of Megatron-LM core_v0.13.1")
-    parser.add_argument("--rows", help=f"some of: {', '.join(row.key for row in ROWS)}, resume")
+    parser.add_argument("--rows", help=f"some of: {', '.join(row.key for row in ROWS)}, resume".replace("%", "%%"))
     asked = parser.parse_args(arguments)
     if not (asked.checkout / "pretrain_gpt.py").is_file():
         parser.error(f"{asked.checkout} has no pretrain_gpt.py")

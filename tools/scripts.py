@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -80,19 +81,22 @@ def verdict(row: Row, checkout: Path, data: Path, rows: Path) -> list[str]:
     folder = rows / row.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    done = run(
-        row.path(checkout).resolve(),
-        row.filled(data, folder, rows),
-        folder,
-        seconds=600,
-        command=launcher(row),
-        environment=ENVIRONMENT,
-        cwd=folder,
-    )
+    try:
+        done = run(
+            row.path(checkout).resolve(),
+            row.filled(data, folder, rows),
+            folder,
+            seconds=600,
+            command=launcher(row),
+            environment=ENVIRONMENT,
+            cwd=folder,
+        )
+    except subprocess.TimeoutExpired as error:
+        return ["RED", f"not at its end after {error.timeout:.0f} seconds"]
     (folder / "said.txt").write_text(done.output, encoding="utf-8")
     try:
         came = row.shows(Done(done, folder, data, rows))
-    except (Unexpected, OSError, KeyError, ValueError) as error:
+    except (Unexpected, OSError, KeyError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         return ["RED", f"exit code {done.code}; {' '.join(str(error).split())[:300]}"]
     return ["green", came] if done.code == 0 or came.startswith("refused") else ["RED", f"exit code {done.code}"]
 
@@ -117,8 +121,8 @@ Python {platform.python_version()}, {versions}.
 All {count} scripts of `{FOLDER}` of NeMo v2.4.0, unedited, and two of
 `scripts/nlp_language_modeling`: {count - len(refused)} of the {count} run, {len(refused)} are refused
 in one line, before anything is imported. What came out is read from what a run left and printed: losses that fall,
-tokens of transformers' `generate`, tensors. Commands are below; all YAMLs of the folder, those that no script names
-among them: [migrate.md](migrate.md).
+tokens of transformers' `generate`, tensors. A T5's answers are counted, and may be empty. Commands are below; all YAMLs
+of the folder, those that no script names among them: [migrate.md](migrate.md).
 
 | script | its YAML | layout | what came out | verdict |
 |---|---|---|---|---|

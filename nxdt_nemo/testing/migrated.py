@@ -63,9 +63,7 @@ CASES = (
     Case("nxdt", "megatron_mixtral_8x7b_config", groups=2, overrides=("model.num_moe_experts=4",)),
     Case("nxdt", "hf_llama3_8B_config", data="rows", groups=2, ranks=2, overrides=TP2),
     Case("nxdt", "hf_llama_7B_config", data="rows"),
-    Case(
-        "nxdt", "hf_llama3_70B_CP_config", data="rows", groups=2, ranks=2, overrides=("model.context_parallel_size=2",)
-    ),
+    Case("nxdt", "hf_llama3_70B_CP_config", data="rows", groups=2, ranks=2, overrides=CP2),
     Case("nxdt", "hf_mixtral_8x7b_config", data="rows", groups=2, overrides=("model.num_moe_experts=4",)),
     Case("nxdt", "hf_mixtral_8x7b_dropless_config", data="rows", groups=2, overrides=("model.num_moe_experts=4",)),
     Case("nxdt", "hf_llama3_8B_SFT_config", data="pairs", groups=2, overrides=SPM),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class Row:
         return "green" if self.within else "RED"
 
 
-def relative(left: list[float], right: list[float]) -> float:
+def relative(left: Sequence[float], right: Sequence[float]) -> float:
     """The worst |a - b| / |b|; infinite when the lengths differ or a number is not finite."""
     if len(left) != len(right) or not left or not all(math.isfinite(x) for x in [*left, *right]):
         return math.inf

@@ -86,23 +86,23 @@ def hugging_face_llama(folder: Path, seed: int, length: int = 32, **named: Any) 
     """The tiny Llama as transformers writes one, with random weights; returns `folder`.
 
     length   positions
-    named    other keys of its configuration
+    named    other keys of its configuration, or other values
     """
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=length,
-        rms_norm_eps=1e-5,
-        **named,
-    )
+    keys: dict[str, Any] = {
+        "vocab_size": 1024,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": length,
+        "rms_norm_eps": 1e-5,
+    }
+    config = transformers.LlamaConfig(**(keys | named))
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

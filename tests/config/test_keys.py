@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,19 +14,10 @@ from omegaconf import OmegaConf
 from nxdt_nemo.config import names_in, unknown_keys
 from nxdt_nemo.config.keys import load
 
-TOOL = Path(__file__).parents[2] / "tools" / "keys.py"
-
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("keys_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(TOOL.parent))  # as python does for a script
-    spec.loader.exec_module(module)
-    sys.path.remove(str(TOOL.parent))
-    return module
+def tool(load_tool) -> ModuleType:
+    return load_tool("keys")
 
 
 def unknown(**cfg):

@@ -27,14 +27,23 @@ nxdt_nemo.runtime.collectives.reduce_scatter nxdt_nemo.runtime.collectives.all_t
 nxdt_nemo.runtime.collectives.ring nxdt_nemo.data.arrow.TokenRows nxdt_nemo.testing.pool.RankPool
 megatron.core.parallel_state.initialize_model_parallel
 megatron.core.tensor_parallel.model_parallel_cuda_manual_seed
+megatron.core.parallel_state.get_tensor_model_parallel_rank
+megatron.core.parallel_state.get_tensor_model_parallel_world_size
+megatron.core.parallel_state.get_pipeline_model_parallel_rank
+megatron.core.parallel_state.get_pipeline_model_parallel_world_size
+megatron.core.parallel_state.get_data_parallel_rank megatron.core.parallel_state.get_data_parallel_world_size
+megatron.core.parallel_state.is_pipeline_first_stage megatron.core.parallel_state.is_pipeline_last_stage
 megatron.core.tensor_parallel.ColumnParallelLinear megatron.core.tensor_parallel.RowParallelLinear
 megatron.core.tensor_parallel.VocabParallelEmbedding megatron.core.tensor_parallel.vocab_parallel_cross_entropy
+megatron.core.tensor_parallel.set_tensor_model_parallel_attributes
 megatron.core.models.gpt.GPTModel megatron.core.transformer.module.MegatronModule
-megatron.core.transformer.transformer_config.TransformerConfig
+megatron.core.transformer.transformer_config.TransformerConfig megatron.core.enums.ModelType
 megatron.core.pipeline_parallel.get_forward_backward_func megatron.core.distributed.DistributedDataParallel
 megatron.core.distributed.DistributedDataParallelConfig megatron.core.distributed.finalize_model_grads
 megatron.core.optimizer.OptimizerConfig megatron.core.optimizer.get_megatron_optimizer
 megatron.core.dist_checkpointing.save megatron.core.dist_checkpointing.load
+megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint
+megatron.core.transformer.utils.sharded_state_dict_default
 """.split()
 SLOW = ("nemo.", "lightning.", "nxdt_nemo.lightning.")  # seconds to import
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,6 @@ from nxdt_nemo.checkpoint.tensors import KINDS
 from .conftest import Run
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import nemo2  # noqa: E402
-
 pytestmark = pytest.mark.ranks
 
 SCRIPT = TOOLS / "nemo2_lib" / "pretraining.py"
@@ -111,8 +106,9 @@ def test_goes_on_from_what_the_converter_wrote(losses: Callable[..., Losses], tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["tune-sft", "tune-lora"])
-def test_an_imported_model_is_tuned_in_every_layout(tmp_path: Path, key: str) -> None:
+def test_an_imported_model_is_tuned_in_every_layout(load_tool: Callable[..., Any], tmp_path: Path, key: str) -> None:
     """Hugging Face's format to NeMo's and back, and llm.finetune between: rows of tools/nemo2.py."""
+    nemo2 = load_tool("nemo2")
     runs = nemo2.Runs(nemo2.make(tmp_path / "inputs", None), Path(), tmp_path / "runs")
     nemo2.import_model(runs, "")
     assert nemo2.trip(runs).good

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 CHECKOUT = os.environ.get("NXDT_NEMO_CHECKOUT", "")
-TOOLS = Path(__file__).parents[2] / "tools"
 
 pytestmark = [
     pytest.mark.upstream,
@@ -23,16 +21,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[Any]:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        spec = importlib.util.spec_from_file_location("scripts_tool", TOOLS / "scripts.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(TOOLS))
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("scripts")
 
 
 @pytest.mark.parametrize("family", ["megatron_bert_pretraining", "megatron_t5"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import sys
 from pathlib import Path
@@ -13,17 +12,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
-def fuzz():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        spec = importlib.util.spec_from_file_location("fuzz_tool", TOOLS / "fuzz.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fuzz_tool"] = module  # its dataclasses look for it there
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(TOOLS))
-        sys.modules.pop("fuzz_tool", None)
+def fuzz(load_tool):
+    return load_tool("fuzz")
 
 
 def test_no_mistake_is_accepted(fuzz):

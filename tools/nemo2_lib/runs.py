@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo2_lib.inputs import Inputs
@@ -24,11 +24,11 @@ _LOSS = re.compile(r"reduced_train_loss: (\S+)")
 
 @dataclass(frozen=True)
 class Done:
-    """A run that ended well: a loss for each step, in full digits where our script wrote them; how long it took."""
+    """A run that ended as it may: each step's loss, in full digits where our script wrote them; how long it took."""
 
     losses: Sequence[float]
     seconds: float
-    output: str = field(repr=False, default="")
+    code: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Runs:
             raise RuntimeError(f"{script} {words}: exit code {ended.code}\n{last}")
         exact = folder / "losses.json"
         losses = json.loads(exact.read_text()) if exact.exists() else [float(x) for x in _LOSS.findall(ended.output)]
-        return Done(losses, time.monotonic() - began, ended.output)
+        return Done(losses, time.monotonic() - began, ended.code)
 
     def copy(self, source: Path, name: str) -> Path:
         """A folder with what another run has saved."""

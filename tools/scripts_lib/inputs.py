@@ -11,6 +11,8 @@ from pathlib import Path
 from configs_lib import corpus
 from omegaconf import OmegaConf
 
+from nxdt_nemo.testing.script_run import hugging_face_llama
+
 __all__ = ["PROMPTS", "prepare"]
 
 PROMPTS = ("The value of the expression", "An object of a class")
@@ -46,23 +48,10 @@ def _pairs(folder: Path) -> None:
 
 def _llama(folder: Path) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.save({"bert.encoder.weight": torch.zeros(2, 2)}, folder / "encoder.pt")
     torch.save({"mlp.weight": torch.ones(2)}, folder / "classifier.pt")
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        rms_norm_eps=1e-5,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    hugging_face_llama(folder / "llama", seed=7, length=LENGTH, num_hidden_layers=4, initializer_range=0.2)
     (folder / "llama" / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     _convert(folder, "llama", "llama.nemo", "--to", "nemo")
     _convert(folder, "llama", "megatron_lm", "--to", "torch", "--tp", "2", "--divisible-by", "64")

@@ -151,7 +151,7 @@ ASK = (
     *split("model.data.test_ds.write_predictions_to_file=True model.data.test_ds.metric.name=exact_string_match"),
     "model.data.test_ds.output_file_path_prefix={run}/said",
 )
-ANSWERS = shown.answers("said_test_short_inputs_preds_labels.jsonl")
+SAID, PAIRS = "said_test_short_inputs_preds_labels.jsonl", 40
 GPT_LORA = (
     "model.peft.restore_from_path={rows}/megatron_gpt_finetuning/log/checkpoints/megatron_gpt_peft_lora_tuning.nemo"
 )
@@ -294,7 +294,7 @@ ROWS: tuple[Row, ...] = (
     Row(T5_RUN, shown.refusal("does not cut"), (*T5, *PP2, "model.pipeline_model_parallel_split_rank=1"), "PP 2"),
     Row(
         "megatron_t5_seq2seq_eval",
-        shown.answers("said_validation_dataloader0_inputs_preds_labels.jsonl"),
+        shown.answers("said_validation_dataloader0_inputs_preds_labels.jsonl", 8, empty=True),
         (
             "--config-name=megatron_t5_config_finetune_eval",
             *CPU,
@@ -341,7 +341,7 @@ ROWS: tuple[Row, ...] = (
     Row("tuning/megatron_gpt_finetuning", shown.losses(), (*TUNE, *LORA, ALPHA, BASE)),
     Row(
         "tuning/megatron_gpt_generate",
-        ANSWERS,
+        shown.answers(SAID, PAIRS),
         (*ASK, BASE, GPT_LORA),
         needs=("megatron_gpt_finetuning",),
     ),
@@ -356,7 +356,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "tuning/megatron_t5_generate",
-        ANSWERS,
+        shown.answers(SAID, PAIRS, empty=True),  # a T5 of a few steps may end at once
         (*ASK, f"model.restore_from_path={T5_MODEL}", T5_LORA),
         needs=("megatron_t5_finetuning",),
     ),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nxdt_nemo.testing.parity import relative
 from nxdt_nemo.testing.script_run import Run, read_tensors
 from scripts_lib.inputs import PROMPTS
 
@@ -85,7 +86,7 @@ def as_in(row: str, steps: range, within: float = 1e-5) -> Shows:
         for name in ("reduced_train_loss", "grad_norm"):
             found, expected = done.curve(name), done.curve(name, row)
             _check(set(steps) <= found.keys() and len(set(expected.values())) > 1, f"{name} of {sorted(found)}")
-            errors.append(max(abs(found[step] - expected[step]) / abs(expected[step]) for step in steps))
+            errors.append(relative([found[step] for step in steps], [expected[step] for step in steps]))
             _check(errors[-1] <= within, f"{name} {found} against {expected}")
         loss, norm = errors
         return f"steps {steps[0] + 1} to {steps[-1] + 1} as on one rank: losses within {loss:.0e}, norms {norm:.0e}"
@@ -130,15 +131,17 @@ def completion(done: Done) -> str:
     return f"a completion, log-probability of its first token {float(found[0]):.4f}"
 
 
-def answers(name: str) -> Shows:
-    """A JSON line with a prediction for each prompt that was asked."""
+def answers(name: str, count: int, empty: bool = False) -> Shows:
+    """A JSON line with a prediction for each of so many prompts; `empty`: it may be that."""
 
     def show(done: Done) -> str:
         file = done.folder / name
         _check(file.is_file(), f"no {name}")
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        _check(bool(lines) and all(isinstance(line["pred"], str) for line in lines), f"{lines[:1]}")
-        return f"{len(lines)} answers"
+        silent = sum(not line["pred"].strip() for line in lines)
+        came = f"{len(lines)} answers" + (f", {silent} of them empty" if silent else "")
+        _check(len(lines) == count and (empty or not silent), f"{came}, of {count}")
+        return came
 
     return show
 
@@ -203,7 +206,7 @@ def merged(name: str) -> Shows:
         found, base = done.saved(name), done.saved("llama.nemo")
         moved = [key for key in found if not torch.equal(found[key], base[key])]
         _check(bool(moved) and all("linear_qkv" in key for key in moved), f"changed: {moved}")
-        error = max((found[key] - expected[key]).abs().max().item() for key in found)
+        error = torch.stack([(found[key] - expected[key]).abs().max().double() for key in found]).max().item()
         _check(error < 1e-6, f"{error} from ckpt merge")
         return f"W + B A, within {error:.0e} of `nxdt-nemo ckpt merge`"
 

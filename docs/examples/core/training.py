@@ -1,11 +1,11 @@
 """A training loop of one's own on megatron.core: parallel state, layers, schedules, gradient buffers, optimizer,
 checkpoints. As a job for CUDA has it, but for the first two lines after this text.
 
-    python docs/examples/core/training.py --save /tmp/begun --steps 2                        # one rank
-    torchrun --nproc-per-node 2 docs/examples/core/training.py --load /tmp/begun --tensor 2 --sequence
-    torchrun --nproc-per-node 2 docs/examples/core/training.py --load /tmp/begun --pipeline 2
-    torchrun --nproc-per-node 2 docs/examples/core/training.py --load /tmp/begun --zero      # two replicas, ZeRO-1
-    ... --model mixer                                                                  # mixer.py, not a GPT
+    python docs/examples/core/training.py --save begun --steps 2                        # one rank
+    torchrun --nproc-per-node 2 docs/examples/core/training.py --load begun --tensor 2 --sequence
+    torchrun --nproc-per-node 2 docs/examples/core/training.py --load begun --pipeline 2
+    torchrun --nproc-per-node 2 docs/examples/core/training.py --load begun --zero      # two replicas, ZeRO-1
+    ... --model mixer                                                                   # mixer.py, not a GPT
 
 Every layout prints the losses that one rank does, also where it takes up another's checkpoint.
 """
@@ -154,7 +154,7 @@ def load(folder: Path, replica: Any, optimizer: Any) -> int:
     model = replica.module.sharded_state_dict()
     wanted = {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True)}
     found = dist_checkpointing.load(wanted, str(folder))
-    replica.module.load_state_dict(found["model"], strict=False)
+    replica.module.load_state_dict(found["model"])
     optimizer.load_state_dict(found["optimizer"])
     return int(found["step"])
 
@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
     asked = parser.parse_args()
+    if asked.save is not None and asked.save.exists():
+        parser.error(f"--save {asked.save}: it exists; name a new folder")
     layout = Layout(asked.tensor, asked.pipeline, asked.sequence, asked.zero)
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
