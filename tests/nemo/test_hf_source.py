@@ -145,20 +145,20 @@ def test_other_weights_say_another_loss(train, model, tokens: Path, tmp_path: Pa
     assert abs(losses(train(folder))[0] - expected) > 1e-5 * expected
 
 
-def test_a_run_goes_on_with_the_rows_that_it_has_not_seen(train, model) -> None:
-    """Ten rows, four a step: the second half of a run begins within an epoch and ends in the next one."""
+def test_a_run_goes_on_with_the_rows_that_it_has_not_seen(train, model, tmp_path: Path) -> None:
+    """Ten rows, four a step: what is left of a run after two steps begins within an epoch and ends in the next one."""
+    steps = ("trainer.max_steps=4", "exp_manager.resume_if_exists=True", "exp_manager.resume_ignore_no_checkpoint=True")
     saves = (
         "exp_manager.create_checkpoint_callback=True",
-        "exp_manager.resume_if_exists=True",
-        "exp_manager.resume_ignore_no_checkpoint=True",
-        "model.optim.sched.max_steps=4",
+        "exp_manager.checkpoint_callback_params.save_top_k=2",
+        "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=False",
     )
-    whole = losses(train(model("llama"), "trainer.max_steps=4", "model.optim.sched.max_steps=4", name="whole"))
-    losses(train(model("llama"), *saves, "trainer.max_steps=2", name="half"))
-    found = train(model("llama"), *saves, "trainer.max_steps=4", name="half", ranks=2)
-    assert losses(found) == pytest.approx(whole, rel=1e-5)
-    assert found.resumed_from
-    shutil.rmtree(found.folder)
+    whole = losses(train(model("llama"), *steps, *saves, name="whole"))
+    (half,) = (at for at in (tmp_path / "whole" / "checkpoints").iterdir() if at.name.endswith("=8.0"))
+    resume = f"exp_manager.resume_from_checkpoint='{half}'"
+    found = train(model("llama"), *steps, resume, name="rest", ranks=2)
+    assert losses(found) == pytest.approx(whole[2:], rel=1e-5)
+    assert found.resumed_from == half.name
 
 
 BAD = [  # overrides, what one line has to say
