@@ -50,6 +50,7 @@ LENGTH = 32
 SETUP = ("--train-setup", "{checkout}/nemo/examples/nlp/language_modeling/train_setup.sh")
 SPM = ("model.tokenizer.sentencepiece_legacy=False",)  # the test tokenizer's end of text; NeMo's default hides it
 TP2 = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=True")
+ALIGNED, PROMPT = "model_alignment_strategy", "max_prompt_length=16"
 CP2 = ("model.context_parallel_size=2",)
 CASES = (
     Case("nemo", "megatron_gpt_config"),
@@ -68,8 +69,10 @@ CASES = (
     Case("nxdt", "hf_mixtral_8x7b_dropless_config", data="rows", groups=2, overrides=("model.num_moe_experts=4",)),
     Case("nxdt", "hf_llama3_8B_SFT_config", data="pairs", groups=2, overrides=SPM),
     Case("nxdt", "hf_llama3_8B_SFT_lora_config", data="pairs", groups=2, ranks=2, overrides=(*TP2, *SPM)),
-    Case("nxdt", "hf_llama3_8B_DPO_config", data="preferences", groups=2, overrides=SPM),
-    Case("nxdt", "hf_llama3_8B_ORPO_config", data="preferences", groups=2, overrides=SPM),
+    Case("nxdt", "hf_llama3_8B_DPO_config", data="preferences", groups=2, overrides=(f"{ALIGNED}.dpo.{PROMPT}", *SPM)),
+    Case(
+        "nxdt", "hf_llama3_8B_ORPO_config", data="preferences", groups=2, overrides=(f"{ALIGNED}.orpo.{PROMPT}", *SPM)
+    ),
     Case("nnm", "megatron_gpt_config", options=SETUP),
     Case("nnm", "megatron_llama_config", ranks=2, overrides=TP2, options=SETUP),
     Case("nnm", "megatron_llama_70b_config", groups=2),
@@ -134,7 +137,7 @@ def _data(case: Case, corpus: Path, folder: Path) -> list[str]:
     prompt = "prompt" if case.data == "preferences" else "input"
     lines = [{prompt: f"the sum of {n} and {n}"} | {name: f"is {n}, {name}" for name in answers} for n in range(64)]
     (folder / "lines.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    base = hugging_face_llama(folder / "base", seed=3, length=LENGTH)
+    base = hugging_face_llama(folder / "base", seed=3, length=LENGTH, rope_theta=5e5)
     files = [f"data.{name}={folder / 'lines.jsonl'}" for name in ("train_dir", "val_dir")]
     return [*tokenizer, *files, f"model.restore_from_path={base}"]
 

@@ -181,11 +181,6 @@ WRONG = [  # overrides, ranks, the line
         "use model.mcore_t5=True, and convert a legacy checkpoint to megatron-core first",
     ),
     (
-        ["~model.mcore_gpt", "+model.mcore_t5=True", f"{PP}=2"],
-        2,
-        f"{PP}=2: NeMo does not cut megatron-core's T5 into stages; use {PP}=1 and {TP}",
-    ),
-    (
         ["trainer.precision=bf16-true"],
         1,
         "trainer.precision=bf16-true is no precision of NeMo's Megatron models; use trainer.precision=bf16 or 32",
@@ -202,6 +197,14 @@ WRONG = [  # overrides, ranks, the line
 @pytest.mark.parametrize(("overrides", "ranks", "line"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
 def test_a_wrong_config_is_one_line(errors, overrides, ranks, line):
     assert errors(*overrides, world_size=ranks) == [f"tiny_gpt.yaml: {line}"]
+
+
+def test_stages_of_a_t5_are_refused(errors):
+    """Beside what a T5 lacks whose configuration was a GPT's."""
+    line = f"tiny_gpt.yaml: {PP}=2: NeMo does not cut megatron-core's T5 into stages; use {PP}=1 and {TP}"
+    of = ("~model.mcore_gpt", "+model.mcore_t5=True")
+    assert line in errors(*of, f"{PP}=2", world_size=2)
+    assert line not in errors(*of, world_size=1)
 
 
 @pytest.mark.parametrize("precision", ["16", "'16'", "16-mixed", "fp16"])
