@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Source, Target
 from nxdt_nemo.checkpoint.output import Folder
+from nxdt_nemo.checkpoint.output import digest as digest_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["MAPPING_VERSION", "Report", "convert"]
@@ -63,7 +65,8 @@ def convert(
 ) -> Report:
     """Write the checkpoint at `path` as format `to` at `target`. Raises UserError, and then `target` is as it was.
 
-    workers  files made at a time; digest, of each file: xxh3_128 or sha256; version goes into the manifest
+    workers  files made at a time
+    digest   of each file read and written, xxh3_128 or sha256, for the manifest; version, too
     change   what is to become of the source before it is written: an adapter that is merged into it
     """
     started = time.monotonic()
@@ -96,15 +99,22 @@ def convert(
 
     try:
         folder.open(total)
-        with ThreadPoolExecutor(1, "last") as pool:
+        given_up = threading.Event()
+        with ThreadPoolExecutor(2, "beside") as pool:
             later = pool.submit(lambda: list(writer.last()))
-            folder.write(outputs, workers, advance)
+            read = pool.submit(_digests, source, digest, given_up)
+            try:
+                folder.write(outputs, workers, advance)
+            except BaseException:  # Ctrl-C waits for no digest
+                given_up.set()
+                raise
         for last in later.result():
             folder.write([last], 1, lambda _: None)
             outputs.append(last)
         if _fingerprints(source) != before:
             raise UserError("changed while it was read", place=str(path), fix="convert it when nothing writes to it")
-        folder.commit(_provenance(source, to, wanted, before, version), [output.path for output in outputs])
+        files = {file: {**status, **read.result().get(file, {})} for file, status in before.items()}
+        folder.commit(_provenance(source, to, wanted, files, version), [output.path for output in outputs])
     finally:
         folder.close()
     return Report(
@@ -142,6 +152,12 @@ def _fingerprints(source: Source) -> dict[str, dict[str, int]]:
     return found
 
 
+def _digests(source: Source, algorithm: str, given_up: threading.Event) -> dict[str, dict[str, str]]:
+    """Of the files that were read. Of one at a URL there is none: it would be sent a second time."""
+    local = [file for file in source.files if isinstance(file, Path)]
+    return {str(file): {"digest": digest_of(file, algorithm, given_up)} for file in local}
+
+
 def _plan(
     source: Source, to: str, options: Options, wanted: Target, outputs: list[Output], files: dict[str, dict[str, int]]
 ) -> str:
@@ -151,7 +167,7 @@ def _plan(
 
 
 def _provenance(
-    source: Source, to: str, wanted: Target, files: dict[str, dict[str, int]], version: str
+    source: Source, to: str, wanted: Target, files: dict[str, dict[str, Any]], version: str
 ) -> dict[str, Any]:
     return {
         "format": to,

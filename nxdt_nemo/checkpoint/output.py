@@ -219,11 +219,13 @@ def _hash(algorithm: str) -> Any:
     return xxhash.xxh3_128() if algorithm == "xxh3_128" else hashlib.new(algorithm)
 
 
-def digest(path: Path, algorithm: str) -> str:
-    """A file's digest, with the algorithm's name before it."""
+def digest(path: Path, algorithm: str, given_up: threading.Event | None = None) -> str:
+    """A file's digest, with the algorithm's name before it; "" once given_up is set."""
     summed = _hash(algorithm)
     with path.open("rb") as file:
         while block := file.read(BLOCK):
+            if given_up is not None and given_up.is_set():
+                return ""
             summed.update(block)
     return f"{algorithm}:{summed.hexdigest()}"
 

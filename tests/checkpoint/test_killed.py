@@ -17,7 +17,7 @@ from nxdt_nemo.checkpoint import formats
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Target
 from nxdt_nemo.checkpoint.layout import Layout
-from nxdt_nemo.checkpoint.output import JOURNAL, check_manifest
+from nxdt_nemo.checkpoint.output import JOURNAL, check_manifest, digest
 from nxdt_nemo.errors import UserError
 
 from .conftest import KINDS, assert_same, files_of, kill_half_way, read, slow_writes
@@ -51,6 +51,9 @@ def test_killed_half_way(to: str, unpacked: Callable[[str], Path], tmp_path: Pat
     assert_same(read(source), read(target))
     manifest = json.loads((target / "nxdt_manifest.json").read_text())
     assert set(manifest["files"]) | {"nxdt_manifest.json"} == files_of(target)
+    origin = manifest["source"]["files"]
+    assert len(origin) > 4
+    assert all(row["digest"] == digest(Path(name), "xxh3_128") for name, row in origin.items())
 
 
 def test_what_an_earlier_run_left_is_taken_only_if_it_is_of_this_plan(
