@@ -17,9 +17,33 @@ from nxdt_nemo.checkpoint.dtypes import FLOAT32, same
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.layout import Layout
 
-from .conftest import KINDS, assert_same, read, tensor
+from .conftest import DATA, KINDS, assert_same, read, tensor
 
 Unpacked = Callable[[str], Path]
+
+
+def zarr_options(unpacked: Unpacked, folder: Path) -> Options:
+    """zarr_tp1 says nothing of its model: a config.json in `folder` does."""
+    config = json.loads((unpacked("hf_llama_tiny") / "config.json").read_text()) | {"vocab_size": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    return Options(config=folder / "config.json")
+
+
+FIXTURES = sorted(file.name.removesuffix(".tar.xz") for file in DATA.glob("*.tar.xz"))
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_each_goes_through_hugging_face_and_two_layouts_and_back(name: str, unpacked: Unpacked, tmp_path: Path) -> None:
+    """Weights to the bit, in each place and at the end of the way."""
+    options = zarr_options(unpacked, tmp_path) if name == "zarr_tp1" else Options()
+    source = formats.read(unpacked(name), options)
+    own = Layout(tp=2, pp=2)
+    for number, (to, layout) in enumerate((("hf", Layout()), ("torch", Layout(tp=4)), ("torch_dist", Layout(pp=4)))):
+        there, back = tmp_path / f"there{number}", tmp_path / f"back{number}"
+        convert(source.path, there, to, options, Target(layout))
+        convert(there, back, "torch_dist", wanted=Target(own))
+        for place in (there, back):
+            assert assert_same(source, read(place, optimizer=False), ("model",)) == len(source.catalog.names())
 
 
 def test_two_formats_of_one_run_are_the_same(unpacked: Unpacked) -> None:
@@ -152,9 +176,8 @@ def test_mixtral_of_a_rank_each_for_dense_and_expert_layers(unpacked: Unpacked, 
 
 def test_zarr_as_zarr_itself_reads_it(unpacked: Unpacked, tmp_path: Path) -> None:
     folder = unpacked("zarr_tp1")
-    config = json.loads((unpacked("hf_llama_tiny") / "config.json").read_text()) | {"vocab_size": 1024}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    source = formats.read(folder, Options(config=tmp_path / "config.json"))
+    options = zarr_options(unpacked, tmp_path)
+    source = formats.read(folder, options)
     assert (source.format, source.family.name, len(source.catalog.names())) == ("zarr", "llama", 39)
     import tensorstore
 
@@ -167,7 +190,7 @@ def test_zarr_as_zarr_itself_reads_it(unpacked: Unpacked, tmp_path: Path) -> Non
     assert torch.equal(tensor(source, "model", "layers.3.mlp.up.weight").float(), fc1[3, 176:])
     qkv = stored("decoder.layers.self_attention.linear_qkv.weight").view(4, 4, 4, 8, 64)
     assert torch.equal(tensor(source, "model", "layers.1.attention.k.weight").float(), qkv[1, :, 2].reshape(32, 64))
-    convert(folder, tmp_path / "hf", "hf", Options(config=tmp_path / "config.json"))
+    convert(folder, tmp_path / "hf", "hf", options)
     assert len(load_file(tmp_path / "hf/model.safetensors")) == 39
 
 
