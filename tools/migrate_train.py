@@ -16,12 +16,11 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+from parity_lib.sheet import heading
 
 from nxdt_nemo.testing.migrated import CASES, CHECKOUTS, Case, train
 from nxdt_nemo.testing.script_run import Run, write_corpus
@@ -89,12 +88,9 @@ def layout(case: Case) -> str:
 def markdown(lines: list[str], missing: list[str]) -> str:
     """The file in docs/results."""
     rest = f"\nNot in this table yet: {', '.join(missing)}.\n" if missing else ""
-    packages = ("torch", "megatron-core", "nemo_toolkit", "lightning")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"""# Migrated configurations train
 
-`python tools/migrate_train.py`, {date.today().isoformat()}, cpu lane, one thread a rank, {platform.machine()}.
-Python {platform.python_version()}, {versions}.
+{heading("python tools/migrate_train.py")}
 `nxdt-nemo run --config FILE OVERRIDES` migrates the file in memory and trains it: NeMo's MegatronGPTModel on text or
 rows, its MegatronGPTSFTModel on pairs, `nxdt_nemo/nemo/examples/megatron_alignment.py` on preferences. The overrides
 shrink layers, sizes, sequence, batch and layout, and name data, with a tokenizer where it is not token ids:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
+from parity_lib.sheet import heading
 from scripts_lib.inputs import prepare
 from scripts_lib.rows import FOLDER, ROWS, Row
 from scripts_lib.shown import Done, Unexpected
@@ -109,15 +107,13 @@ def launcher(row: Row) -> tuple[str, ...]:
 
 def page(found: dict[str, list[str]], checkout: Path) -> str:
     """docs/results/scripts.md."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "nemo_toolkit", "lightning"))
     lines = "\n".join(line(row, found.get(row.name, ["not run", ""]), checkout) for row in ROWS)
     own = [row for row in ROWS if not row.script.startswith("scripts/")]
     refused = {row.script for row in own if not row.words}
     count = len({row.script for row in own})
     return f"""# NeMo's own scripts
 
-`python tools/scripts.py CHECKOUT`, {date.today().isoformat()}, cpu lane, one thread a rank, {platform.machine()}.
-Python {platform.python_version()}, {versions}.
+{heading("python tools/scripts.py CHECKOUT")}
 All {count} scripts of `{FOLDER}` of NeMo v2.4.0, unedited, and two of
 `scripts/nlp_language_modeling`: {count - len(refused)} of the {count} run, {len(refused)} are refused
 in one line, before anything is imported. What came out is read from what a run left and printed: losses that fall,

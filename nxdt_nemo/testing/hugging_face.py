@@ -1,4 +1,7 @@
-"""Hugging Face's Llama of a recipe, with torch's AdamW: what step.py and xla_step.py put beside ours."""
+"""Hugging Face's Llama of a recipe, with torch's AdamW: what benchmarks and tests put beside ours.
+
+Room testing/. Imports torch and transformers where they are used. Proof: tests/nemo/test_peft.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nxdt_nemo.testing.recipe import Recipe
+
+__all__ = ["adamw", "llama_config", "llama_weights"]
 
 
 def llama_config(recipe: Recipe, **named: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo.testing.hugging_face import llama_config
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.recipe import Layout, Recipe, layout, micro_batches
 
@@ -49,17 +50,7 @@ def hugging_face() -> Any:
     import transformers
 
     torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=RECIPE.vocab,
-        hidden_size=RECIPE.hidden,
-        intermediate_size=RECIPE.ffn,
-        num_hidden_layers=RECIPE.layers,
-        num_attention_heads=RECIPE.heads,
-        num_key_value_heads=RECIPE.kv_groups,
-        rms_norm_eps=1e-5,
-        attn_implementation="eager",
-    )
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(llama_config(RECIPE, attn_implementation="eager"))
 
 
 def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

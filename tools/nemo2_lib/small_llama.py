@@ -34,24 +34,25 @@ def write_hugging_face(folder: Path, sizes: Mapping[str, Any] = CONFIG) -> None:
     """Random weights in float32, and a byte-level tokenizer of 1,024 pieces from Python's own documentation."""
     from pydoc_data.topics import topics
 
-    import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(1)
-    config = LlamaConfig(
+    from nxdt_nemo.testing.script_run import hugging_face_llama
+
+    hugging_face_llama(
+        folder,
+        seed=1,
+        length=sizes["seq_length"],
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["ffn_hidden_size"],
         num_hidden_layers=sizes["num_layers"],
         num_attention_heads=sizes["num_attention_heads"],
         num_key_value_heads=sizes["num_query_groups"],
-        max_position_embeddings=sizes["seq_length"],
         rms_norm_eps=sizes["layernorm_epsilon"],
         rope_theta=sizes["rotary_base"],
         initializer_range=sizes["hidden_size"] ** -0.5,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
     tokens = ByteLevelBPETokenizer()
     special = ["<s>", "</s>", "<pad>"]
     tokens.train_from_iterator(list(topics.values())[:40], 1024, special_tokens=special, show_progress=False)

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[0] = str(ROOT)  # not this folder
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from hugging_face import adamw, llama_config, llama_weights  # noqa: E402
 from turns import answer  # noqa: E402
 
+from nxdt_nemo.testing.hugging_face import adamw, llama_config, llama_weights  # noqa: E402
 from nxdt_nemo.testing.recipe import Recipe, micro_batches  # noqa: E402
 
 # By tokens a step: a small model of usual proportions, in one micro-batch, and with accumulation.

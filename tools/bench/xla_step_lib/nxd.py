@@ -98,7 +98,8 @@ def load(checkout: Path) -> Any:
 def model(module: Any, recipe: Recipe, weights: dict[str, Any]) -> Any:
     """The recipe's Llama with these weights, on XLA:CPU."""
     import torch_xla
-    from hugging_face import llama_config, llama_weights
+
+    from nxdt_nemo.testing.hugging_face import llama_config, llama_weights
 
     config = llama_config(recipe, head_dim=recipe.hidden // recipe.heads)
     plain = {
