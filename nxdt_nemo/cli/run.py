@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.abc import InspectLoader
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -22,7 +22,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from nxdt_nemo import console
-from nxdt_nemo.cli import early, unsupported
+from nxdt_nemo.cli import early, in_place, unsupported
 from nxdt_nemo.errors import ConfigError, UserError
 
 __all__ = ["Job", "install_hook", "leave", "run_job"]
@@ -55,7 +55,7 @@ class Job:
 
     def _start(self) -> None:
         if not self.module:
-            _check_script(Path(self.target))
+            _check_script(Path(self.target), self.arguments)
         main = ModuleType("__main__")
         sys.modules["__main__"] = main
         sys.argv[:] = ["-m" if self.module else self.target, *self.arguments]
@@ -75,8 +75,9 @@ class Job:
         _execute(main, code)
 
 
-def _check_script(path: Path) -> None:
+def _check_script(path: Path, arguments: Sequence[str] = ()) -> None:
     if path.is_file():
+        in_place.run(path, arguments)
         unsupported.refuse(path)
         return
     if path.is_dir():

@@ -30,12 +30,12 @@ class Refusal:
 CONVERT = "nxdt-nemo ckpt convert MODEL TARGET"
 OTHER_MODEL = "use a model of megatron-core's GPT, BERT or T5 kind"
 REFUSALS = (
+    Refusal(rb"megatron_mamba_(sft_)?model", "Mamba needs the CUDA kernels of mamba-ssm", OTHER_MODEL),
     Refusal(
         rb"NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE",
         "stands for one rank after another in a single process, which this backend's process groups cannot",
         f"cut the model another way: {CONVERT}.nemo --to nemo --tp N --pp M",
     ),
-    Refusal(rb"megatron_mamba_(sft_)?model", "Mamba needs the CUDA kernels of mamba-ssm", OTHER_MODEL),
     Refusal(rb"megatron_griffin_sft_model", "Griffin needs the Triton kernel of accelerated-scan", OTHER_MODEL),
     Refusal(
         rb"megatron_retro_model",

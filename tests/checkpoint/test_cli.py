@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import nxdt_nemo
+from nxdt_nemo.cli import in_place
 from nxdt_nemo.cli.main import main
+from nxdt_nemo.errors import UserError
 
 ROOT = Path(nxdt_nemo.__file__).parent.parent
 Unpacked = Callable[[str], Path]
@@ -121,6 +123,45 @@ def test_logits_of_other_families(
     said = "logits   ok: transformers against megatron-core: worst difference "
     _, _, rest = capsys.readouterr().out.partition(said)
     assert float(rest.split(",")[0]) <= 1e-5
+
+
+PARTITIONS = """raise SystemExit("never executed")
+parser.add_argument("--target_tensor_model_parallel_size", type=int)
+os.environ[NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE] = "true"
+"""
+
+
+def test_the_script_that_changes_partitions(
+    unpacked: Unpacked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`nxdt-nemo run megatron_change_num_partitions.py` is the converter's work: the words are upstream's."""
+    script, source = tmp_path / "megatron_change_num_partitions.py", tmp_path / "source.nemo"
+    script.write_text(PARTITIONS)
+    assert run("convert", unpacked("hf_llama_tiny"), source, "--to", "nemo") == 0
+
+    def change(*words: str | Path) -> None:
+        in_place.run(script, ("--model_file", str(source), *map(str, words)))
+
+    target = tmp_path / "new" / "target.nemo"
+    sizes = ("--target_tensor_model_parallel_size=2", "--target_pipeline_model_parallel_size", "2")
+    for precision, dtype in (("bf16", "BF16"), ("16", "F16"), ("32", "F32")):  # the second and third replace the first
+        with pytest.raises(SystemExit, match="0"):
+            change("--target_file", target, *sizes, "--precision", precision, "--num_gpu_per_node", "1")
+        assert "is answered by: nxdt-nemo ckpt convert" in capsys.readouterr().err
+        assert run("inspect", target, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert ((found["layout"]["tp"], found["layout"]["pp"]), found["dtypes"]) == ((2, 2), [dtype])
+
+    other = tmp_path / "other.model"
+    other.write_text("another")
+    for words, said in (
+        (("--tokenizer_model_path", other), "is not the one in"),
+        (("--megatron_legacy",), "--megatron_legacy: is not taken here"),
+        (("--tp_conversion_only",), "drop --tp_conversion_only"),
+    ):
+        with pytest.raises(UserError, match=said):
+            change("--target_file", tmp_path / "none.nemo", *sizes, *words)
+    assert not (tmp_path / "none.nemo").exists()
 
 
 def test_a_closed_pipe_is_no_fault_of_ours(unpacked: Unpacked) -> None:

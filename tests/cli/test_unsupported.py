@@ -9,8 +9,8 @@ from nxdt_nemo.cli.unsupported import REFUSALS, refused
 from nxdt_nemo.errors import UserError
 
 LINES = (  # in the order of REFUSALS: what stands in such a script
-    'os.environ["NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"] = "true"',
     "from nemo.collections.nlp.models.language_modeling.megatron_mamba_sft_model import MegatronMambaSFTModel",
+    'os.environ["NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"] = "true"',
     "from nemo.collections.nlp.models.language_modeling.megatron_griffin_sft_model import MegatronGriffinSFTModel",
     "from nemo.collections.nlp.models.language_modeling.megatron_retro_model import MegatronRetroModel",
     "    model = MegatronRetrievalModel(cfg.model, trainer)",

@@ -186,7 +186,7 @@ ROWS: tuple[Row, ...] = (
             *split("--output_path {run}/converted.pt"),
         ),
     ),
-    Row("mamba_change_num_partition", shown.refusal("ckpt convert")),
+    Row("mamba_change_num_partition", ANOTHER_MODEL),
     Row("megatron_bart_pretraining", shown.losses(), BART),
     Row(BERT_RUN, shown.losses(), BERT),
     Row(
@@ -197,7 +197,19 @@ ROWS: tuple[Row, ...] = (
         (BERT_RUN,),
     ),
     Row(BERT_RUN, shown.as_in(BERT_RUN, GOES_ON), (*BERT, *PP2, from_third(BERT_RUN)), "PP 2", (BERT_RUN,)),
-    Row("megatron_change_num_partitions", shown.refusal("ckpt convert")),
+    *(
+        Row(
+            "megatron_change_num_partitions",
+            shown.tensors("out.nemo", of="llama.nemo", sizes=(tp, pp)),
+            (
+                *split("--model_file {data}/llama.nemo --target_file {run}/out.nemo --precision 32"),
+                *split("--tokenizer_model_path {data}/tokenizer.model --num_gpu_per_node 1"),
+                *split(f"--target_tensor_model_parallel_size {tp} --target_pipeline_model_parallel_size {pp}"),
+            ),
+            "to TP 2" if tp > 1 else "to PP 2",
+        )
+        for tp, pp in ((2, 1), (1, 2))
+    ),
     Row(
         "megatron_ckpt_to_nemo",
         shown.tensors("out", of=LLAMA_RUN),
@@ -221,8 +233,21 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     Row("megatron_gpt_eval", shown.tokens, EVAL),
-    Row("megatron_gpt_eval", shown.tokens, (*EVAL, *split("trainer.devices=2 tensor_model_parallel_size=2")), "TP 2"),
-    Row("megatron_gpt_eval", shown.tokens, (*EVAL, *split("trainer.devices=2 pipeline_model_parallel_size=2")), "PP 2"),
+    *(
+        Row(
+            "megatron_gpt_eval",
+            shown.tokens,
+            (
+                *without("gpt_model_file=", EVAL),
+                f"gpt_model_file={{rows}}/megatron_change_num_partitions_to_{size}_2/out.nemo",
+                "trainer.devices=2",
+                f"{key}=2",
+            ),
+            f"{size} 2",
+            needs=(f"megatron_change_num_partitions_to_{size}_2",),
+        )
+        for size, key in (("TP", "tensor_model_parallel_size"), ("PP", "pipeline_model_parallel_size"))
+    ),
     Row("megatron_gpt_mcore_batch_eval", shown.refusal("megatron_gpt_eval.py")),
     Row("megatron_gpt_pretraining", shown.losses(), GPT),
     Row("megatron_gpt_pretraining", shown.losses(), LLAMA, "Llama, bf16"),

@@ -146,8 +146,8 @@ def answers(name: str, count: int, empty: bool = False) -> Shows:
     return show
 
 
-def tensors(name: str, of: str) -> Shows:
-    """What was written is another model, tensor for tensor."""
+def tensors(name: str, of: str, sizes: tuple[int, int] | None = None) -> Shows:
+    """What was written is another model, tensor for tensor; `sizes`: the tensor and pipeline parallel ones it names."""
 
     def show(done: Done) -> str:
         import torch
@@ -156,9 +156,22 @@ def tensors(name: str, of: str) -> Shows:
         _check(found.keys() == expected.keys(), f"{found.keys() ^ expected.keys()}")
         other = [key for key in found if not torch.equal(found[key], expected[key].to(found[key].dtype))]
         _check(not other, f"other {other}")
-        return f"{len(found)} tensors, each as given"
+        if sizes is None:
+            return f"{len(found)} tensors, each as given"
+        written = sizes_of(done.folder / name)
+        _check(written == sizes, f"for TP and PP {written}")
+        return f"{len(found)} tensors, each as given, by `nxdt-nemo ckpt convert`"
 
     return show
+
+
+def sizes_of(file: Path) -> tuple[int, int]:
+    """The tensor and pipeline parallel sizes in a .nemo's settings."""
+    from omegaconf import OmegaConf
+
+    with tarfile.open(file) as packed:
+        settings: Any = OmegaConf.create(packed.extractfile("./model_config.yaml").read().decode())  # type: ignore[union-attr]
+    return settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
 
 
 def layers(name: str, count: int) -> Shows:
