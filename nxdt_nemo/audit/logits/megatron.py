@@ -48,9 +48,10 @@ def main(kind: str, folder: Path, model_file: Path, out: Path) -> None:
         _load_ranks(model, folder, said)
     ids = torch.tensor(tokens(said["vocab"]))
     places = torch.arange(ids.shape[1]).expand_as(ids)
-    hidden = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)[None, None]
+    every = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)
+    hidden = every.triu(1) | every.tril(-(said["window"] or ids.shape[1]))  # its own attention has no window_size
     with torch.no_grad():
-        torch.save(model(ids, places, hidden).float(), out)
+        torch.save(model(ids, places, hidden[None, None]).float(), out)
     dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of, relative_of
+from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of, relative_of, window_of
 from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
@@ -143,7 +143,7 @@ def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if factor := config.get("seq_len_interpolation_factor"):
         args[SCALING] = {"rope_type": "linear", "factor": float(factor)}
     if (config.get("sliding_window_size") or 0) > 0:
-        args["window_size"] = [config["sliding_window_size"], 0]
+        args["window_size"] = [config["sliding_window_size"] - 1, 0]
     for name in ("nxdt_family", "nxdt_extra"):
         if name in config:
             args[name] = config[name]
@@ -258,7 +258,7 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTyp
         said["qk_layernorm"] = True
     said |= relative_of(model)
     if model.window:
-        said["window_size"] = [model.window, 0]
+        said["window_size"] = window_of(model)
     if layout.stages:
         said["num_layers_in_first_pipeline_stage"] = layout.stages[0]
         said["num_layers_in_last_pipeline_stage"] = layout.stages[-1]
@@ -360,7 +360,7 @@ def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTy
         "position_embedding_type": positions_of(model),
         "rotary_base": int(model.rope_base),
         "rotary_percent": model.rope_fraction,
-        "window_size": [model.window, 0] if model.window else None,
+        "window_size": window_of(model),
         "num_moe_experts": model.experts or None,
         "moe_router_topk": model.experts_per_token,
         "make_vocab_size_divisible_by": divisor,
