@@ -128,6 +128,10 @@ def _load_distributed(model: Any, folder: Path, prefix: str) -> None:
     from megatron.core import dist_checkpointing
 
     wanted = model.sharded_state_dict(prefix=prefix)
+    known = dist_checkpointing.load_tensors_metadata(str(folder))
+    for part in wanted.values():  # the norm before experts has another name where TransformerEngine's layers load it
+        if part.key not in known:
+            part.key = part.key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
     loaded = dist_checkpointing.load(wanted, str(folder))
     found = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
     own = set(model.state_dict())
