@@ -109,11 +109,11 @@ def state_of(source: Source, target: Target, params: Sequence[Stored], rank: int
     ordered = [s for s in params if not _light(s)] + [s for s in params if _light(s)]
     if any(place is not None for _, place in stacked(params)):
         raise UserError("ZeRO-1 state of experts is not written", place="--with-optimizer", fix="leave it out")
-    step = scalar(source.training.step or 0)
     base: dict[int, Any] = {}
     master: dict[int, Pending] = {}
     for number, stored in enumerate(ordered):
         mine = _slice(stored, rank, ranks)
+        step = scalar(source.training.step or 0)  # torch adds to each in place
         base[number] = {"step": step, **{kind: pending(source, kind, mine) for kind in _MOMENTS}}
         kind = "fp32_param" if "fp32_param" in source.catalog.kinds() else "model"
         master[number] = pending(source, kind, mine, FLOAT32)
