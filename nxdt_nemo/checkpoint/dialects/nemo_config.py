@@ -375,6 +375,7 @@ def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTy
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
     }
+    said |= {name: said["params_dtype"] for name in ("pipeline_dtype", "autocast_dtype") if kept.get(name)}
     if model.family in ("mixtral", "qwen3"):
         said["max_position_embeddings"] = model.positions
     if "initializer_range" in model.extra:

@@ -36,7 +36,9 @@ def main(work: Path, family: str) -> None:
     config = llm.GPTConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     llm.import_ckpt(MODELS[family](config), f"hf://{work / 'hf'}", output_path=work / "theirs")
     ours, theirs = fields(work / "ours"), fields(work / "theirs")
-    differ = {key: [repr(ours.get(key)), repr(value)] for key, value in theirs.items() if ours.get(key) != value}
+    pairs = {key: (ours.get(key), value) for key, value in theirs.items()}
+    differ = {key: list(map(repr, pair)) for key, pair in pairs.items() if pair[0] != pair[1]}
+    differ = {key: pair for key, pair in differ.items() if pair[0] != pair[1]}  # equal functions are not the same
     (work / "differs.json").write_text(json.dumps(differ))
     llm.export_ckpt(work / "ours", "hf", output_path=work / "hf_again")
 
