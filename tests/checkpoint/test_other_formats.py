@@ -97,6 +97,8 @@ STATES: list[tuple[str, Layout, dict[str, Any]]] = [
     ("nnm", Layout(tp=2, pp=1), {"dp": 2, "xser": True}),
     ("nxdt", Layout(tp=2, pp=2), {"dp": 3}),
     ("nxdt", Layout(tp=1, pp=2), {"dp": 2, "xser": True, "style": "megatron"}),
+    ("nxdt", Layout(tp=8), {"dp": 2, "hw_backend": "trn1", "no_decay": "norm"}),
+    ("nxdt", Layout(tp=4, pp=2), {"dp": 3, "hw_backend": "trn2", "kv_multiplier": 2, "fuse_qkv": True}),
 ]
 
 
