@@ -27,7 +27,7 @@ from nxdt_nemo.errors import UserError
 __all__ = ["MAPPING_VERSION", "Report", "convert"]
 
 # Raised when a family's or dialect's table changes what is written.
-MAPPING_VERSION = 2
+MAPPING_VERSION = 3
 Progress = Callable[[int, int], None]  # bytes done, bytes of all
 
 

@@ -106,7 +106,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         "distrib_optim for Megatron's distributed, else the other."
     )
     add("--optimizer-format", default=_OPTIMIZER_FORMATS[0], metavar="NAME", help=said)
-    said = "torch: layer spec of the run that loads it, local (the default) or te; legacy for old names."
+    said = "Layer spec of the run that loads it, local (the default) or te; torch: legacy for old names."
     add("--spec", default="local", help=said)
     add("--divisible-by", type=int, default=128, metavar="ROWS", help="Megatron's make_vocab_size_divisible_by.")
     add("--shard-size", type=float, default=5.0, metavar="GB", help="hf: GB of a file.")
@@ -168,6 +168,8 @@ def _lines(found: dict[str, Any], every: bool) -> Iterator[str]:
     yield "progress   " + (said if found["iteration"] is not None else "none recorded: weights only")
     state = f"{', '.join(optimizer['state'])}, step {optimizer['step']}" if optimizer["state"] else "no state"
     yield f"optimizer  {state}"
+    if context := found["detail"].get("nemo2_context"):
+        yield "context    " + ", ".join(name.rpartition(".")[2] for name in context.values() if name)
     if found["manifest"]:
         origin = (found["manifest"].get("source") or {}).get("path")
         yield f"origin     {found['manifest'].get('written_by')} from {origin}"

@@ -97,6 +97,8 @@ STATES: list[tuple[str, Layout, dict[str, Any]]] = [
     ("nnm", Layout(tp=2, pp=1), {"dp": 2, "xser": True}),
     ("nxdt", Layout(tp=2, pp=2), {"dp": 3}),
     ("nxdt", Layout(tp=1, pp=2), {"dp": 2, "xser": True, "style": "megatron"}),
+    ("nxdt", Layout(tp=8), {"dp": 2, "hw_backend": "trn1", "no_decay": "norm"}),
+    ("nxdt", Layout(tp=4, pp=2), {"dp": 3, "hw_backend": "trn2", "kv_multiplier": 2, "fuse_qkv": True}),
 ]
 
 
@@ -119,6 +121,24 @@ def test_optimizer_state_goes_along(
     assert {group["weight_decay"] for group in middle.training.groups} == {0.0, 0.01}
     convert(tmp_path / "there", tmp_path / "back", "torch_dist", wanted=Target(Layout(tp=2), kinds=KINDS))
     assert assert_same(first, read(tmp_path / "back")) == 4 * 39
+
+
+@pytest.mark.parametrize("to", ["nxdt", "torch"])
+def test_each_parameter_has_its_own_step(to: str, unpacked: Unpacked, tmp_path: Path) -> None:
+    """torch's optimizers add to it in place: one tensor for all would count a step as often as there are parameters."""
+    convert(unpacked("ll_td_tp2pp2"), tmp_path / "there", to, wanted=Target(Layout(), kinds=KINDS))
+    steps = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            steps.extend(value[key].data_ptr() for key in value if key == "step" and torch.is_tensor(value[key]))
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+            walk(inner)
+
+    for path in (tmp_path / "there").rglob("*"):
+        if path.suffix in (".pt", ".ckpt"):
+            walk(torch.load(path, weights_only=False))
+    assert len(steps) > 20 and len(set(steps)) == len(steps)
 
 
 def test_a_nemo_file_is_what_nemo_packs(unpacked: Unpacked, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from nxdt_nemo.checkpoint import catalog
 from nxdt_nemo.checkpoint.convert import convert
 from nxdt_nemo.checkpoint.formats.base import Options, Target
+from nxdt_nemo.checkpoint.io import remote
 from nxdt_nemo.checkpoint.io.remote import path_of
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.cli.main import main
@@ -59,6 +60,7 @@ def test_safetensors_are_read_in_ranges(
     url = uploaded(memory, source, "llama")
     seen = requests(memory, monkeypatch)
     monkeypatch.setattr(catalog, "_BLOCK", 20_000)
+    monkeypatch.setattr(remote, "BLOCK", 20_000)
     for to, layout in (("torch_dist", Layout(tp=2, pp=2)), ("torch", Layout(tp=4)), ("hf", Layout())):
         convert(path_of(url), tmp_path / to, to, wanted=Target(layout))
         assert_same(read(source, optimizer=False), read(tmp_path / to, optimizer=False), ("model",))
@@ -69,11 +71,16 @@ def test_safetensors_are_read_in_ranges(
 
 
 @pytest.mark.parametrize("name", ["ll_torch_tp2pp2_do", "ll_td_tp2pp2"])
-def test_megatrons_with_optimizer(name: str, memory: Any, unpacked: Unpacked, tmp_path: Path) -> None:
+def test_megatrons_with_optimizer(
+    name: str, memory: Any, unpacked: Unpacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of small arrays, in requests of a megabyte that read nothing twice."""
     url = uploaded(memory, unpacked(name), name)
+    seen = requests(memory, monkeypatch)
     wanted = Target(Layout(tp=4), kinds=KINDS)
     convert(path_of(url), tmp_path / "out", "torch_dist", Options(optimizer=True), wanted)
     assert assert_same(read(unpacked(name)), read(tmp_path / "out")) == 156
+    assert len(seen) < 25 and sum(size for _, size in seen) <= memory.du(url)
 
 
 def test_an_archive(memory: Any, unpacked: Unpacked, tmp_path: Path) -> None:
@@ -109,6 +116,7 @@ def test_what_is_wrong_is_one_line(
         assert url in str(caught.value) and "\n" not in str(caught.value)
     url = uploaded(memory, unpacked("hf_llama_tiny"), "changing")
     path, target = path_of(url), tmp_path / "out"
+    monkeypatch.setattr(remote, "BLOCK", 20_000)
     original = memory.cat_file
 
     def changed(path: str, start: int, end: int) -> bytes:

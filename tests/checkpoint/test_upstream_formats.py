@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from nxdt_nemo.checkpoint.dtypes import FLOAT32
 from nxdt_nemo.checkpoint.formats.base import Options, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.errors import UserError
+
+from . import conftest
+from .conftest import KINDS, assert_same, read
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 HERE = Path(__file__).with_name("upstream")
@@ -44,9 +48,9 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert tensor.dtype == rows.dtype and torch.equal(tensor, rows), key
 
 
-def upstream(script: str, *arguments: Any, stubs: str = "") -> None:
+def upstream(script: str, *arguments: Any, stubs: str = "", **variables: str) -> None:
     command = [str(HERE / "stubs.py"), stubs, str(HERE / script)] if stubs else [str(HERE / script)]
-    environment = {**os.environ, "NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "NXDT_NEMO_RUNTIME": "cpu", "NXDT_NEMO": "0", "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [sys.executable, *command, *map(str, arguments)],
         capture_output=True,
@@ -93,6 +97,53 @@ def test_nxd(work: Path, unpacked: Unpacked) -> None:
     assert torch.equal(rank["model.norm.weight"], full["model.norm.weight"])
 
 
+@pytest.mark.skipif(not NXD, reason="NXDT_NXD_SOURCE names no checkout of neuronx-distributed")
+def test_nxd_zero1(unpacked: Unpacked, tmp_path: Path) -> None:
+    """NeuronZero1Optimizer and load_checkpoint take optim/ of 1 and of 3 ranks, and save it again."""
+    source, ranks = unpacked("ll_td_tp2pp2"), 3
+    for name, count in (("one", 1), ("many", ranks)):
+        convert(source, tmp_path / "ours" / name, "nxdt", wanted=Target(Layout(), kinds=KINDS, extra={"dp": count}))
+    upstream("nxd_zero1.py", tmp_path, ranks, stubs=f"{NXD}/src", NXDT_TEST_XLA="1", PJRT_DEVICE="CPU")
+    first, theirs = read(source), tmp_path / "theirs"
+    for name in ("one", "many", "stepped"):
+        shutil.copytree(tmp_path / "ours/one/model", theirs / name / "model", dirs_exist_ok=True)
+        shutil.copy(tmp_path / "ours/one/user_content.pt", theirs / name)
+    for name in ("one", "many"):
+        assert assert_same(first, read(theirs / name)) == 4 * 39
+    stepped = read(theirs / "stepped")
+    assert stepped.training.step == 3.0
+    for name in first.catalog.names("exp_avg"):
+        wanted = conftest.tensor(first, "exp_avg", name) * 0.9 + 0.1 * 2**-10
+        torch.testing.assert_close(conftest.tensor(stepped, "exp_avg", name), wanted, rtol=1e-5, atol=1e-9)
+        before, after = (conftest.tensor(side, "fp32_param", name) for side in (first, stepped))
+        assert not torch.equal(before, after)
+    slices = [theirs / f"many/optim/dp_rank_{rank:02d}_tp_rank_00_pp_rank_00.pt" for rank in (0, 1)]
+    exchanged = [path.read_bytes() for path in slices]
+    for path, content in zip(slices, reversed(exchanged), strict=True):
+        path.write_bytes(content)
+    with pytest.raises(AssertionError):
+        assert_same(first, read(theirs / "many"))
+
+
+@pytest.mark.skipif(not NXD, reason="NXDT_NXD_SOURCE names no checkout of neuronx-distributed")
+def test_nxd_converts_zero1(unpacked: Unpacked, tmp_path: Path) -> None:
+    """Its script takes 3 ranks for 2; of the main weights it writes the first rank's slice alone, which is refused."""
+    source = unpacked("ll_td_tp2pp2")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    convert(source, ours, "nxdt", wanted=Target(Layout(tp=2, pp=2), kinds=KINDS, extra={"dp": 3}))
+    shutil.copytree(ours, theirs, ignore=shutil.ignore_patterns("optim"))
+    script = f"{NXD}/src/neuronx_distributed/optimizer/convert_zero_checkpoints.py"
+    words = ("--input_dir", ours, "--output_dir", theirs, "--dp_size", 2, "--convert_to_sharded")
+    upstream(script, *words, stubs=f"{NXD}/src")
+    with pytest.raises(UserError, match="fp32_param of"):
+        read(theirs)
+    for path in (theirs / "optim").iterdir():
+        state = torch.load(path, weights_only=False)
+        del state["sharded_master_weights"]
+        torch.save(state, path)
+    assert assert_same(read(source), read(theirs), ("exp_avg", "exp_avg_sq")) == 2 * 39
+
+
 @pytest.mark.skipif(not NNM, reason="NXDT_NNM_SOURCE names no checkout of neuronx-nemo-megatron")
 def test_nnm(work: Path, unpacked: Unpacked) -> None:
     hf = unpacked("hf_llama_tiny")
@@ -135,6 +186,47 @@ def test_nemo(unpacked: Unpacked, tmp_path: Path) -> None:
     for name in ("dist", "train"):  # what megatron-core's own modules were given
         assert_equal({f"model.{key}": tensor for key, tensor in state.items()}, torch.load(tmp_path / f"{name}.pt"))
     assert_equal(torch.load(tmp_path / "legacy.pt"), torch.load(tmp_path / "ptl.pt"))
+
+
+LAYOUT = ("tensor_model_parallel_size", "expert_tensor_parallel_size")
+# Where a configuration of ours, for two tensor-parallel ranks, is not that of NeMo's importer, which takes a window for
+# the longest sequence, and for one key too many.
+OTHERWISE = {
+    "llama": {*LAYOUT},
+    "mistral": {"window_size", "seq_length", *LAYOUT},
+}
+
+
+def test_nemo2(hf_model: Unpacked, tmp_path: Path) -> None:
+    """io.load_context and llm.export_ckpt of a folder of ours, beside the one that llm.import_ckpt makes."""
+    pytest.importorskip("nemo", reason="needs the extra: pip install nxdt-nemo[nemo]")
+    for family in OTHERWISE:
+        shutil.copytree(hf_model(family), tmp_path / family / "hf")
+        _hugging_face_tokenizer(tmp_path / family / "hf")
+        convert(tmp_path / family / "hf", tmp_path / family / "ours", "nemo2", wanted=Target(Layout(tp=2)))
+    upstream("nemo2.py", tmp_path, *OTHERWISE)
+    for family, otherwise in OTHERWISE.items():
+        folder = tmp_path / family
+        assert json.loads((folder / "differs.json").read_text()).keys() == otherwise
+        full = weights(folder / "hf")
+        assert_equal(full, weights(folder / "hf_again"))
+        convert(folder / "theirs", folder / "back", "hf")
+        assert_equal(full, weights(folder / "back"))
+
+
+def _hugging_face_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 1,000 pieces, beside a model of as many."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokens = ByteLevelBPETokenizer()
+    tokens.train_from_iterator(
+        list(topics.values())[:40], 1000, special_tokens=[*special.values()], show_progress=False
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokens._tokenizer, **special).save_pretrained(folder)
 
 
 def _tokenizer(folder: Path) -> bytes:

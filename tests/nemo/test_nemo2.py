@@ -4,6 +4,7 @@ one rank's checkpoint in other layouts with the losses of one rank."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,21 @@ def test_goes_on_from_what_the_converter_wrote(losses: Callable[..., Losses], tm
     found = losses(through, f"steps={LAST}", *of)
     assert len(found) == LAST - FIRST and found == pytest.approx(straight, rel=1e-6)
     assert abs(found[0] - first[0]) > 1e-3, "a run that began anew would agree"
+
+
+@pytest.mark.slow
+def test_tuning_begins_with_a_conversion_as_with_an_import(load_tool: Callable[..., Any], tmp_path: Path) -> None:
+    """RestoreConfig takes weights, configuration and tokenizer of a folder that the converter wrote."""
+    nemo2 = load_tool("nemo2")
+    runs = nemo2.Runs(nemo2.make(tmp_path / "inputs", None), Path(), tmp_path / "runs")
+    nemo2.import_model(runs, "")
+    convert(runs.inputs.folder / "hf", runs.inputs.folder / "converted", "nemo2", wanted=Target(Layout(tp=2)))
+    (family,) = (family for family in nemo2.FAMILIES if family.key == "tune-sft")
+    words = f"{family.words} {family.first}"
+    imported = runs.start(family.script, words, runs.folder / "imported").losses
+    converted = runs.start(family.script, words.replace("/imported", "/converted"), runs.folder / "converted").losses
+    assert len(imported) == FIRST and converted == imported
+    assert abs(imported[0] - math.log(1024)) > 0.1, "a model that was not restored would agree"
 
 
 @pytest.mark.slow

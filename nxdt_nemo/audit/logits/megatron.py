@@ -48,9 +48,10 @@ def main(kind: str, folder: Path, model_file: Path, out: Path) -> None:
         _load_ranks(model, folder, said)
     ids = torch.tensor(tokens(said["vocab"]))
     places = torch.arange(ids.shape[1]).expand_as(ids)
-    hidden = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)[None, None]
+    every = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)
+    hidden = every.triu(1) | every.tril(-(said["window"] or ids.shape[1]))  # its own attention has no window_size
     with torch.no_grad():
-        torch.save(model(ids, places, hidden).float(), out)
+        torch.save(model(ids, places, hidden[None, None]).float(), out)
     dist.destroy_process_group()
 
 
@@ -127,6 +128,10 @@ def _load_distributed(model: Any, folder: Path, prefix: str) -> None:
     from megatron.core import dist_checkpointing
 
     wanted = model.sharded_state_dict(prefix=prefix)
+    known = dist_checkpointing.load_tensors_metadata(str(folder))
+    for part in wanted.values():  # the norm before experts has another name where TransformerEngine's layers load it
+        if part.key not in known:
+            part.key = part.key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
     loaded = dist_checkpointing.load(wanted, str(folder))
     found = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
     own = set(model.state_dict())

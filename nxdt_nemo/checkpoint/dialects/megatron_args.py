@@ -15,7 +15,7 @@ from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.errors import UserError
 
-__all__ = ["from_args", "layout_of", "positions_of", "relative_of", "to_args"]
+__all__ = ["from_args", "layout_of", "positions_of", "relative_of", "to_args", "window_of"]
 
 _SQUARED, _OPENAI = "squared_relu", "openai_gelu"
 # What we add to the Namespace: a vocabulary's true size, which Megatron's own `vocab_size` is not (NullTokenizer).
@@ -116,9 +116,14 @@ def relative_of(model: Model) -> dict[str, int]:
     }
 
 
+def window_of(model: Model) -> list[int] | None:
+    """`window_size`, megatron-core's and TransformerEngine's: keys before and after the query's own, left uncounted."""
+    return [model.window - 1, 0] if model.window else None
+
+
 def _window(args: Mapping[str, Any]) -> int | None:
-    window = args.get("window_size")
-    return int(window[0]) if isinstance(window, (list, tuple)) and window and window[0] > 0 else None
+    bounds = args.get("window_size")
+    return int(bounds[0]) + 1 if isinstance(bounds, (list, tuple)) and bounds and bounds[0] >= 0 else None
 
 
 def layout_of(args: Mapping[str, Any]) -> Layout:
@@ -195,7 +200,7 @@ def to_args(model: Model, layout: Layout, dtype: DType) -> dict[str, Any]:
         "params_dtype": dtype,
         "bf16": dtype == BFLOAT16,
         "fp16": dtype == FLOAT16,
-        **({"window_size": (model.window, 0)} if model.window else {}),
+        **({"window_size": tuple(bounds)} if (bounds := window_of(model)) else {}),
         **layout_args(layout),
         "apply_residual_connection_post_layernorm": model.norm_after,
         "bert_binary_head": model.pooled,

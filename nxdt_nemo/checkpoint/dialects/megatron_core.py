@@ -1,7 +1,8 @@
 """megatron-core 0.13's names (GPTModel), for its distributed checkpoints and for per-rank files.
 
 Room checkpoint/ (leaf). Layer specs differ in the names of norms: TransformerEngine fuses them into the linear layer
-that follows, `local` has modules of their own; distributed checkpoints have TransformerEngine's names with either.
+that follows, `local` has modules of their own; distributed checkpoints have TransformerEngine's names with either, but
+for the norm before experts.
 May import this room. Proof: tests/checkpoint/test_families.py, test_resume.py.
 """
 
@@ -28,7 +29,7 @@ from nxdt_nemo.checkpoint.placement import (
     untied,
 )
 
-__all__ = ["DISTRIBUTED", "PER_RANK", "PER_RANK_TE"]
+__all__ = ["DISTRIBUTED", "DISTRIBUTED_TE", "PER_RANK", "PER_RANK_TE"]
 
 Spec = Literal["local", "te"]
 _BOTH = ("weight", "bias")
@@ -186,6 +187,23 @@ def _kind(model: Model) -> str:
     return "t5" if model.decoder_layers else "bert" if model.token_types else "gpt"
 
 
+def _transformer_engine(rows: Dialect) -> Iterator[Row]:
+    """With its layers, the norm before experts stays a module: there is no linear layer for it to be a part of."""
+    for row in rows:
+        if "mlp.linear_fc1.layer_norm" not in row.key:
+            yield row
+            continue
+        (plain,) = row.also
+        yield _of_experts(row, False)
+        yield _of_experts(replace(row, key=plain, also=(row.key,)), True)
+
+
+def _of_experts(row: Row, wanted: bool) -> Row:
+    """The row for models with experts alone, or without."""
+    return replace(row, when=lambda model, layout: bool(model.experts) == wanted and row.when(model, layout))
+
+
 DISTRIBUTED: Dialect = _dialect(stacked=True, spec="te")
+DISTRIBUTED_TE: Dialect = tuple(_transformer_engine(DISTRIBUTED))
 PER_RANK: Dialect = _dialect(stacked=False, spec="local")
-PER_RANK_TE: Dialect = _dialect(stacked=False, spec="te")
+PER_RANK_TE: Dialect = tuple(_transformer_engine(_dialect(stacked=False, spec="te")))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
-from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of, relative_of
+from nxdt_nemo.checkpoint.dialects.megatron_args import TRUE_VOCAB, positions_of, relative_of, window_of
 from nxdt_nemo.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout
@@ -20,14 +21,18 @@ from nxdt_nemo.checkpoint.model import Model
 __all__ = [
     "SCALING",
     "TEMPLATE",
+    "VOCABULARY",
     "args_of",
     "config_of",
+    "generation",
     "of_hyper_parameters",
     "plain_config",
     "structured",
     "t5_config",
     "two_args",
     "two_config",
+    "two_context",
+    "two_model",
 ]
 
 SCALING = "nxdt_rope_scaling"  # what Megatron has no argument for
@@ -143,7 +148,7 @@ def args_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if factor := config.get("seq_len_interpolation_factor"):
         args[SCALING] = {"rope_type": "linear", "factor": float(factor)}
     if (config.get("sliding_window_size") or 0) > 0:
-        args["window_size"] = [config["sliding_window_size"], 0]
+        args["window_size"] = [config["sliding_window_size"] - 1, 0]
     for name in ("nxdt_family", "nxdt_extra"):
         if name in config:
             args[name] = config[name]
@@ -258,7 +263,7 @@ def config_of(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTyp
         said["qk_layernorm"] = True
     said |= relative_of(model)
     if model.window:
-        said["window_size"] = [model.window, 0]
+        said["window_size"] = window_of(model)
     if layout.stages:
         said["num_layers_in_first_pipeline_stage"] = layout.stages[0]
         said["num_layers_in_last_pipeline_stage"] = layout.stages[-1]
@@ -328,7 +333,6 @@ def two_args(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DType, divisor: int) -> dict[str, Any]:
     """The `config` of context/model.yaml: GPTConfig's fields, over those that the source had."""
-    base = "nemo.collections.llm.gpt.model"
     llama3 = (model.rope_scaling or {}).get("rope_type", (model.rope_scaling or {}).get("type")) == "llama3"
     gated = model.gated
     functions = {
@@ -337,7 +341,7 @@ def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTy
         "relu": "torch.nn.functional.relu",
     }
     said: dict[str, Any] = {
-        "_target_": kept.get("_target_") or f"{base}.llama.Llama31Config" if llama3 else f"{base}.base.GPTConfig",
+        "_target_": kept.get("_target_") or _class_of(model, "Llama31Config" if llama3 else "Config"),
         "num_layers": model.layers,
         "hidden_size": model.hidden,
         "ffn_hidden_size": model.expert_ffn or model.ffn,
@@ -360,21 +364,26 @@ def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTy
         "position_embedding_type": positions_of(model),
         "rotary_base": int(model.rope_base),
         "rotary_percent": model.rope_fraction,
-        "window_size": [model.window, 0] if model.window else None,
+        "window_size": window_of(model),
         "num_moe_experts": model.experts or None,
         "moe_router_topk": model.experts_per_token,
-        "make_vocab_size_divisible_by": divisor,
+        "make_vocab_size_divisible_by": gcd(model.vocab, 128) if model.family in _UNPADDED else divisor,
         "bf16": dtype == BFLOAT16,
         "fp16": dtype == FLOAT16,
+        "params_dtype": {"_target_": f"torch.{dtype.name}", "_call_": False},
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
     }
+    said |= {name: said["params_dtype"] for name in ("pipeline_dtype", "autocast_dtype") if kept.get(name)}
+    if model.family in ("mixtral", "qwen3"):
+        said["max_position_embeddings"] = model.positions
+    if "initializer_range" in model.extra:
+        said["init_method_std"] = model.extra["initializer_range"]
     if llama3:
         said["scale_factor"] = float((model.rope_scaling or {}).get("factor", 8.0))
     if model.decoder_layers:
         said |= {
-            "_target_": "nemo.collections.llm.t5.model.t5.T5Config",
             "num_layers": model.decoder_layers,
             "encoder_num_layers": model.layers,
             "max_position_embeddings": model.positions,
@@ -382,6 +391,69 @@ def two_config(model: Model, layout: Layout, kept: Mapping[str, Any], dtype: DTy
         del said["rotary_base"]
     said |= relative_of(model)
     return {**kept, **said}
+
+
+def two_model(model: Model, config: Mapping[str, Any], kept: str, tokenizer: Mapping[str, Any] | None) -> Any:
+    """context/model.yaml: NeMo's model with this configuration. kept: the class that the source named, or "" """
+    return {"_target_": kept or _class_of(model, "Model"), "config": dict(config), "tokenizer": tokenizer}
+
+
+def two_context(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of context/io.json: that model, and a trainer as NeMo's own importers leave it.
+
+    Of the configuration's values those that are numbers, text or names; the class has the others.
+    """
+    config = {key: value for key, value in model["config"].items() if key == "_target_" or _is_plain(key, value)}
+    own = {key: value for key, value in model.items() if value is not None}
+    strategy = {"_target_": f"{_STRATEGIES}.megatron_strategy.MegatronStrategy", "ckpt_save_optimizer": False}
+    trainer = {"_target_": "nemo.lightning.pytorch.trainer.Trainer", "accelerator": "cpu", "devices": 1}
+    return {
+        "_target_": "nemo.lightning.io.pl.TrainerContext",
+        "model": {**own, "config": config},
+        "trainer": {**trainer, "strategy": strategy},
+        "extra": {},
+    }
+
+
+_STRATEGIES = "nemo.lightning.pytorch.strategies"
+_AUTO = "nemo.lightning.io.artifact.hf_auto.from_pretrained"
+
+
+def generation(folder: str) -> dict[str, Any]:
+    """The `generation_config` of a generation_config.json in that folder of context/."""
+    kind = {"_target_": "transformers.generation.configuration_utils.GenerationConfig", "_call_": False}
+    return {"_target_": _AUTO, "auto_cls": kind, "pretrained_model_name_or_path": f"./{folder}"}
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return value.get("_call_") is False or value.get("_target_") == _AUTO
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return not key.startswith("_") and all(isinstance(one, (str, int, float, bool, type(None))) for one in values)
+
+
+# Families whose vocabulary NeMo's importers leave without padding: Gemma's exporter does not cut it.
+_UNPADDED = frozenset({"llama", "mistral", "gemma"})
+# Families whose configuration says the vocabulary, as NeMo's importers have it; for others it is the tokenizer's.
+VOCABULARY = frozenset({"llama", "qwen2", "qwen3"})
+# Family: its module of nemo.collections.llm, and what the names of its classes begin with.
+_CLASSES = {
+    "llama": ("gpt.model.llama", "Llama"),
+    "mistral": ("gpt.model.mistral", "Mistral"),
+    "mixtral": ("gpt.model.mixtral", "Mixtral"),
+    "qwen2": ("gpt.model.qwen2", "Qwen2"),
+    "qwen3": ("gpt.model.qwen3", "Qwen3"),
+    "gemma": ("gpt.model.gemma", "Gemma"),
+    "t5": ("t5.model.t5", "T5"),
+}
+
+
+def _class_of(model: Model, kind: str) -> str:
+    """NeMo 2.0's class of a family: its "Model", its "Config", or another of its module."""
+    module, begin = _CLASSES.get(model.family, ("gpt.model.base", "GPT"))
+    if model.family == "mistral" and kind == "Config":
+        kind = "Config7B"
+    return f"nemo.collections.llm.{module}.{begin if not kind.startswith(begin) else ''}{kind}"
 
 
 # A `model:` section's other keys, for sources that have none. Paths and batch sizes are the user's to set.

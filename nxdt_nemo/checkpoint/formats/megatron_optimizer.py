@@ -254,7 +254,6 @@ def buffers_of(
 
 def part_of(source: Source, target: Target, params: Sequence[Stored]) -> dict[str, Any]:
     """The state of one optimizer with these parameters."""
-    step = scalar(source.training.step or 0)
     groups: dict[bool, list[Stored]] = {}
     for stored in params:
         groups.setdefault(_no_decay(stored), []).append(stored)
@@ -264,7 +263,7 @@ def part_of(source: Source, target: Target, params: Sequence[Stored]) -> dict[st
         ids = range(len(state), len(state) + len(mine))
         for number, stored in zip(ids, mine, strict=True):
             moments = {kind: pending(source, kind, stored) for kind in ("exp_avg", "exp_avg_sq")}
-            state[number] = {"step": step, **moments}
+            state[number] = {"step": scalar(source.training.step or 0), **moments}  # torch adds to each in place
         if "fp32_param" in target.kinds:
             main.append([pending(source, "fp32_param", stored) for stored in mine])
         made.append({**_hyper(source, light, bool(params[0].row.expert)), "params": list(ids)})

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config
+from nxdt_nemo.checkpoint.dialects import megatron_args, nemo_config, nemo_context
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType
 from nxdt_nemo.checkpoint.formats import distributed, megatron, per_rank, ptl, torch_dist
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant
@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS, MEMO = "model_config.yaml", "model_weights", "nxdt_model.json"
+IO, TOKENIZER, ARTIFACTS = "context/io.json", "context/nemo_tokenizer", "context/artifacts"
+GENERATION = "generation_config.json"
 PER_RANK = re.compile(r"(?:mp_rank_(\d{2,})|tp_rank_(\d{2,})_pp_rank_(\d{3,}))/model_weights\.ckpt")
 _HASHED = re.compile(r"[0-9a-f]{32}_(.+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -259,32 +261,79 @@ class Nemo2Reader(Reader):
 
     def read(self, path: Path, options: Options) -> Source:
         tree = Tree.of(path)
-        config = _model_yaml(tree, options)
+        context = _context(tree)
+        described = _described(tree, context, options)
+        config = described.get("config", {})
         weights = tree.folder("weights")
         common = _common(weights)
         args = nemo_config.two_args(config) | _memo(tree) if config else {}
         source = _distributed(self.format, path, weights, args, options, common)
-        source.detail |= {"nemo2_config": config, "nemo2_lightning": _progress(common)}
+        classes = {key: _class_in(context.get("model"), *names) for key, names in _CLASSES.items()} if context else {}
+        source.detail |= {"nemo2_config": config, "nemo2_lightning": _progress(common), "nemo2_context": classes}
+        source.detail["nemo2_model"] = _class_in(described)
         source.training.consumed = ptl.consumed_of(path.name)
-        start = "context/nemo_tokenizer/"
-        source.assets = {
-            key.removeprefix(start): _Inside(member)
-            for key, member in tree.members.items()
-            if key.startswith(start) and "/" not in key.removeprefix(start)
-        }
+        source.assets = _context_assets(tree, context)
         return source
 
 
-def _model_yaml(tree: Tree, options: Options) -> dict[str, Any]:
+# What `inspect` shows of context/io.json: where below its model a class is named.
+_CLASSES: dict[str, tuple[str, ...]] = {"model": (), "config": ("config",), "tokenizer": ("tokenizer",)}
+# Without these in io.json the class has them, which is not looked into.
+_NEEDED = frozenset("num_layers hidden_size num_attention_heads normalization gated_linear_unit rotary_base".split())
+
+
+def _context(tree: Tree) -> dict[str, Any]:
+    """context/io.json; {} if there is none."""
+    member = tree.members.get(IO)
+    return {} if member is None else nemo_context.read(member.bytes(), member.place)
+
+
+def _described(tree: Tree, context: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """The model with its `config`: of context/model.yaml, which has every value, else of context/io.json."""
     member = tree.members.get("context/model.yaml")
-    if member is None:
-        if options.config is not None:
-            return {}
-        raise UserError("has no context/model.yaml", place=str(tree.path), fix="give the model's: --model-config")
-    config = read_yaml(member).get("config")
-    if not isinstance(config, dict):
+    found = read_yaml(member) if member is not None else context.get("model")
+    config = found.get("config") if isinstance(found, dict) else None
+    if isinstance(found, dict) and isinstance(config, dict) and (member is not None or config.keys() >= _NEEDED):
+        return found
+    if member is None and options.config is not None:
+        return {}
+    if member is not None:
         raise UserError("has no config", place=member.place, fix="give the model's: --model-config config.json")
-    return config
+    said = f"has no context/model.yaml, and {IO} leaves values to classes" if context else "has no context/model.yaml"
+    raise UserError(said, place=str(tree.path), fix="give the model's: --model-config config.json")
+
+
+def _class_in(value: Any, *names: str) -> str:
+    """The class that is named at a place of a tree; "" for none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return str(value.get("_target_", "")) if isinstance(value, Mapping) else ""
+
+
+def _context_assets(tree: Tree, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Files of the tokenizer and of generation, by their names."""
+    found: dict[str, Any] = {}
+    for key, member in tree.members.items():
+        folder, _, name = key.rpartition("/")
+        if folder == TOKENIZER or key == f"{ARTIFACTS}/{GENERATION}":
+            found[name] = _Inside(member)
+    model = context.get("model")
+    tokenizer = model.get("tokenizer") if isinstance(model, Mapping) else None
+    pieces = f"context/{tokenizer.get('model_path')}" if isinstance(tokenizer, Mapping) else ""
+    if pieces in tree.members:
+        found.setdefault("tokenizer.model", _Inside(tree.members[pieces]))
+    return found
+
+
+def _two_tokenizer(assets: Iterable[str]) -> dict[str, Any] | None:
+    """NeMo's tokenizer of the files in context/nemo_tokenizer; None if they are not enough for one."""
+    base, folder, names = "nemo.collections.common.tokenizers", PurePosixPath(TOKENIZER).name, set(assets)
+    if "tokenizer_config.json" in names:
+        return {"_target_": f"{base}.huggingface.auto_tokenizer.AutoTokenizer", "pretrained_model_name": folder}
+    if "tokenizer.model" in names:
+        kind = f"{base}.sentencepiece_tokenizer.SentencePieceTokenizer"
+        return {"_target_": kind, "model_path": f"{folder}/tokenizer.model"}
+    return None
 
 
 def _vocabulary(assets: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,6 +359,7 @@ class _Weights(TorchDistWriter):
     format: ClassVar[str] = "torch_dist"
     prefix: str = "model."
     where: str = WEIGHTS
+    spec: str = ""
     content: dict[str, Any] = field(default_factory=dict)
 
     def folder(self) -> str:
@@ -320,7 +370,7 @@ class _Weights(TorchDistWriter):
 
     def files(self, source: Source, target: Target) -> tuple[list[Output], list[Output]]:
         """Files with tensors, and those that index them."""
-        extra = {**target.extra, "optimizer_format": "model_space"}
+        extra = {**target.extra, "optimizer_format": "model_space", "spec": self.spec or target.extra.get("spec")}
         target = Target(target.layout, target.dtype, target.kinds, target.divisible_by, extra)
         written = [_under(output) for output in self.outputs(source, target)]
         return written, [_under(output) for output in self.indexes()]
@@ -503,10 +553,9 @@ def _fitted(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Nemo2Writer(Writer):
-    """Writes a NeMo 2.0 folder to restore weights from, or with optimizer state to go on from: `weights/`, and
-    context/model.yaml.
+    """Writes a NeMo 2.0 folder, to restore weights from, or with optimizer state to go on from.
 
-    Not io.json, a graph of Python objects from which NeMo rebuilds the model itself: the recipe has to name it.
+    `weights/`, and `context/`: io.json, of which NeMo rebuilds the model, model.yaml, a tokenizer's files.
     Options: groups, as NemoDistWriter's.
     """
 
@@ -521,16 +570,24 @@ class Nemo2Writer(Writer):
             content |= {"global_step": step, "loops": _loops(step), "callbacks": {}, "lr_schedulers": []}
             content |= {"optimizer_states": {}, "optimizer": [_optimizer(source, target, dtype)]}
             content |= source.detail.get("nemo2_lightning", {})
-        weights = _Weights(prefix="module.", where="weights", content=content)
+        weights = _Weights(prefix="module.", where="weights", spec="te", content=content)
         written, indexes = weights.files(source, target)
         kept = source.detail.get("nemo2_config") or {}
         config = nemo_config.two_config(source.model, target.layout, kept, dtype, target.divisible_by)
-        place = _TARGET_2 if not source.model.decoder_layers else "nemo.collections.llm.t5.model.t5.T5Model"
-        text = yaml.safe_dump({"_target_": place, "config": config}, sort_keys=False).encode()
+        tokenizer = _two_tokenizer(source.assets)
+        generation = nemo_config.generation(PurePosixPath(ARTIFACTS).name)
+        config["generation_config"] = generation if GENERATION in source.assets else None
+        if tokenizer is None or source.family.name in nemo_config.VOCABULARY:
+            config["vocab_size"] = source.model.vocab
+        model = nemo_config.two_model(source.model, config, source.detail.get("nemo2_model", ""), tokenizer)
         memo = json.dumps(ptl.memo_of(source, source.model), default=str).encode()
         self._last = [
-            *(constant(f"context/nemo_tokenizer/{name}", asset.read_bytes()) for name, asset in source.assets.items()),
-            constant("context/model.yaml", text),
+            *(
+                constant(f"{ARTIFACTS if name == GENERATION else TOKENIZER}/{name}", asset.read_bytes())
+                for name, asset in source.assets.items()
+            ),
+            constant("context/model.yaml", yaml.safe_dump(model, sort_keys=False).encode()),
+            constant(IO, nemo_context.write(nemo_config.two_context(model))),
             constant(MEMO, memo),
             *indexes,
         ]
@@ -538,9 +595,6 @@ class Nemo2Writer(Writer):
 
     def last(self) -> Iterable[Output]:
         return self._last
-
-
-_TARGET_2 = "nemo.collections.llm.gpt.model.base.GPTModel"
 
 
 def _loops(step: int) -> dict[str, Any]:

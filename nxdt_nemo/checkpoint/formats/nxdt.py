@@ -343,7 +343,8 @@ class NxDTWriter(Writer):
     """Writes a folder TAG that NxD's load_checkpoint reads.
 
     Options: style, `hf` or `megatron`; xser; kv_multiplier, copies of key-value heads (as few as tp needs by default);
-    hw_backend, trn1 or trn2, needed with copies; fuse_qkv; dp, ranks of ZeRO-1.
+    hw_backend, trn1 or trn2, needed with copies; fuse_qkv; dp, ranks of ZeRO-1; no_decay, `bias` or `norm`: what is in
+    the optimizer's second group, biases alone or norms too. NxDT's default is the first for style hf, else the second.
     """
 
     format: ClassVar[str] = "nxdt"
@@ -351,6 +352,8 @@ class NxDTWriter(Writer):
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:
         layout = target.layout.check(source.model.layers, source.model.experts)
         style = _one_of(target, "style", "hf", "megatron")
+        rules = ("bias", "norm") if style == "hf" else ("norm", "bias")
+        self._norms = _one_of(target, "no_decay", *rules) == "norm"
         if len(target.kinds) > 1 and source.model.experts:
             raise UserError("holds no optimizer state of experts", place="--to nxdt", fix="leave out --with-optimizer")
         self._source, self._target = source, target
@@ -418,7 +421,7 @@ class NxDTWriter(Writer):
     def _optimizer(self, rank: _Rank, params: Sequence[Stored]) -> Iterator[Output]:
         ranks = int(self._target.extra.get("dp", 1))
         for dp in range(ranks):
-            state = zero1.state_of(self._source, self._target, params, dp, ranks)
+            state = zero1.state_of(self._source, self._target, params, dp, ranks, self._norms)
             path = f"optim/{_name(rank, self._target.layout, dp)}"
             yield from self._saved(path, state)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from nxdt_nemo.checkpoint.boxes import Box
 from nxdt_nemo.checkpoint.catalog import Wanted
-from nxdt_nemo.checkpoint.dialects.megatron_core import DISTRIBUTED
+from nxdt_nemo.checkpoint.dialects.megatron_core import DISTRIBUTED, DISTRIBUTED_TE
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, DType, Raw
 from nxdt_nemo.checkpoint.formats import distributed, megatron
 from nxdt_nemo.checkpoint.formats.base import Bytes, Options, Output, Reader, Source, Target, Writer, constant, zipped
@@ -174,7 +174,8 @@ class TorchDistWriter(Writer):
     """Writes a folder that megatron-core 0.13 loads at any layout.
 
     Options: optimizer_format, `fully_sharded_model_space` (Megatron's distributed optimizer) or `model_space`
-    (its others, and all of this backend's).
+    (its others, and all of this backend's); spec, `te` for a run with TransformerEngine's layers: another name before
+    experts.
     """
 
     format = "torch_dist"
@@ -356,16 +357,16 @@ def _properties(dtype: DType) -> Inert:
 
 def _by_rank(writer: TorchDistWriter, source: Source, target: Target, layout: Layout) -> Iterator[list[_Entry]]:
     model = writer._model
-    names = source.names
+    names, dialect = source.names, DISTRIBUTED_TE if target.extra.get("spec") == "te" else DISTRIBUTED
     entire = {
         (stored.key, stored.index): stored
-        for stored in rows_of(DISTRIBUTED, model, names, _whole_shard(model), layout, local=False)
+        for stored in rows_of(dialect, model, names, _whole_shard(model), layout, local=False)
     }
     written: set[tuple[str, tuple[int, ...], Box]] = set()
     objects: set[str] = set()
     for shard in layout.shards(model.layers, model.experts):
         found: list[_Entry] = []
-        for stored in rows_of(DISTRIBUTED, model, names, shard, layout, local=False):
+        for stored in rows_of(dialect, model, names, shard, layout, local=False):
             all_of_it = entire[stored.key, stored.index]
             boxes = chunks(stored, all_of_it)
             # The first of the ranks that have it writes it.

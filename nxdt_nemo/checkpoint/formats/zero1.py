@@ -28,8 +28,12 @@ __all__ = ["collect", "hyper_of", "state_of"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def _is_bias(stored: Stored) -> bool:
+    return stored.key.endswith("bias")
+
+
 def _light(stored: Stored) -> bool:
-    return len(stored.shape) == 1 or stored.key.endswith("bias")
+    return len(stored.shape) == 1 or _is_bias(stored)
 
 
 def _by_group(params: Sequence[Stored], counts: Sequence[int]) -> list[Stored] | None:
@@ -39,8 +43,7 @@ def _by_group(params: Sequence[Stored], counts: Sequence[int]) -> list[Stored] |
     used = [count for count in counts if count]
     if len(used) == 1:
         return list(params)
-    rules = (_light, lambda stored: stored.key.endswith("bias"))
-    for rule in rules:
+    for rule in (_light, _is_bias):
         halves = [[s for s in params if not rule(s)], [s for s in params if rule(s)]]
         for order in permutations(halves):
             if [len(half) for half in order] == used:
@@ -104,25 +107,31 @@ def _add(source: Source, stored: Stored, number: int, at: int, ranks: int, held:
             source.catalog.add(kind, stored.parts, found, Box(start, (mine, *stored.shape[1:])))
 
 
-def state_of(source: Source, target: Target, params: Sequence[Stored], rank: int, ranks: int) -> dict[str, Any]:
-    """What data-parallel rank `rank` of `ranks` saves of these parameters."""
-    ordered = [s for s in params if not _light(s)] + [s for s in params if _light(s)]
+def state_of(
+    source: Source, target: Target, params: Sequence[Stored], rank: int, ranks: int, norms: bool = True
+) -> dict[str, Any]:
+    """What data-parallel rank `rank` of `ranks` saves of these parameters.
+
+    norms  they are in the second group, without weight decay, as biases are
+    """
+    light = _light if norms else _is_bias
+    ordered = [s for s in params if not light(s)] + [s for s in params if light(s)]
     if any(place is not None for _, place in stacked(params)):
         raise UserError("ZeRO-1 state of experts is not written", place="--with-optimizer", fix="leave it out")
-    step = scalar(source.training.step or 0)
     base: dict[int, Any] = {}
     master: dict[int, Pending] = {}
     for number, stored in enumerate(ordered):
         mine = _slice(stored, rank, ranks)
+        step = scalar(source.training.step or 0)  # torch adds to each in place
         base[number] = {"step": step, **{kind: pending(source, kind, mine) for kind in _MOMENTS}}
         kind = "fp32_param" if "fp32_param" in source.catalog.kinds() else "model"
         master[number] = pending(source, kind, mine, FLOAT32)
-    heavy = sum(not _light(stored) for stored in params)
+    heavy = sum(not light(stored) for stored in params)
     ids = (list(range(heavy)), list(range(heavy, len(ordered))))
     return {
         "state": {},
         "param_groups": [
-            {**hyper_of(source, light), "params": numbers} for light, numbers in zip((False, True), ids, strict=True)
+            {**hyper_of(source, second), "params": numbers} for second, numbers in zip((False, True), ids, strict=True)
         ],
         "base_state": base,
         "shape_info": {number: list(stored.shape) for number, stored in enumerate(ordered)},

@@ -11,13 +11,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, cast
 
 from nxdt_nemo.errors import UserError, one_line
 
-__all__ = ["RemotePath", "path_of"]
+__all__ = ["BLOCK", "RemotePath", "path_of"]
+
+# A checkpoint's arrays are often small, and a request takes as long as a megabyte does.
+BLOCK = 1 << 20
+_KEPT = 64  # blocks of all files together
 
 
 def path_of(text: str) -> Path:
@@ -47,6 +52,7 @@ class _Tree:
 
     def __init__(self, url: str, root: str, files: Any, sizes: dict[str, int]) -> None:
         self.url, self.root, self.files, self.sizes = url, root, files, sizes
+        self.kept = lru_cache(_KEPT)(RemotePath.block)
         self.children: dict[str, set[str]] = {}
         for name in sizes:
             at = PurePosixPath(name)
@@ -159,9 +165,21 @@ class RemotePath:
         raise FileNotFoundError(2, "No such file", str(self))
 
     def range(self, offset: int, size: int) -> bytes:
-        """Some of its bytes, read now. Raises UserError if they cannot be had."""
+        """Some of its bytes: of blocks that are kept, or read now. Raises UserError if they cannot be had."""
+        if size >= BLOCK:
+            return self._read(offset, size)
+        first, last = offset // BLOCK, (offset + size - 1) // BLOCK
+        found = b"".join(self._tree.kept(self, number) for number in range(first, last + 1)) if size else b""
+        return found[offset - first * BLOCK :][:size]
+
+    def block(self, number: int) -> bytes:
+        """A block of BLOCK bytes, the last one shorter."""
+        start = number * BLOCK
+        return self._read(start, min(BLOCK, self._tree.sizes.get(self._key, 0) - start))
+
+    def _read(self, offset: int, size: int) -> bytes:
         try:
-            found: bytes = self._tree.files.cat_file(self._key, start=offset, end=offset + size) if size else b""
+            found: bytes = self._tree.files.cat_file(self._key, start=offset, end=offset + size)
         except Exception as error:
             raise UserError(f"cannot be read: {one_line(error)}", place=str(self)) from error
         if len(found) != size:

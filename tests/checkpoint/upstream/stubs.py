@@ -1,7 +1,8 @@
 """Runs a script that imports neuronx-distributed or NNM, without Trainium: `stubs.py FOLDERS SCRIPT ARGUMENTS...`.
 
 Imports of compilers and devices get modules whose attributes do nothing; of torch_xla there are the few lines that both
-use for serialization, for tensors of the CPU. FOLDERS are joined by the system's path separator.
+use for serialization, for tensors of the CPU, or it is the real one if NXDT_TEST_XLA is 1. FOLDERS are joined by the
+system's path separator.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ import torch
 
 ABSENT = {"torch_xla", "torch_neuronx", "libneuronxla", "neuronxcc", "nki", "boto3", "botocore", "s3transfer", "awscrt"}
 ABSENT |= {"neuronx_distributed.trace", "neuronx_distributed.kernels", "nkilib", "tenacity", "neuronxlogger"}
+if os.environ.get("NXDT_TEST_XLA") == "1":
+    import torch_xla  # noqa: F401  # before the stubs: it asks whether there is a libneuronxla
+
+    ABSENT -= {"torch_xla"}
 
 
 class _Module(types.ModuleType):
