@@ -2,7 +2,7 @@
 
 data/*.tar.xz were written by upstream's code on CPU ranks, with random weights after two training steps: Megatron-LM
 core_v0.13.1 (`ll_*`: the same Llama in two formats; `mx_*`: a Mixtral, its optimizer state taken out), megatron-core's
-zarr backend, and transformers.
+zarr backend (`zarr_tp2_do` with Megatron-LM's distributed optimizer), and transformers.
 """
 
 from __future__ import annotations
