@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +24,13 @@ from nxdt_nemo.checkpoint.catalog import Reshaped, Wanted
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, Raw
 from nxdt_nemo.checkpoint.formats.base import Source, Target
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
-from nxdt_nemo.checkpoint.formats.per_rank import in_order, pending
+from nxdt_nemo.checkpoint.formats.per_rank import compare, in_order, pending
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
 from nxdt_nemo.checkpoint.io.pickling import Pending, scalar
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
+from nxdt_nemo.checkpoint.placement import Copied, Dialect, Stored, rows_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["DISTRIBUTED", "SHARDED", "Buckets", "buffers_of", "collect", "part_of", "state_of", "unsharded"]
@@ -99,6 +100,8 @@ def unsharded(source: Source, params: Sequence[Stored], part: Mapping[str, Any],
                     said = list(found.shape) if isinstance(found, Extent) else "missing"
                     reason = f"{kind} of {stored.key} is {said}, the parameter is {list(stored.shape)}"
                     raise UserError(reason, place=place, fix="optimizer state and model are of two runs")
+                if isinstance(stored.row.how, Copied):
+                    compare(source.catalog, kind, stored, found, Path(place))
                 source.catalog.add(kind, stored.parts, found, whole(found.shape))
 
 

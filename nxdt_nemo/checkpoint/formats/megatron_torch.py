@@ -21,6 +21,7 @@ from nxdt_nemo.checkpoint.dialects.megatron_legacy import legacy
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, ptl
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
+from nxdt_nemo.checkpoint.formats.megatron_optimizer import SHARDED
 from nxdt_nemo.checkpoint.formats.per_rank import Held
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
@@ -31,6 +32,7 @@ from nxdt_nemo.errors import UserError
 
 __all__ = ["READERS", "WRITERS", "MegatronTorchReader", "MegatronTorchWriter"]
 
+_ORDER = ", or key-value heads are in the order of trn1, where neighbouring ranks have no copies"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
 
@@ -84,7 +86,8 @@ class MegatronTorchReader(Reader):
         model = model.with_(family=family.name).check(str(folder))
         layout.check(model.layers, model.experts)
         source = Source(self.format, folder, family, model, Catalog(), layout, training)
-        per_rank.collect(source, dialect, _shards(model, layout, ranks), local=True, by="arguments")
+        hint = _ORDER if copied(model, layout) else ""
+        per_rank.collect(source, dialect, _shards(model, layout, ranks), local=True, by="arguments", hint=hint)
         if options.optimizer:
             megatron_optimizer.collect(source, {name: rank.state for name, rank in ranks.items()}, dialect, files)
         source.assets = megatron.assets_of(folder)
@@ -184,12 +187,12 @@ class MegatronTorchWriter(Writer):
         if spec == "legacy" and (model.decoder_layers or model.experts or model.qk_norm or copied(model, layout)):
             reason = f"names before megatron-core have no place for what {source.family.name} has"
             raise UserError(reason, place="--spec legacy", fix="use --spec local")
-        if len(target.kinds) > 1 and copied(model, layout):
-            reason = f"tp={layout.tp} for {model.groups} key-value heads: the state of copies has no place of its own"
-            raise UserError(reason, place="--to torch", fix="use torch_dist, or leave out --with-optimizer")
         dtype = target.dtype or source.dtype
         args = megatron.args_for(source, model, layout, dtype)
         sharded = len(target.kinds) > 1 and target.extra.get("optimizer_format") == megatron_optimizer.DISTRIBUTED
+        if sharded and copied(model, layout):  # megatron-core makes no copies, this backend no such file
+            reason = f"tp={layout.tp} for {model.groups} key-value heads: no optimizer has such a {SHARDED} of copies"
+            raise UserError(reason, place="--to torch", fix="use torch_dist, or leave out --optimizer-format")
         args.use_distributed_optimizer = sharded
         args.use_legacy_models = spec == "legacy"
         if sharded:
@@ -213,7 +216,7 @@ class MegatronTorchWriter(Writer):
                         for chunk in range(layout.vpp)
                     ]
                     buffers = megatron_optimizer.buffers_of(source, target, chunks, cuts, dense=(tp, ep) in first)
-                    yield zipped(f"{place}/{megatron_optimizer.SHARDED}", buffers)
+                    yield zipped(f"{place}/{SHARDED}", buffers)
 
     def last(self) -> Iterable[Output]:
         iteration = self._source.training.iteration

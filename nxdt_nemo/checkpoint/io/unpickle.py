@@ -31,7 +31,8 @@ __all__ = ["Device", "Global", "Inert", "NumpyArray", "PathText", "StorageRef", 
 # Packages whose classes are found in checkpoints. Their names become Inert, nothing of them is imported.
 _PACKAGES = frozenset(
     "megatron nemo omegaconf lightning pytorch_lightning lightning_fabric transformer_engine modelopt fiddle torch_xla "
-    "neuronx_distributed neuronx_distributed_training apex transformers tokenizers sentencepiece nv_one_logger".split()
+    "neuronx_distributed neuronx_distributed_training apex transformers tokenizers sentencepiece nv_one_logger "
+    "nxdt_nemo".split()  # the marks of main parameters that are copies
 )
 
 _TORCH_DATA = ("torch.distributed.checkpoint.", "torch.distributed._shard.")
