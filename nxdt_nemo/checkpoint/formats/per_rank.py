@@ -189,7 +189,7 @@ def collect(
                 raise UserError(reason, place=str(held.path), fix="files of two runs are mixed")
             if place is None and (off := compare(source.catalog, "model", stored, found, held.path, hint)):
                 drifted[key] = max(off, drifted.get(key, 0.0))
-            source.catalog.add("model", stored.parts, found, whole(stored.shape), lead)
+            source.catalog.add("model", stored.read, found, whole(stored.shape), lead)
         left = [key for key, value in held.arrays.items() if key not in claimed and isinstance(value, Extent)]
         if unknown := [key for key in left if not _NOTHING.fullmatch(key)]:
             reason = f"{unknown[0]} is not a tensor of {source.family.name}"
@@ -220,7 +220,7 @@ def compare(catalog: Catalog, kind: Kind, stored: Stored, found: Extent, path: P
     more than that.
     """
     worst = 0.0
-    for part in stored.parts:
+    for part in stored.read:
         for block in catalog.blocks(kind, part.name, part.box):
             if block.box != part.box or found.nbytes > _COMPARED:
                 continue
