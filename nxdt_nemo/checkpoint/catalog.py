@@ -187,8 +187,10 @@ class Catalog:
     def want(self, kind: Kind, stored: Stored, dtype: DType | None = None) -> Wanted:
         """An array as it is to be written. dtype None keeps the source's. Raises UserError as `moves` does."""
         moves = tuple(self.moves(kind, stored))
-        if dtype is None:
-            dtype = moves[0].block.array.dtype if moves else FLOAT32
+        if dtype is None:  # a rank may have nothing but rows that pad a vocabulary
+            others = (block for part in stored.parts for block in self.blocks(kind, part.name))
+            found = moves[0].block if moves else next(others, None)
+            dtype = found.array.dtype if found else FLOAT32
         return Wanted(moves, stored.shape, dtype)
 
     def part(self, kind: Kind, name: str, box: Box) -> Wanted:

@@ -17,7 +17,10 @@ __all__ = ["Layout", "Shard", "padded"]
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds: slice `tp` of `ranks`, these layers and experts (global numbers, in its own order)."""
+    """What one rank holds: slice `tp` of `ranks`, these layers and experts (global numbers, in its own order).
+
+    first, last  it has what comes before the layers, or after them; of a T5's stages each side has both
+    """
 
     tp: int
     ranks: int
@@ -36,8 +39,9 @@ class Shard:
 class Layout:
     """Sizes, and the stages if they are not equal.
 
-    stages  layers of each of the pp * vpp stages in the order in which a sample visits them; () for equal ones
-    etp     tensor parallel size of experts; 0 for tp
+    stages   layers of each of the pp * vpp stages in the order in which a sample visits them; () for equal ones
+    etp      tensor parallel size of experts; 0 for tp
+    encoder  of the pp stages, those of a T5's encoder, which come before its decoder's; 0 if it has no stages apart
     """
 
     tp: int = 1
@@ -46,21 +50,25 @@ class Layout:
     ep: int = 1
     etp: int = 0
     stages: tuple[int, ...] = ()
+    encoder: int = 0
 
     def __str__(self) -> str:
         names = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep}
         said = [f"{name.upper()} {size}" for name, size in names.items() if size > 1 or name in ("tp", "pp")]
+        said += [f"{self.encoder} of them the encoder's"] if self.encoder else []
         return ", ".join(said)
 
-    def check(self, layers: int, experts: int) -> Layout:
-        """Itself. Raises LayoutError if the model cannot be cut so."""
+    def check(self, layers: int, experts: int, decoder: int = 0) -> Layout:
+        """Itself. Raises LayoutError if the model cannot be cut so. decoder: layers of a T5's decoder."""
         for name in ("tp", "pp", "vpp", "ep"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name}={getattr(self, name)} is not a size", fix="use 1 or more")
         parts = self.pp * self.vpp
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"vpp={self.vpp} with pp=1: virtual stages need a pipeline", fix="use pp >= 2")
-        if self.stages:
+        if self.encoder:
+            self._check_sides(layers, decoder)
+        elif self.stages:
             if len(self.stages) != parts or sum(self.stages) != layers:
                 reason = f"stages {list(self.stages)} are {len(self.stages)} with {sum(self.stages)} layers"
                 raise LayoutError(reason, fix=f"give pp * vpp = {parts} numbers that add up to {layers}")
@@ -73,12 +81,32 @@ class Layout:
             raise LayoutError(f"ep={self.ep}, but the model has no experts", fix="use ep=1")
         return self
 
+    def _check_sides(self, layers: int, decoder: int) -> None:
+        sides = self.encoder, self.pp - self.encoder
+        said = f"pp={self.pp} with {sides[0]} stages of an encoder"
+        if min(sides) < 1 or not decoder:
+            raise LayoutError(f"{said} leaves none for a decoder", fix="correct encoder_pp")
+        if self.vpp > 1 or self.stages:
+            raise LayoutError(f"{said}: Megatron cuts both sides into equal stages", fix="leave out --vpp and --stages")
+        if layers % sides[0] or decoder % sides[1]:
+            reason = f"{said} and {sides[1]} of a decoder does not divide {layers} and {decoder} layers"
+            raise LayoutError(reason, fix="use divisors for both")
+
     def layers_of(self, layers: int, pp: int, chunk: int = 0) -> range:
-        """Global numbers of the layers of a stage: virtual stage chunk * PP + pp of those that a sample visits."""
+        """Global numbers of the layers of a stage: virtual stage chunk * PP + pp of those that a sample visits.
+
+        Of a T5 those of its encoder.
+        """
+        if self.encoder:
+            return _share(layers, pp, self.encoder)
         counts = self.stages or (layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
         place = chunk * self.pp + pp
         begin = sum(counts[:place])
         return range(begin, begin + counts[place])
+
+    def decoder_of(self, layers: int, pp: int) -> range:
+        """The same of a T5's decoder, which has so many."""
+        return _share(layers, pp - self.encoder, self.pp - self.encoder) if self.encoder else range(layers)
 
     def shards(self, layers: int, experts: int = 0) -> Iterator[Shard]:
         """One for each (pp, chunk) and rank of `grid`."""
@@ -112,12 +140,18 @@ class Layout:
             experts=experts,
             expert_tp=expert_tp,
             expert_ranks=self.etp or self.tp,
-            first=pp == 0 and chunk == 0,
-            last=pp == self.pp - 1 and chunk == self.vpp - 1,
+            first=pp in (0, self.encoder) and chunk == 0,
+            last=pp in (self.pp - 1, self.encoder - 1) and chunk == self.vpp - 1,
             pp=pp,
             chunk=chunk,
             ep=ep,
         )
+
+
+def _share(count: int, part: int, parts: int) -> range:
+    """Which of `count` are in one of equal parts; none in parts that there are not."""
+    each = count // parts
+    return range(part * each, (part + 1) * each) if 0 <= part < parts else range(0)
 
 
 def padded(vocab: int, divisible_by: int, tp: int) -> int:

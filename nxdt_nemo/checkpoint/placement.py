@@ -261,9 +261,14 @@ class Row:
         return "{e}" in self.how.names[0]
 
     @property
+    def copy(self) -> bool:
+        """True if the array is the output layer's copy of the embedding."""
+        return self.on == "last" and self.how.names == ("embedding.word.weight",)
+
+    @property
     def decoder(self) -> bool:
-        """True if the array is of a decoder's layer, where there is an encoder too."""
-        return self.how.names[0].startswith("decoder.")
+        """True if the array is of a decoder, where there is an encoder too."""
+        return self.how.names[0].startswith("decoder")
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,7 @@ class Stored:
     shape   without these axes
     parts   what it holds; elements outside of all parts are padding
     lead    the size of the leading axes
+    spare   the rank has it and never uses it: it is written, and what a file has there is nothing
     """
 
     key: str
@@ -284,6 +290,12 @@ class Stored:
     index: tuple[int, ...] = ()
     lead: tuple[int, ...] = ()
     also: tuple[str, ...] = ()
+    spare: bool = False
+
+    @property
+    def read(self) -> tuple[Part, ...]:
+        """The parts that a file's array gives."""
+        return () if self.spare else self.parts
 
     @property
     def pads(self) -> bool:
@@ -307,12 +319,15 @@ def rows_of(
     names  the patterns of the logical tensors that the model has; rows that need others are left out
     local  keys count the shard's own layers and experts from 0
     """
-    if model.decoder_layers and layout.pp > 1:
+    if model.decoder_layers and layout.pp > 1 and not layout.encoder:
         reason = f"pp={layout.pp}: stages of a model with an encoder and a decoder are not told apart"
-        raise LayoutError(reason, fix="use pp=1, or torch_dist, which is loaded at any layout")
+        raise LayoutError(reason, fix="use pp=1, torch, or torch_dist, which is loaded at any layout")
+    if model.relative_buckets and layout.encoder:
+        reason = f"pp={layout.pp}: Megatron-LM runs no T5 in stages that has relative positions"
+        raise LayoutError(reason, fix="use pp=1")
     rows = [row for row in dialect if names.issuperset(row.how.names) and row.when(model, layout)]
     inner = [row for row in rows if row.on == "layers"]
-    decoder = [row for row in inner if row.decoder]
+    encodes, decodes = not layout.encoder or shard.pp < layout.encoder, shard.pp >= layout.encoder
 
     def ends(on: str) -> Iterator[Stored]:
         return (_stored(row, model, shard, (), {}, local) for row in rows if row.on == on)
@@ -320,11 +335,14 @@ def rows_of(
     if shard.first:
         yield from ends("first")
     yield from _layers([row for row in inner if not row.decoder], model, shard, shard.layers, local)
-    if decoder:
+    if encodes and (decodes or shard.last):
         yield from ends("between")
-        yield from _layers(decoder, model, shard, range(model.decoder_layers), local)
-    if shard.last:
-        yield from ends("last")
+    decoder = layout.decoder_of(model.decoder_layers, shard.pp)
+    yield from _layers([row for row in inner if row.decoder], model, shard, decoder, local)
+    for stored in ends("last") if shard.last else ():
+        # A stage that has the embedding uses it for the output layer. An encoder's last stage has an output layer too.
+        if (decodes or not stored.row.decoder) and not (shard.first and stored.row.copy):
+            yield replace(stored, spare=not decodes)
 
 
 def _layers(rows: Sequence[Row], model: Model, shard: Shard, layers: Sequence[int], local: bool) -> Iterator[Stored]:

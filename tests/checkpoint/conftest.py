@@ -1,8 +1,9 @@
 """Real checkpoints, written by Megatron-LM and transformers, and what reads them for a comparison.
 
 data/*.tar.xz were written by upstream's code on CPU ranks, with random weights after two training steps: Megatron-LM
-core_v0.13.1 (`ll_*`: the same Llama in two formats; `mx_*`: a Mixtral, its optimizer state taken out), megatron-core's
-zarr backend, and transformers.
+core_v0.13.1 (`ll_*`: the same Llama in two formats; `mx_*`: a Mixtral, its optimizer state taken out; `t5_*`: a T5,
+converted to stages before its second step), megatron-core's zarr backend (`zarr_tp2_do` with Megatron-LM's distributed
+optimizer), and transformers.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nxdt_nemo.errors import UserError
 
 from .conftest import assert_same, read
 
+KINDS = ("model", "exp_avg", "exp_avg_sq")  # float32 weights are their own main parameters
 SCRIPT = Path(__file__).with_name("upstream") / "t5.py"
 
 
@@ -74,6 +76,28 @@ def test_upstreams_model_through_every_format(case: tuple[str, str], tmp_path: P
         assert float((values - wanted).abs().max()) <= 1e-5, name
 
 
+def test_stages_that_upstream_saved(unpacked: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two of the encoder, one of the decoder, with upstream's distributed optimizer: rank by rank, and one stage."""
+    folder = unpacked("t5_torch_e2d1_do")
+    source = read(folder)
+    assert (source.layout.pp, source.layout.encoder, source.model.layers, source.model.decoder_layers) == (3, 2, 2, 2)
+    extra = {"optimizer_format": "distrib_optim", "encoder_pp": 2}
+    convert(folder, tmp_path / "again", "torch", wanted=Target(source.layout, kinds=KINDS, extra=extra))
+    for stage in range(3):
+        name = f"iter_0000002/mp_rank_00_{stage:03d}/distrib_optim.pt"
+        (mine,), (theirs,) = (torch.load(at / name)[0].values() for at in (tmp_path / "again", folder))
+        assert mine["numel_unpadded"] == theirs["numel_unpadded"]
+        if stage != 1:  # the encoder's last stage has an output layer that nothing uses
+            assert all(torch.equal(mine[kind], theirs[kind]) for kind in ("param", "exp_avg", "exp_avg_sq"))
+    convert(folder, tmp_path / "whole", "torch", wanted=Target(kinds=KINDS))
+    convert(tmp_path / "whole", tmp_path / "back", "torch", wanted=Target(Layout(pp=4), kinds=KINDS))
+    for wrong in ("one", 0):
+        with pytest.raises(UserError, match=f"encoder_pp={wrong} is no number of stages"):
+            convert(folder, tmp_path / "none", "torch", wanted=Target(Layout(pp=2), extra={"encoder_pp": wrong}))
+    for place in ("again", "whole", "back"):
+        assert assert_same(source, read(tmp_path / place), KINDS) == 3 * len(source.catalog.names())
+
+
 def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
     from nxdt_nemo.checkpoint.dialects.megatron_core import PER_RANK
     from nxdt_nemo.checkpoint.families import by_name
@@ -82,8 +106,15 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
 
     family = by_name("t5")
     model = Model("t5", 2, 8, 2, 2, 4, 16, 32, 8, decoder_layers=2, relative_buckets=8, tied=True)
-    layout = Layout(pp=2)
-    with pytest.raises(UserError, match="use pp=1, or torch_dist"):
-        list(rows_of(PER_RANK, model, family.names(model), layout.shard(2, 0, 0, 0, 0, ()), layout))
+    for layout, fix in ((Layout(pp=2), "use pp=1, torch, or torch_dist"), (Layout(pp=2, encoder=1), "use pp=1")):
+        with pytest.raises(UserError, match=fix):
+            list(rows_of(PER_RANK, model, family.names(model), layout.shard(2, 0, 0, 0, 0, ()), layout))
+    for layout, fix in (
+        (Layout(pp=2, encoder=2), "correct encoder_pp"),
+        (Layout(pp=2, vpp=2, encoder=1), "leave out --vpp and --stages"),
+        (Layout(pp=4, encoder=1), "use divisors for both"),
+    ):
+        with pytest.raises(UserError, match=fix):
+            layout.check(model.layers, model.experts, model.decoder_layers)
     with pytest.raises(UserError, match="use torch_dist, torch or nemo"):
         family.to_hf(model)

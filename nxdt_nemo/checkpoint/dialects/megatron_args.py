@@ -128,7 +128,10 @@ def _window(args: Mapping[str, Any]) -> int | None:
 
 def layout_of(args: Mapping[str, Any]) -> Layout:
     """The layout that the arguments say."""
+    encoder = args.get("encoder_pipeline_model_parallel_size") or 0
     pp = args.get("transformer_pipeline_model_parallel_size") or args.get("pipeline_model_parallel_size") or 1
+    if encoder:
+        pp = encoder + (args.get("pipeline_model_parallel_size") or 1)
     tp = args.get("tensor_model_parallel_size") or args.get("model_parallel_size") or 1
     first, last = args.get("decoder_first_pipeline_num_layers"), args.get("decoder_last_pipeline_num_layers")
     vpp = args.get("virtual_pipeline_model_parallel_size") or 1
@@ -144,6 +147,7 @@ def layout_of(args: Mapping[str, Any]) -> Layout:
         ep=args.get("expert_model_parallel_size") or 1,
         etp=args.get("expert_tensor_parallel_size") or tp,
         stages=stages,
+        encoder=encoder,
     )
 
 
@@ -216,8 +220,10 @@ def layout_args(layout: Layout) -> dict[str, Any]:
     written = "|".join("t" * count for count in layout.stages)
     return {
         "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "transformer_pipeline_model_parallel_size": layout.pp,
+        "pipeline_model_parallel_size": layout.pp - layout.encoder,
+        "transformer_pipeline_model_parallel_size": layout.pp - layout.encoder,
+        "encoder_pipeline_model_parallel_size": layout.encoder,
+        "encoder_tensor_model_parallel_size": layout.tp if layout.encoder else 0,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp or layout.tp,

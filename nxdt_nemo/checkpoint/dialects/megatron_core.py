@@ -159,7 +159,9 @@ def _t5(stacked: bool, spec: Spec) -> Iterator[Row]:
     yield from _second(stacked, spec)
     yield from (Row(f"decoder.final_layernorm.{w}", Same(f"decoder_norm.{w}"), on="last") for w in _BOTH)
     for key in ("lm_head.output_layer", "output_layer"):
-        yield from (Row(f"{key}.{what}", Same(f"head.{what}"), on="last") for what in _BOTH)
+        yield Row(f"{key}.weight", Same("head.weight"), on="last")
+        yield Row(f"{key}.weight", Same("embedding.word.weight"), on="last", when=tied_and_split)
+        yield Row(f"{key}.bias", Same("head.bias"), on="last")
 
 
 def _encoders(row: Row) -> Row:

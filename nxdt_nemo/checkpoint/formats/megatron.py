@@ -101,10 +101,11 @@ _ENCODER, _DECODER = (re.compile(rf"{name}\.layers\.(\d+)\.") for name in ("enco
 _RELATIVE = "encoder_relative_pos_emb.relative_attention_bias.weight"
 
 
-def by_tensors(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Model:
+def by_tensors(model: Model, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None = None) -> Model:
     """The model with what only its tensors say: Megatron's arguments are the same for a GPT, a BERT and a T5.
 
     shapes  of all arrays, by megatron-core's or older names; of a stacked one the first axis counts layers
+    layout  of the ranks, if each numbers its own layers
     """
     types = [shape[0] for key, shape in shapes.items() if key.endswith("tokentype_embeddings.weight")]
     if types:
@@ -112,9 +113,10 @@ def by_tensors(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Model:
     if not any(".cross_attention." in key for key in shapes):
         return model
     relative = shapes.get(_RELATIVE, (0,))[0]
+    encoders, decoders = (layout.encoder, layout.pp - layout.encoder) if layout and layout.encoder else (1, 1)
     return model.with_(
-        layers=_count(_ENCODER, shapes, "encoder") or model.layers,
-        decoder_layers=_count(_DECODER, shapes, "decoder"),
+        layers=_count(_ENCODER, shapes, "encoder") * encoders or model.layers,
+        decoder_layers=_count(_DECODER, shapes, "decoder") * decoders,
         relative_buckets=relative,
         learned_positions=model.learned_positions and not relative,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +24,13 @@ from nxdt_nemo.checkpoint.catalog import Reshaped, Wanted
 from nxdt_nemo.checkpoint.dtypes import FLOAT32, Raw
 from nxdt_nemo.checkpoint.formats.base import Source, Target
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
-from nxdt_nemo.checkpoint.formats.per_rank import in_order, pending
+from nxdt_nemo.checkpoint.formats.per_rank import compare, in_order, pending
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
 from nxdt_nemo.checkpoint.io.pickling import Pending, scalar
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.model import Model
-from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
+from nxdt_nemo.checkpoint.placement import Copied, Dialect, Stored, rows_of
 from nxdt_nemo.errors import UserError
 
 __all__ = ["DISTRIBUTED", "SHARDED", "Buckets", "buffers_of", "collect", "part_of", "state_of", "unsharded"]
@@ -53,10 +54,12 @@ def collect(source: Source, ranks: Mapping[str, Mapping[str, Any]], dialect: Dia
     for name, state in ranks.items():
         folder = source.path / name
         chunks: list[list[Stored]] = []
+        pp = 0
         for shard in layout.shards(model.layers, model.experts):
             if folder_name(layout, shard.tp, shard.pp, shard.ep) == name:
                 key = f"model{shard.chunk}" if layout.vpp > 1 else "model"
                 chunks.append(in_order(rows_of(dialect, model, source.names, shard, layout), dict(flat(state[key]))))
+                pp = shard.pp
         if state.get("optimizer") is None:
             raise UserError("has no optimizer state", place=str(folder / FILE), fix="leave out --with-optimizer")
         parts = state["optimizer"] if isinstance(state["optimizer"], list) else [state["optimizer"]]
@@ -67,7 +70,8 @@ def collect(source: Source, ranks: Mapping[str, Mapping[str, Any]], dialect: Dia
             if buffers is not None:
                 held = buffers[number] if isinstance(buffers, list) else buffers
                 if held is not None:  # the dense parameters' of groups of experts after the first
-                    _sharded(source, mine, held, str(sharded))
+                    cut = Buckets.of(source.training.args, model, layout, pp, first=False)
+                    _sharded(source, mine, held, cut, str(sharded))
             else:
                 unsharded(source, [s for chunk in mine for s in chunk], part, str(folder / FILE))
 
@@ -99,7 +103,9 @@ def unsharded(source: Source, params: Sequence[Stored], part: Mapping[str, Any],
                     said = list(found.shape) if isinstance(found, Extent) else "missing"
                     reason = f"{kind} of {stored.key} is {said}, the parameter is {list(stored.shape)}"
                     raise UserError(reason, place=place, fix="optimizer state and model are of two runs")
-                source.catalog.add(kind, stored.parts, found, whole(found.shape))
+                if isinstance(stored.row.how, Copied):
+                    compare(source.catalog, kind, stored, found, Path(place))
+                source.catalog.add(kind, stored.read, found, whole(found.shape))
 
 
 class _Slot(NamedTuple):
@@ -111,29 +117,35 @@ class _Slot(NamedTuple):
 class Buckets:
     """How a run cuts its buffers, as far as their length depends on it.
 
-    divisor  of a bucket's length; size, of a bucket, None for one; split, a tied embedding has a bucket of its own
+    divisor  of a bucket's length; size, of a bucket, None for one
+    alone    where in the model a tied embedding has a bucket of its own
     """
 
     divisor: int = 128
     size: int | None = None
-    split: bool = False
+    alone: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, args: Mapping[str, Any], model: Model, layout: Layout, *, first: bool) -> Buckets:
-        """Of the run that has these arguments, for its first stage or another."""
+    def of(cls, args: Mapping[str, Any], model: Model, layout: Layout, pp: int, *, first: bool) -> Buckets:
+        """Of the run that has these arguments, for stage `pp`, which may be its first (virtual) one."""
         dp = int(args.get("data_parallel_size") or 1)
         high = 2**16 if args.get("ddp_pad_buckets_for_high_nccl_busbw") else 1
         size = args.get("ddp_bucket_size") or max(40_000_000, 1_000_000 * dp)
         return cls(
             math.lcm(dp, 128, high),
             int(size) if first and args.get("overlap_grad_reduce") else None,
-            model.tied and layout.pp > 1,
+            _alone(layout, pp) if model.tied and layout.pp > 1 else (),
         )
+
+
+def _alone(layout: Layout, pp: int) -> tuple[str, ...]:
+    """Where megatron-core marks what a stage has as shared; not the embedding of a T5's decoder, or beside a head."""
+    return ("last",) if layout.encoder and (pp or layout.encoder == 1) else ("first", "last")
 
 
 def _slots(params: Sequence[Stored], buckets: Buckets) -> tuple[list[_Slot], int]:
     """Where each parameter begins in a buffer without its buckets' padding, and the buffer's length."""
-    divisor, bucket, split = buckets.divisor, buckets.size, buckets.split
+    divisor, bucket = buckets.divisor, buckets.size
     slots, at, begin, removed, used = [], 0, 0, 0, False
 
     def close(end: int) -> int:
@@ -145,7 +157,8 @@ def _slots(params: Sequence[Stored], buckets: Buckets) -> tuple[list[_Slot], int
 
     for stored in reversed(params):
         at = -(-at // _ALIGN) * _ALIGN
-        alone = split and any(part.name == "embedding.word.weight" for part in stored.parts)
+        embeds = any(part.name == "embedding.word.weight" for part in stored.parts)
+        alone = embeds and stored.row.on in buckets.alone
         if alone and used:
             at = close(at)
         slots.append(_Slot(stored, at - removed))
@@ -156,10 +169,12 @@ def _slots(params: Sequence[Stored], buckets: Buckets) -> tuple[list[_Slot], int
     return slots, at - removed
 
 
-def _sharded(source: Source, chunks: Sequence[Sequence[Stored]], buffers: Mapping[Any, Any], place: str) -> None:
+def _sharded(
+    source: Source, chunks: Sequence[Sequence[Stored]], buffers: Mapping[Any, Any], said: Buckets, place: str
+) -> None:
+    """said: how the run cut its buffers, but for the buckets' size, which is found here."""
     args = source.training.args
     dp = int(args.get("data_parallel_size") or 1)
-    said = Buckets.of(args, source.model, source.layout, first=False)
     sizes = [None, args.get("ddp_bucket_size"), max(40_000_000, 1_000_000 * dp)]
     for number, params in enumerate(chunks):
         held = buffers.get(number)
@@ -178,7 +193,7 @@ def _sharded(source: Source, chunks: Sequence[Sequence[Stored]], buffers: Mappin
                 raise UserError(f"has no {name} of {length} elements", place=place)
             for stored, begin in slots:
                 at = Box((begin,), (math.prod(stored.shape),))
-                source.catalog.add(kind, stored.parts, Reshaped(flat, at, stored.shape), whole(stored.shape))
+                source.catalog.add(kind, stored.read, Reshaped(flat, at, stored.shape), whole(stored.shape))
 
 
 def state_of(source: Source, target: Target, params: Sequence[Stored]) -> Any:

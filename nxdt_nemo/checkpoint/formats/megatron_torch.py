@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nxdt_nemo.checkpoint.dialects.megatron_legacy import legacy
 from nxdt_nemo.checkpoint.formats import megatron, megatron_optimizer, per_rank, ptl
 from nxdt_nemo.checkpoint.formats.base import Options, Output, Reader, Source, Target, Writer, constant, zipped
 from nxdt_nemo.checkpoint.formats.megatron import FILE, flat, folder_name
+from nxdt_nemo.checkpoint.formats.megatron_optimizer import SHARDED
 from nxdt_nemo.checkpoint.formats.per_rank import Held
 from nxdt_nemo.checkpoint.io import torch_zip
 from nxdt_nemo.checkpoint.io.files import Extent, Files
@@ -31,6 +32,9 @@ from nxdt_nemo.errors import UserError
 
 __all__ = ["READERS", "WRITERS", "MegatronTorchReader", "MegatronTorchWriter"]
 
+# Positions that a run starts with differ, and stay so; untied word embeddings get only their own side's gradients.
+_TWO_SIDES = ", or this T5 was begun in stages, where Megatron-LM gives each side embeddings of its own"
+_ORDER = ", or key-value heads are in the order of trn1, where neighbouring ranks have no copies"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
 
@@ -77,14 +81,15 @@ class MegatronTorchReader(Reader):
         _check_same(ranks)
         model = megatron.model_of(training.args, options, str(folder))
         if options.config is None:
-            model = megatron.by_tensors(model, _shapes(ranks.values(), layout))
+            model = megatron.by_tensors(model, _shapes(ranks.values(), layout), layout)
         dialect = _dialect(first, layout, model)
         model = _believe(model, ranks, layout, options)
         family = megatron.family_of(model, str(folder))
         model = model.with_(family=family.name).check(str(folder))
-        layout.check(model.layers, model.experts)
+        layout.check(model.layers, model.experts, model.decoder_layers)
         source = Source(self.format, folder, family, model, Catalog(), layout, training)
-        per_rank.collect(source, dialect, _shards(model, layout, ranks), local=True, by="arguments")
+        hint = _TWO_SIDES if layout.encoder else _ORDER if copied(model, layout) else ""
+        per_rank.collect(source, dialect, _shards(model, layout, ranks), local=True, by="arguments", hint=hint)
         if options.optimizer:
             megatron_optimizer.collect(source, {name: rank.state for name, rank in ranks.items()}, dialect, files)
         source.assets = megatron.assets_of(folder)
@@ -170,13 +175,15 @@ class MegatronTorchWriter(Writer):
     Options: spec, `local` or `te`, the layer spec of the run that will load it, or `legacy`, the names of a run with
     --use-legacy-models; optimizer_format, `distrib_optim` for
     Megatron's distributed optimizer, else the other one's; dp, its data-parallel ranks, which its buffers' length may
-    depend on; bucket_size, in elements, of a run with --overlap-grad-reduce.
+    depend on; bucket_size, in elements, of a run with --overlap-grad-reduce; encoder_pp, of the stages of a T5 those of
+    its encoder, half of them if it is not said.
     """
 
     format = "torch"
 
     def outputs(self, source: Source, target: Target) -> Iterable[Output]:
-        layout = target.layout.check(source.model.layers, source.model.experts)
+        target = replace(target, layout=_with_sides(source.model, target))
+        layout = target.layout.check(source.model.layers, source.model.experts, source.model.decoder_layers)
         self._source = source
         model = source.model.with_(padded_vocab=padded(source.model.vocab, target.divisible_by, layout.tp))
         spec = target.extra.get("spec", "local")
@@ -184,12 +191,12 @@ class MegatronTorchWriter(Writer):
         if spec == "legacy" and (model.decoder_layers or model.experts or model.qk_norm or copied(model, layout)):
             reason = f"names before megatron-core have no place for what {source.family.name} has"
             raise UserError(reason, place="--spec legacy", fix="use --spec local")
-        if len(target.kinds) > 1 and copied(model, layout):
-            reason = f"tp={layout.tp} for {model.groups} key-value heads: the state of copies has no place of its own"
-            raise UserError(reason, place="--to torch", fix="use torch_dist, or leave out --with-optimizer")
         dtype = target.dtype or source.dtype
         args = megatron.args_for(source, model, layout, dtype)
         sharded = len(target.kinds) > 1 and target.extra.get("optimizer_format") == megatron_optimizer.DISTRIBUTED
+        if sharded and copied(model, layout):  # megatron-core makes no copies, this backend no such file
+            reason = f"tp={layout.tp} for {model.groups} key-value heads: no optimizer has such a {SHARDED} of copies"
+            raise UserError(reason, place="--to torch", fix="use torch_dist, or leave out --optimizer-format")
         args.use_distributed_optimizer = sharded
         args.use_legacy_models = spec == "legacy"
         if sharded:
@@ -209,16 +216,27 @@ class MegatronTorchWriter(Writer):
                 yield zipped(f"{place}/{FILE}", value)
                 if sharded:
                     cuts = [
-                        megatron_optimizer.Buckets.of(vars(args), model, layout, first=not pp and not chunk)
+                        megatron_optimizer.Buckets.of(vars(args), model, layout, pp, first=not pp and not chunk)
                         for chunk in range(layout.vpp)
                     ]
                     buffers = megatron_optimizer.buffers_of(source, target, chunks, cuts, dense=(tp, ep) in first)
-                    yield zipped(f"{place}/{megatron_optimizer.SHARDED}", buffers)
+                    yield zipped(f"{place}/{SHARDED}", buffers)
 
     def last(self) -> Iterable[Output]:
         iteration = self._source.training.iteration
         yield from megatron.asset_outputs(self._source)
         yield constant(megatron.TRACKER, b"release" if iteration is None else str(iteration).encode())
+
+
+def _with_sides(model: Model, target: Target) -> Layout:
+    """The target's layout; of the stages of a T5, which are its encoder's."""
+    layout = target.layout
+    if not model.decoder_layers or layout.pp == 1:
+        return layout
+    encoder = target.extra.get("encoder_pp", layout.pp // 2)
+    if not isinstance(encoder, int) or encoder < 1:
+        raise UserError(f"encoder_pp={encoder} is no number of stages", place="--option", fix="use 1 or more")
+    return replace(layout, encoder=encoder)
 
 
 def _rank_state(

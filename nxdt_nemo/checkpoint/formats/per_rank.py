@@ -25,6 +25,7 @@ from nxdt_nemo.checkpoint.io.unpickle import Inert
 from nxdt_nemo.checkpoint.layout import Layout, Shard
 from nxdt_nemo.checkpoint.model import Model
 from nxdt_nemo.checkpoint.placement import Dialect, Stored, rows_of
+from nxdt_nemo.checkpoint.tensors import Kind
 from nxdt_nemo.errors import UserError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "believe",
     "check_grid",
     "collect",
+    "compare",
     "in_order",
     "is_reference",
     "of_layers",
@@ -185,9 +187,9 @@ def collect(
             if found.dtype != dtype:
                 reason = f"{key} is {found.dtype}, and {dtype} in {first}"
                 raise UserError(reason, place=str(held.path), fix="files of two runs are mixed")
-            if place is None and (off := _compare(source.catalog, stored, found, held.path, hint)):
+            if place is None and (off := compare(source.catalog, "model", stored, found, held.path, hint)):
                 drifted[key] = max(off, drifted.get(key, 0.0))
-            source.catalog.add("model", stored.parts, found, whole(stored.shape), lead)
+            source.catalog.add("model", stored.read, found, whole(stored.shape), lead)
         left = [key for key, value in held.arrays.items() if key not in claimed and isinstance(value, Extent)]
         if unknown := [key for key in left if not _NOTHING.fullmatch(key)]:
             reason = f"{unknown[0]} is not a tensor of {source.family.name}"
@@ -211,15 +213,15 @@ def stacked(found: Iterable[Stored]) -> Iterator[tuple[Stored, int | None]]:
             yield stored, None
 
 
-def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: str) -> float:
+def compare(catalog: Catalog, kind: Kind, stored: Stored, found: Extent, path: Path, hint: str = "") -> float:
     """How much a tensor differs from copies that other ranks have, in the largest element of either.
 
     Ranks' copies drift apart in the last bit where their gradients are summed in another order. Raises UserError for
     more than that.
     """
     worst = 0.0
-    for part in stored.parts:
-        for block in catalog.blocks("model", part.name, part.box):
+    for part in stored.read:
+        for block in catalog.blocks(kind, part.name, part.box):
             if block.box != part.box or found.nbytes > _COMPARED:
                 continue
             theirs, mine = block.read(part.box), found.read(part.at)
@@ -231,7 +233,8 @@ def _compare(catalog: Catalog, stored: Stored, found: Extent, path: Path, hint: 
             off = float(np.abs(theirs - mine).max())
             off = off and off / largest
             if not off <= _DRIFT:
-                reason = f"{stored.key} differs from its copy in {block.array.place} by {off:.0%} of the largest"
+                what = stored.key if kind == "model" else f"{kind} of {stored.key}"
+                reason = f"{what} differs from its copy in {block.array.place} by {off:.0%} of the largest"
                 raise UserError(reason, place=str(path), fix=f"files of two runs are mixed{hint}")
             worst = max(worst, off)
     return worst

@@ -1,7 +1,9 @@
 """megatron-core's `zarr` (version 2): a folder of raw chunks for each whole-model tensor, and common.pt. Read only.
 
 Room checkpoint/ (leaf). Chunks are uncompressed and little-endian, `bfloat16` being a dtype of tensorstore's that zarr
-itself does not know. A chunk that is not there is an error here; zarr and tensorstore give zeros for it.
+itself does not know. A chunk that is not there is an error here; zarr and tensorstore give zeros for it. Optimizer
+state has the parameter's shape, of a distributed optimizer too; KEY.sync holds the empty lock files with which ranks
+took turns at it.
 May import this room. Proof: tests/checkpoint/test_fixtures.py.
 """
 
@@ -24,7 +26,7 @@ from nxdt_nemo.errors import UserError
 
 __all__ = ["READERS", "WRITERS", "ZarrReader"]
 
-ARRAY, COMMON = ".zarray", "common.pt"
+ARRAY, COMMON, LOCKS = ".zarray", "common.pt", ".sync"
 _DTYPES = {
     "bfloat16": "bfloat16",
     "<f2": "float16",
@@ -51,7 +53,7 @@ class ZarrReader(Reader):
     def read(self, path: Path, options: Options) -> Source:
         folder = megatron.folder_of(path, options.step)
         files = Files()
-        arrays = sorted(at for at in folder.iterdir() if (at / ARRAY).exists())
+        arrays = sorted(at for at in folder.iterdir() if (at / ARRAY).exists() and at.suffix != LOCKS)
         items = {at.name: _item(at, files) for at in arrays}
         common = torch_zip.read(files(folder / COMMON)) if (folder / COMMON).exists() else {}
         listed = sorted({file.path for file in files} | {at / ARRAY for at in arrays})

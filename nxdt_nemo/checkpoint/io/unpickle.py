@@ -33,6 +33,8 @@ _PACKAGES = frozenset(
     "megatron nemo omegaconf lightning pytorch_lightning lightning_fabric transformer_engine modelopt fiddle torch_xla "
     "neuronx_distributed neuronx_distributed_training apex transformers tokenizers sentencepiece nv_one_logger".split()
 )
+# And the one class of this package: the mark of main parameters that are copies.
+_MARK = "nxdt_nemo.megatron.tensor_parallel.kv_heads.KVHeads"
 
 _TORCH_DATA = ("torch.distributed.checkpoint.", "torch.distributed._shard.")
 
@@ -133,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
             return BY_NAME[name]
         if module == "torch" and name in _OTHER_DTYPES:
             return Global(module, name)
-        known = module.partition(".")[0] in _PACKAGES or module.startswith(_TORCH_DATA)
+        known = module.partition(".")[0] in _PACKAGES or module.startswith(_TORCH_DATA) or full == _MARK
         if known and all(word.isidentifier() for word in full.split(".")):
             return self._classes.setdefault((module, name), inert(module, name))
         raise UserError(

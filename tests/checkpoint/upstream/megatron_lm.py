@@ -1,8 +1,9 @@
 """Megatron-LM's own load_checkpoint, train_step and save_checkpoint, under torchrun: `megatron_lm.py SOURCE STEPS ...`.
 
 SOURCE is a checkout of core_v0.13.1; the further arguments are its own. megatron.training sets up model and optimizer,
-loads --load into them, makes STEPS steps, and saves to --save. Whatever asks for CUDA gets the CPU. The optimizers, the
-distributed one too, schedules and formats are upstream's, unchanged; nothing of this package is imported.
+loads --load into them, makes STEPS steps, and saves to --save. With --decoder-seq-length the model is pretrain_t5.py's.
+Whatever asks for CUDA gets the CPU. The optimizers, the distributed one too, schedules and formats are upstream's,
+unchanged; nothing of this package is imported.
 """
 
 from __future__ import annotations
@@ -88,14 +89,21 @@ def batches(iteration: int, args: Any) -> Any:
         yield rows[:, :-1].contiguous(), places.expand(args.micro_batch_size, -1), hidden, rows[:, 1:].contiguous()
 
 
+def mean(losses: Any) -> Any:
+    loss = losses.float().mean()
+    return loss, {"lm loss": loss.detach()}
+
+
 def forward(data: Any, model: Any) -> Any:
     tokens, places, hidden, labels = next(data)
-
-    def mean(losses: Any) -> Any:
-        loss = losses.float().mean()
-        return loss, {"lm loss": loss.detach()}
-
     return model(tokens, places, hidden, labels=labels), mean
+
+
+def forward_t5(data: Any, model: Any) -> Any:
+    """The decoder is to say what follows the encoder's tokens."""
+    tokens, _, hidden, labels = next(data)
+    seen = torch.zeros_like(hidden)
+    return model(tokens, tokens, seen, hidden, seen, lm_labels=labels), mean
 
 
 def train(made: Any, steps: int) -> None:
@@ -110,11 +118,21 @@ def train(made: Any, steps: int) -> None:
     config.grad_scale_func, config.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
     for _ in range(steps):
         args.curr_iteration = args.iteration
-        losses, *_ = training.train_step(forward, batches(args.iteration, args), model, optimizer, scheduler, config)
+        step = forward if args.decoder_seq_length is None else forward_t5
+        losses, *_ = training.train_step(step, batches(args.iteration, args), model, optimizer, scheduler, config)
         args.iteration += 1
         args.consumed_train_samples += args.global_batch_size
         if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
             print(f"loss {args.iteration} {float(losses['lm loss']):.9f}", flush=True)
+
+
+def save_as_zarr(args: Any) -> None:
+    """megatron-core 0.13.1 writes zarr, but Megatron-LM's save_checkpoint no longer asks it to."""
+    from megatron.core.dist_checkpointing.strategies.zarr import ZarrSaveShardedStrategy
+    from megatron.training import checkpointing
+
+    args.ckpt_format = "torch_dist"
+    checkpointing.get_default_save_sharded_strategy = lambda *_: ZarrSaveShardedStrategy("zarr", 1)
 
 
 def main() -> None:
@@ -163,12 +181,24 @@ def main() -> None:
     sharded.load_parameter_state_from_dp_zero = torch.no_grad()(sharded.load_parameter_state_from_dp_zero)
     optimizers.Adam = distrib_optimizer.Adam = FusedAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
+    more: dict[str, Any] = {"allow_no_cuda": True}
+    kind = ModelType.encoder_or_decoder
+    if "--decoder-seq-length" in sys.argv:
+        import pretrain_t5
+        from megatron.core.models.T5 import t5_spec
+
+        t5_spec.TENorm = t5_spec.LNImpl
+        provider, kind = pretrain_t5.model_provider, ModelType.encoder_and_decoder
+        more["get_embedding_ranks"] = pretrain_t5.t5_embedding_ranks
+        more["get_position_embedding_ranks"] = pretrain_t5.t5_position_embedding_ranks
     with OnCPU():
-        initialize.initialize_megatron(allow_no_cuda=True)
+        initialize.initialize_megatron(**more)
         args = get_args()
-        made = training.setup_model_and_optimizer(provider, ModelType.encoder_or_decoder)
+        made = training.setup_model_and_optimizer(provider, kind)
         print(f"loaded iteration {args.iteration}, {args.consumed_train_samples} samples", flush=True)
         train(made, STEPS)
+        if args.ckpt_format == "zarr":
+            save_as_zarr(args)
         save_checkpoint(args.iteration, *made, 0)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
