@@ -27,9 +27,9 @@ def forward(
     """Upstream's, with NeMo's masks as TransformerEngine understands them. True is hidden; [B, 1, 1, S] is padding.
 
     Cross attention's pair of padding masks is made the one [B, 1, S_dec, S_enc] that megatron-core's own attention
-    takes. The decoder's own attention is causal where it gets no mask; where it gets one, upstream's softmax is causal in
-    bfloat16 and follows the mask alone in float32. So it gets no padding: what stands behind the end of a sequence no
-    token of it sees anyway.
+    takes. The decoder's own attention is causal where it gets no mask; where it gets one, upstream's softmax is causal
+    in bfloat16 and follows the mask alone in float32. So it gets no padding: what stands behind the end of a sequence
+    no token of it sees anyway.
     """
     if decoder_attn_mask is not None and decoder_attn_mask.shape[-2] == 1:
         decoder_attn_mask = None
