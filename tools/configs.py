@@ -117,8 +117,7 @@ Every composition of `configs/`: what `validate --strict` says of it as it is, w
 coarsely), and the losses of three steps on two ranks of the cpu lane, shrunk by overrides only
 (`tools/configs_lib/shrink.py`): two layers, hidden size 32, sequences of 64, a pipeline of two stages where the
 composition has one, else two tensor-parallel ranks, else two data-parallel ones. Where trn1 and trn2 are the same
-configuration when shrunk, they are one run. Tuning begins from what the pretraining run of the same model saved. A row
-without losses has not been trained yet.
+configuration when shrunk, they are one run. Tuning begins from what the pretraining run of the same model saved.
 
 | model | target | workflow | validate | GiB a core | three steps |
 |---|---|---|---|---|---|

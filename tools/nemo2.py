@@ -41,18 +41,20 @@ VOCABULARY = "dummy_tokenizer.model"
 
 def lines_of(family: Family, runs: Runs) -> list[Line]:
     """A line for each of its layouts."""
-    base = runs.folder / family.key
-    runs.start(family.script, f"{family.words} {family.first}", base)
-    one = runs.start(family.script, f"{family.words} {family.then}", runs.copy(base, f"{family.key}-one"))
-    return [line(family, layout, runs, base, one.losses) for layout in family.layouts]
+    folder = runs.folder / family.key
+    runs.start(family.script, f"{family.words} {family.first}", folder)
+    base = folder.replace(folder.with_name(f"{family.key}-saved"))
+    one = runs.start(family.script, f"{family.words} {family.then}", runs.copy(base, folder))
+    found = [line(family, layout, runs, base, one.losses) for layout in family.layouts]
+    shutil.rmtree(base)
+    return found
 
 
 def line(family: Family, layout: Layout, runs: Runs, base: Path, one: Sequence[float]) -> Line:
-    """Go on from what one rank has saved."""
-    folder = runs.copy(base, f"{family.key}-{layout.name}".replace(" ", "-"))
+    """Go on from what one rank has saved, where it did: elsewhere Lightning forgets which files are its own."""
     words = f"{family.then} {layout.words}".strip()
-    found = runs.start(family.script, f"{family.words} {words}", folder)
-    shutil.rmtree(folder)
+    folder = runs.copy(base, runs.folder / family.key)
+    found = runs.start(family.script, f"{family.words} {words}", folder, family.ends)
     loss = relative(found.losses, one)
     equal = loss <= family.tolerance
     good = (math.isfinite(loss) and not equal) if layout.mistake else equal
@@ -170,15 +172,19 @@ Several sittings with one FOLDER make one page.
 Scripts named *pretraining*, *tuning*, *convert* and *recipe* are in tools/nemo2_lib, written for GPUs; all others are
 NeMo's own (tests/collections/llm of v2.4.0) and unedited. Layouts go on from a checkpoint of one rank: "loss" is the
 largest relative difference to one rank that does, of `steps` steps. Our scripts run in float32; NeMo's in bfloat16,
-and print four digits. {{inputs}} are made by tools/nemo2_lib/inputs.py: nothing is downloaded.
+and print four digits. {{inputs}} are made by tools/nemo2_lib/inputs.py: nothing is downloaded. The script of `recipe`
+counts the files of all checkpoints in its folder at its end: right on one rank, and not for a checkpoint that other
+layouts go on from, which has one rank's files.
 
 {layouts.markdown}
 
 Runs whose losses are drawn anew in each layout, or that have one only. "fixed size" is written in the script and was
 not changed; by `smaller.py` run scripts whose steps take hours at their size: text untouched, other numbers for the
 sizes that they construct models and data with. `mixtral` ends with a check of the checkpoint that it wrote, and stops
-at the first tensor of the optimizer: ours have the shapes of their parameters, upstream's are flat
-([checkpoints.md](../checkpoints.md)).
+at the first tensor of the optimizer: ours have the shapes of their parameters, upstream's are flat. NeMo 2.0 asks for
+the flat ones (`fully_sharded_model_space`) in every run, and we do not write them: their shapes are another layout's
+in another layout, and `nxdt-nemo ckpt` and our unsharded optimizers, which take the parameters' shapes, would lose
+every checkpoint of NeMo 2.0 ([checkpoints.md](../checkpoints.md)).
 
 {single.markdown}
 {rest}"""

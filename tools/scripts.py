@@ -117,7 +117,7 @@ def page(found: dict[str, list[str]], checkout: Path) -> str:
 All {count} scripts of `{FOLDER}` of NeMo v2.4.0, unedited, and two of
 `scripts/nlp_language_modeling`: {count - len(refused)} of the {count} run, {len(refused)} are refused
 in one line, before anything is imported. What came out is read from what a run left and printed: losses that fall,
-tokens of transformers' `generate`, tensors. A T5's answers are counted, and may be empty. The work of
+tokens of transformers' `generate`, tensors. A T5 that was tuned on four pairs gives their answers. The work of
 `megatron_change_num_partitions`, which stands for many ranks in one process, is done by `nxdt-nemo ckpt convert`.
 Commands are below; all YAMLs of the folder, those that no script names among them: [migrate.md](migrate.md).
 

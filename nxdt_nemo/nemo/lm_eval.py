@@ -2,7 +2,7 @@
 
 Room nemo/. `lm-eval` is optional and imported by as_lm() alone; Scorer needs nothing of it, and its requests are
 anything with `args`. All calls go through NeMo's own model.generate, so every rank of the model has to make them in the
-same order. Proof: tests/nemo/test_generation.py.
+same order. What is asked is cut, and begun, as lm-eval's own HFLM does. Proof: tests/nemo/test_generation.py.
 
     lm_eval.simple_evaluate(model=as_lm(model), tasks=[...])
 """
@@ -46,25 +46,28 @@ class Scorer:
     model   a MegatronGPTModel, or one of its kind, in evaluation mode
     batch   texts of one length that are scored at a time
     length  tokens of a window; None takes model.cfg.encoder_seq_length
+    add_bos_token   a text's first token is the tokenizer's BOS, as HFLM does for tokenizers that add it themselves
     Ranks that have no part in the first or last pipeline stage get zeros and empty texts.
     """
 
-    def __init__(self, model: Any, batch: int = 8, length: int | None = None) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: Any, batch: int = 8, length: int | None = None, add_bos_token: bool = False) -> None:
+        self.model, self.batch, self.add_bos_token = model, batch, add_bos_token
         self.length = int(length or model.cfg.encoder_seq_length)
 
     @property
-    def _device(self) -> torch.device:
+    def _on(self) -> torch.device:
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     def tokens_of(self, text: str) -> list[int]:
-        """A text's tokens, nothing put before or behind them."""
-        return list(self.model.tokenizer.text_to_ids(text))
+        """A text's tokens, nothing put behind them, and before them a BOS or nothing."""
+        start = [int(self.model.tokenizer.bos_id)] if self.add_bos_token else []
+        return start + list(self.model.tokenizer.text_to_ids(text))
 
     @property
     def prefix(self) -> list[int]:
-        """What stands before a text that has nothing before it: the end of the text before."""
-        return [int(self.model.tokenizer.eos_id)]
+        """What stands before a text that has nothing before it: BOS, or EOS of a tokenizer that has none."""
+        bos = getattr(self.model.tokenizer, "bos_id", None)
+        return [int(self.model.tokenizer.eos_id if bos is None or bos < 0 else bos)]
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is what greedy decoding gives), of (context, continuation).
@@ -89,9 +92,10 @@ class Scorer:
         return [sum(next(found)[0] for _ in windows) for windows in texts]
 
     def _windows(self, tokens: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """(tokens before, tokens to score): the first window begins with the prefix, others with the token before."""
+        """(tokens before, tokens to score): the prefix before the first window, before others what has room."""
         for start in range(0, len(tokens), self.length):
-            yield (tokens[start - 1 : start] if start else self.prefix), tokens[start : start + self.length]
+            end = min(start + self.length, len(tokens))
+            yield (tokens[end - self.length - 1 : start] if start else self.prefix), tokens[start:end]
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """The same of tokens, (before, to score). Raises UserError for more to score than a window has."""
@@ -124,8 +128,8 @@ class Scorer:
         """The last token of a row is given no successor, so it needs no place in the context."""
         length = len(group[0][1])
         tokens = torch.tensor([row for _, row, _ in group])
-        room = torch.cat([tokens, tokens[:, -1:]], 1).to(self._device)
-        lengths = torch.full((len(group),), length, device=self._device)
+        room = torch.cat([tokens, tokens[:, -1:]], 1).to(self._on)
+        lengths = torch.full((len(group),), length, device=self._on)
         sampling = _SAMPLING | {"compute_logprob": True, "all_probs": True}
         said = self.model.generate((room, lengths), {"min_length": 0, "max_length": 1}, sampling)
         if said is None:
@@ -142,12 +146,12 @@ class Scorer:
         found = []
         for request in requests:
             context, wanted = request.args[:2]
-            most = int(wanted.get("max_gen_toks", 64))
+            most = int(wanted.get("max_gen_toks", 256))
             until = wanted.get("until") or []
             ends = [until] if isinstance(until, str) else list(until)
             tokens = (self.tokens_of(context) or self.prefix)[-max(1, self.length - most) :]
-            room = torch.tensor([tokens + self.prefix * most], device=self._device)
-            lengths = torch.tensor([len(tokens)], device=self._device)
+            room = torch.tensor([tokens + self.prefix * most], device=self._on)
+            lengths = torch.tensor([len(tokens)], device=self._on)
             sampling = _SAMPLING | {"end_strings": ends or _SAMPLING["end_strings"]}
             said = self.model.generate((room, lengths), {"min_length": 0, "max_length": most}, sampling)
             found.append(self._answer(said, len(tokens), ends) if said is not None else "")
@@ -164,15 +168,15 @@ class Scorer:
         return text
 
 
-def as_lm(model: Any, batch: int = 8) -> Any:
+def as_lm(model: Any, batch: int = 8, add_bos_token: bool = False) -> Any:
     """The model as an object of lm-eval's class LM. Raises UserError where lm-eval is not installed."""
     try:
         LM = import_module("lm_eval.api.model").LM
     except ImportError:
         raise UserError("lm-eval is not installed", place="nxdt_nemo.nemo.lm_eval", fix="pip install lm-eval") from None
-    return type("NemoLM", (Scorer, LM), {"__init__": _init})(model, batch)
+    return type("NemoLM", (Scorer, LM), {"__init__": _init})(model, batch, add_bos_token=add_bos_token)
 
 
-def _init(self: Any, model: Any, batch: int) -> None:
+def _init(self: Any, *args: Any, **named: Any) -> None:
     super(Scorer, self).__init__()  # LM's
-    Scorer.__init__(self, model, batch)
+    Scorer.__init__(self, *args, **named)

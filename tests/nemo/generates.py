@@ -3,7 +3,7 @@
 QUESTIONS names a JSON file: {"prompts": [[token, ...], ...], "tokens": N, "pairs": [[before, scored], ...], "texts":
 [...]}. Prints `found: {...}` on rank 0: greedy tokens of all prompts in one batch, samples by top-k, top-p and
 temperature, log-likelihoods. With "batches" in it, of prompts in each, only greedy tokens and samples of each batch,
-and on the xla lane what they made XLA do.
+and on the xla lane what they made XLA do. With "tasks", what lm-eval makes of them.
 """
 
 import json
@@ -19,7 +19,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerB
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
-from nxdt_nemo.nemo.lm_eval import Scorer
+from nxdt_nemo.nemo.lm_eval import Scorer, as_lm
 from nxdt_nemo.runtime.select import current
 
 mp.set_start_method("spawn", force=True)
@@ -70,6 +70,14 @@ def main(cfg: DictConfig) -> None:
 
     if "batches" in asked:
         print("found: " + json.dumps([counted(generate, batch) for batch in asked["batches"]]), flush=True)
+        return
+    if "tasks" in asked:
+        from lm_eval import simple_evaluate
+
+        made = simple_evaluate(model=as_lm(model, add_bos_token=asked["bos"]), tasks=asked["tasks"], bootstrap_iters=0)
+        if trainer.is_global_zero:
+            answers = {name: [row["resps"] for row in rows] for name, rows in made["samples"].items()}
+            print("found: " + json.dumps({"results": made["results"], "answers": answers}), flush=True)
         return
     found = {"greedy": generate(asked["prompts"])}
     for name, sampling in SAMPLED.items():

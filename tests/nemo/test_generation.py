@@ -70,17 +70,94 @@ def test_as_transformers(train: Callable[..., Run], base: Path, corpus: Path, tm
     for (before, scored), (score, is_greedy) in zip(pairs, found["scores"], strict=True):
         assert (pytest.approx(score, abs=1e-4), is_greedy) == log_likelihood(model, before, scored)
     assert [is_greedy for _, is_greedy in found["scores"]] == [True, True, True, False]
-    eos = pieces.eos_id()
+    bos, eos = pieces.bos_id(), pieces.eos_id()
     for (context, rest), (score, _), rolling in zip(TEXTS, found["likely"], found["rolling"], strict=True):
         whole = pieces.encode(context + rest)
         count = len(whole) - len(pieces.encode(context.rstrip()))
-        before = whole[: len(whole) - count] or [eos]
+        before = whole[: len(whole) - count] or [bos]
         assert score == pytest.approx(log_likelihood(model, before, whole[len(whole) - count :])[0], abs=1e-4)
-        assert rolling == pytest.approx(log_likelihood(model, [eos], whole)[0], abs=1e-4)
+        assert rolling == pytest.approx(log_likelihood(model, [bos], whole)[0], abs=1e-4)
     with torch.no_grad():
         prompt = pieces.encode(TEXTS[1][0])
         made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW, eos_token_id=eos)[0]
     assert found["answers"][1] == pieces.decode(made[len(prompt) :].tolist()).split("\n")[0]
+
+
+def tasks(folder: Path, answers: list[str]) -> list[dict[str, Any]]:
+    """One of each kind of question: choices, whole texts that are longer than the model, answers up to an end."""
+    from pydoc_data.topics import topics
+
+    texts = [" ".join(text.split()[:120]) for text in list(topics.values())[:12]]
+    rows = [
+        {"text": text, "question": text[:20], "choices": [text[20:40], other[20:34], other[40:50]], "answer": answer}
+        for text, other, answer in zip(texts, texts[1:] + texts[:1], answers or [""] * len(texts), strict=True)
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
+    choices = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "0"}
+    whole = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    ends = {"until": ["\n", "."], "max_gen_toks": NEW, "do_sample": False}
+    free = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    kinds = (
+        ("choices", choices | {"doc_to_choice": "{{choices}}"}, ("acc", "acc_norm")),
+        ("texts", whole, ("word_perplexity", "bits_per_byte")),
+        ("answers", free | {"generation_kwargs": ends}, ("exact_match",)),
+    )
+    return [
+        data | {"task": name, "metric_list": [{"metric": metric} for metric in metrics]} | kind
+        for name, kind, metrics in kinds
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("at, bos", [("one", False), ("one", True), ("tp2", False)])
+def test_lm_eval_says_what_it_says_of_transformers_model(
+    train: Callable[..., Run], base: Path, corpus: Path, tmp_path: Path, at: str, bos: bool
+) -> None:
+    """Every answer, and the scores that lm-eval makes of them."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is optional")
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    model = transformers.LlamaForCausalLM.from_pretrained(base).eval()
+    tokenizer = transformers.LlamaTokenizer(str(corpus / "tokenizer.model"), legacy=True)
+    peer = HFLM(model, tokenizer=tokenizer, device="cpu", add_bos_token=bos, max_length=32)
+
+    def answered(given: list[dict[str, Any]]) -> Any:
+        return lm_eval.simple_evaluate(model=peer, tasks=given, bootstrap_iters=0)
+
+    said = [row["resps"][0][0] for row in answered(tasks(tmp_path, []))["samples"]["answers"]]
+    given = tasks(tmp_path, [answer if number % 3 else "" for number, answer in enumerate(said)])
+    expected = answered(given)
+    (tmp_path / "questions.json").write_text(json.dumps({"tasks": given, "bos": bos}))
+    words = [f"++model.restore_from_path={base}", *LAYOUTS[at]]
+    run = train(*words, script=SCRIPT, environment={"QUESTIONS": str(tmp_path / "questions.json")})
+    assert run.code == 0, run.output[-4000:]
+    line = next(line for line in run.output.splitlines() if line.startswith("found: "))
+    found = json.loads(line.removeprefix("found: "))
+    for name, rows in found["answers"].items():
+        for mine, theirs in zip(rows, expected["samples"][name], strict=True):
+            pairs = zip(mine, theirs["resps"], strict=True)
+            assert all(flat(one) == pytest.approx(flat(other), abs=1e-4) for one, other in pairs), name
+    scores = metrics(found["results"])
+    assert len(scores) == 5 and scores == pytest.approx(metrics(expected["results"]), rel=1e-4)
+    assert 0 < scores["answers exact_match,none"] < 1
+
+
+def metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """lm-eval's, by "task metric,filter", without sample sizes and standard errors."""
+    return {
+        f"{name} {key}": value
+        for name, row in results.items()
+        for key, value in row.items()
+        if "," in key and "stderr" not in key
+    }
+
+
+def flat(answer: Any) -> list[Any]:
+    return [part for one in answer for part in (one if isinstance(one, list | tuple) else [one])]
 
 
 class Counting:
@@ -132,7 +209,7 @@ def test_it_is_an_lm_where_there_is_lm_eval(monkeypatch: pytest.MonkeyPatch) -> 
 
     class LM:
         def __init__(self) -> None:
-            self.theirs = True
+            self._rank, self._world_size, self._device, self.theirs = 0, 1, None, True  # as lm-eval's does
 
     modules["lm_eval.api.model"].LM = LM  # type: ignore[attr-defined]
     for name, module in modules.items():

@@ -23,6 +23,7 @@ class Family:
 
     first, then  what makes its first steps and saves, and what goes on to the last one
     tolerance    relative, of each step's loss
+    ends         what it says after training where a layout ends with exit code 1, and may
     """
 
     key: str
@@ -32,6 +33,7 @@ class Family:
     then: str
     tolerance: float
     layouts: tuple[Layout, ...]
+    ends: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ FAMILIES = (
         "--devices 1 --cp 1",
         BFLOAT,
         RECIPE,
+        ends="Wrong number of .distcp files, Expected: 4 Found: 2",
     ),
     Family("sft", "gpt_finetuning.py", f"{FINETUNING} --peft none", "--max_steps 3", "--max_steps 6", BFLOAT, SCRIPTS),
     Family("lora", "gpt_finetuning.py", f"{FINETUNING} --peft lora", "--max_steps 3", "--max_steps 6", BFLOAT, SCRIPTS),

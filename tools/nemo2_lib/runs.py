@@ -63,9 +63,9 @@ class Runs:
         losses = json.loads(exact.read_text()) if exact.exists() else [float(x) for x in _LOSS.findall(ended.output)]
         return Done(losses, time.monotonic() - began, ended.code)
 
-    def copy(self, source: Path, name: str) -> Path:
-        """A folder with what another run has saved."""
-        target = self.folder / name
+    def copy(self, source: Path, target: Path) -> Path:
+        """A folder with what another run has saved, and nothing else."""
+        shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target, symlinks=True)
         (target / "losses.json").unlink(missing_ok=True)
         return target

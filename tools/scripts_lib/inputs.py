@@ -24,6 +24,7 @@ def prepare(folder: Path) -> Path:
 
     tokenizer.model, text_document.{bin,idx}, bert/, vocab.txt, bert_document.{bin,idx}, tuning.jsonl: configs_lib's
     short.jsonl, short.source.txt, short.target.txt   pairs of a few words, three ways
+    few.source.txt, few.target.txt                    the first four of them, over and over
     text.txt, prompts.jsonl                           lines of text; PROMPTS
     encoder.pt, classifier.pt                         a BERT of NeMo before 1.0, with a tensor each
     llama/, llama.nemo                                a Llama with random weights
@@ -41,7 +42,9 @@ def _pairs(folder: Path) -> None:
     pairs = [{key: " ".join(text.split()[:6]) for key, text in pair.items()} for pair in long]
     (folder / "short.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs), encoding="utf-8")
     for name, key in (("source", "input"), ("target", "output")):
-        (folder / f"short.{name}.txt").write_text("".join(f"{pair[key]}\n" for pair in pairs), encoding="utf-8")
+        lines = [f"{pair[key]}\n" for pair in pairs]
+        (folder / f"short.{name}.txt").write_text("".join(lines), encoding="utf-8")
+        (folder / f"few.{name}.txt").write_text("".join(lines[:4] * 200), encoding="utf-8")
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(prompt)}\n" for prompt in PROMPTS), encoding="utf-8")
     (folder / "text.txt").write_text("".join(f"{pair['output']}\n" for pair in long), encoding="utf-8")
 

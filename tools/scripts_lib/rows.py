@@ -117,6 +117,8 @@ BART = without("++model.optim.sched.warmup_steps", (*PRETRAIN, *TWO_STACKS, *SPM
 GPT_RUN, LLAMA_RUN = "megatron_gpt_pretraining", "megatron_gpt_pretraining_Llama_bf16"
 BERT_RUN, T5_RUN = "megatron_bert_pretraining", "megatron_t5_pretraining"
 T5_MODEL = f"{{rows}}/{T5_RUN}/log/checkpoints/megatron_t5.nemo"
+T5_TUNED = "model.restore_from_path={rows}/megatron_t5_seq2seq_finetune/log/checkpoints/megatron_t5_finetune.nemo"
+LEARNS = 150  # steps in which a T5 learns a few answers by heart
 THIRD, LAST = "step=3-consumed_samples=12.0", "step=6-consumed_samples=24.0-last"
 GOES_ON = range(3, 6)
 
@@ -160,9 +162,9 @@ BASE = "model.restore_from_path={data}/llama.nemo"
 
 
 def two_files(part: str) -> tuple[str, ...]:
-    """The pairs as a file of sources and one of targets."""
-    files = split("src_file_name={data}/short.source.txt tgt_file_name={data}/short.target.txt")
-    sizes = split("global_batch_size=2 micro_batch_size=2 max_src_seq_length=64 max_tgt_seq_length=32")
+    """A few pairs as a file of sources and one of targets."""
+    files = split("src_file_name={data}/few.source.txt tgt_file_name={data}/few.target.txt")
+    sizes = split("global_batch_size=4 micro_batch_size=4 max_src_seq_length=64 max_tgt_seq_length=32")
     return tuple(f"model.data.{part}.{word}" for word in (*files, *sizes))
 
 
@@ -319,12 +321,12 @@ ROWS: tuple[Row, ...] = (
     Row(T5_RUN, shown.refusal("does not cut"), (*T5, *PP2, "model.pipeline_model_parallel_split_rank=1"), "PP 2"),
     Row(
         "megatron_t5_seq2seq_eval",
-        shown.answers("said_validation_dataloader0_inputs_preds_labels.jsonl", 8, empty=True),
+        shown.answers("said_validation_dataloader0_inputs_preds_labels.jsonl", 8, right=True),
         (
             "--config-name=megatron_t5_config_finetune_eval",
             *CPU,
-            *split("trainer.devices=1 ++trainer.limit_val_batches=4"),
-            "model.restore_from_path={rows}/megatron_t5_seq2seq_finetune/log/checkpoints/megatron_t5_finetune.nemo",
+            *split("trainer.devices=1 ++trainer.limit_val_batches=2"),
+            T5_TUNED,
             *two_files("validation_ds"),
             *split("model.data.validation_ds.write_predictions_to_file=True exp_manager.explicit_log_dir={run}/log"),
             "model.data.validation_ds.output_file_path_prefix={run}/said",
@@ -333,11 +335,12 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "megatron_t5_seq2seq_finetune",
-        shown.losses(),
+        shown.losses(LEARNS),
         (
             "--config-name=megatron_t5_finetune",
             *without("exp_manager.checkpoint_callback_params", TRAIN),
-            *split(f"model.restore_from_path={T5_MODEL} trainer.max_epochs=1 model.optim.lr=1e-3"),
+            *split(f"model.restore_from_path={T5_MODEL} trainer.max_epochs=1 model.optim.lr=5e-3"),
+            *split(f"trainer.max_steps={LEARNS} trainer.val_check_interval={LEARNS}"),
             *two_files("train_ds"),
             *two_files("validation_ds"),
         ),
@@ -375,14 +378,14 @@ ROWS: tuple[Row, ...] = (
     Row("tuning/megatron_mamba_generate", ANOTHER_MODEL),
     Row(
         "tuning/megatron_t5_finetuning",
-        shown.losses(2, "validation_loss"),
-        (*TUNE, *LORA, f"model.restore_from_path={T5_MODEL}"),
-        needs=(T5_RUN,),
+        shown.losses(),
+        (*TUNE, *LORA, T5_TUNED),
+        needs=("megatron_t5_seq2seq_finetune",),
     ),
     Row(
         "tuning/megatron_t5_generate",
-        shown.answers(SAID, PAIRS, empty=True),  # a T5 of a few steps may end at once
-        (*ASK, f"model.restore_from_path={T5_MODEL}", T5_LORA),
+        shown.answers(SAID, PAIRS),
+        (*ASK, T5_TUNED, T5_LORA),
         needs=("megatron_t5_finetuning",),
     ),
     Row(

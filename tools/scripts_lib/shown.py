@@ -131,17 +131,20 @@ def completion(done: Done) -> str:
     return f"a completion, log-probability of its first token {float(found[0]):.4f}"
 
 
-def answers(name: str, count: int, empty: bool = False) -> Shows:
-    """A JSON line with a prediction for each of so many prompts; `empty`: it may be that."""
+def answers(name: str, count: int, right: bool = False) -> Shows:
+    """A JSON line with a prediction for each of so many prompts, which is not empty; `right`: it is the label."""
 
     def show(done: Done) -> str:
         file = done.folder / name
         _check(file.is_file(), f"no {name}")
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         silent = sum(not line["pred"].strip() for line in lines)
-        came = f"{len(lines)} answers" + (f", {silent} of them empty" if silent else "")
-        _check(len(lines) == count and (empty or not silent), f"{came}, of {count}")
-        return came
+        came = f"{len(lines)} answers"
+        _check(len(lines) == count and not silent, f"{came}, of {count}; {silent} are empty")
+        if right:
+            wrong = [line for line in lines if line["pred"] != line["label"]]
+            _check(not wrong, f"{len(wrong)} wrong, the first {wrong[:1]}")
+        return f"{came}, each as trained" if right else came
 
     return show
 

@@ -1,4 +1,4 @@
-"""A T5's forward with the pair of masks that NeMo hands to it.
+"""A T5's forward with the padding masks that NeMo hands to it.
 
 Room megatron/. Wraps one method of megatron.core.models.T5.t5_model. Proof: tests/megatron/test_t5_masks.py.
 """
@@ -19,15 +19,20 @@ def forward(
     encoder_input_ids: torch.Tensor,
     decoder_input_ids: torch.Tensor,
     encoder_attn_mask: torch.Tensor,
-    decoder_attn_mask: torch.Tensor,
+    decoder_attn_mask: torch.Tensor | None,
     encoder_decoder_attn_mask: Any,
     *args: Any,
     **named: Any,
 ) -> Any:
-    """Upstream's, with cross attention's two padding masks [B, 1, 1, S] made the one [B, 1, S_dec, S_enc] that it adds.
+    """Upstream's, with NeMo's masks as TransformerEngine understands them. True is hidden; [B, 1, 1, S] is padding.
 
-    True is padding. TransformerEngine takes the pair; megatron-core's own attention takes one mask.
+    Cross attention's pair of padding masks is made the one [B, 1, S_dec, S_enc] that megatron-core's own attention
+    takes. The decoder's own attention is causal where it gets no mask; where it gets one, upstream's softmax is causal
+    in bfloat16 and follows the mask alone in float32. So it gets no padding: what stands behind the end of a sequence
+    no token of it sees anyway.
     """
+    if decoder_attn_mask is not None and decoder_attn_mask.shape[-2] == 1:
+        decoder_attn_mask = None
     pair = encoder_decoder_attn_mask
     if isinstance(pair, tuple):
         decoder, encoder = pair
