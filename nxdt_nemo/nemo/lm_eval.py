@@ -125,11 +125,14 @@ class Scorer:
             yield group
 
     def _score(self, group: list[tuple[int, list[int], int]]) -> list[tuple[float, bool]]:
-        """The last token of a row is given no successor, so it needs no place in the context."""
-        length = len(group[0][1])
+        """The last token of a row needs no forward pass: a full window has one token more than the model has positions.
+
+        Tokens that pad the vocabulary have no part in the probabilities, which upstream counts with them.
+        """
+        length, vocabulary = len(group[0][1]), int(self.model.tokenizer.vocab_size)
         tokens = torch.tensor([row for _, row, _ in group])
-        room = torch.cat([tokens, tokens[:, -1:]], 1).to(self._on)
-        lengths = torch.full((len(group),), length, device=self._on)
+        room = tokens.clone().to(self._on)  # the token that is made takes the last one's place
+        lengths = torch.full((len(group),), length - 1, device=self._on)
         sampling = _SAMPLING | {"compute_logprob": True, "all_probs": True}
         said = self.model.generate((room, lengths), {"min_length": 0, "max_length": 1}, sampling)
         if said is None:
@@ -137,6 +140,8 @@ class Scorer:
         made = []
         for row, (_, _, count) in enumerate(group):
             full: Tensor = said["full_logprob"][row].float().cpu()[length - 1 - count : length - 1]
+            if full.shape[1] > vocabulary:
+                full = full[:, :vocabulary].log_softmax(1)
             right = tokens[row, -count:]
             made.append((full.gather(1, right[:, None]).sum().item(), bool((full.argmax(1) == right).all())))
         return made

@@ -21,7 +21,8 @@ from .conftest import Run, hugging_face_llama
 SCRIPT = Path(__file__).with_name("generates.py")
 LAYOUTS = {
     "one": [],
-    "tp2": ["trainer.devices=2", "model.tensor_model_parallel_size=2"],
+    # a vocabulary of 1,024 padded to 1,280
+    "tp2": ["trainer.devices=2", "model.tensor_model_parallel_size=2", "++model.make_vocab_size_divisible_by=320"],
     "pp2": ["trainer.devices=2", "model.pipeline_model_parallel_size=2"],
 }
 TEXTS = [["The value of ", "the expression is"], ["An object", " of a class"], ["", "Return"]]
@@ -167,6 +168,7 @@ class Counting:
 
     class tokenizer:
         eos_id = 0
+        vocab_size = 30
 
         @staticmethod
         def text_to_ids(text: str) -> list[int]:
@@ -180,7 +182,7 @@ class Counting:
 
     def generate(self, inputs: Any, length: Any, sampling: Any) -> Any:
         rows, lengths = inputs
-        assert rows.shape[1] == lengths[0] + 1
+        assert rows.shape[1] == lengths[0] + 1 <= 7
         self.asked.append((len(rows), int(lengths[0])))
         full = -torch.arange(30.0).expand(len(rows), int(lengths[0]), 30) / 100
         return {"full_logprob": list(full)}
@@ -192,7 +194,7 @@ def test_windows_and_groups() -> None:
     requests = [SimpleNamespace(args=args) for args in [("ab", "c"), ("", "ccc"), ("b", "cd"), ("aa", "b")]]
     found = scorer.loglikelihood(requests)
     assert [round(-score * 100) for score, _ in found] == [3, 9, 7, 2]
-    assert model.asked == [(2, 3), (1, 3), (1, 4)]
+    assert model.asked == [(2, 2), (1, 2), (1, 3)]
     (rolling,) = scorer.loglikelihood_rolling([SimpleNamespace(args=("abcdefghijklmn",))])
     assert round(-rolling * 100) == sum(range(1, 15))
     with pytest.raises(UserError, match="7 tokens are to be scored, the model takes 6"):
