@@ -14,6 +14,7 @@ warm-up (2 steps, 2 validations), reads a value that nobody asked for, has an op
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -104,6 +105,7 @@ all others are the second. A validation that keeps its last batch reads each los
 piece between two readings, for each shape of batch; a checkpoint's slices are small graphs by shape. All of them come
 with the first two validations. "after warm-up" counts what came after 2 steps and 2 validations. "asked" are values
 that a logger or a drawn bar got, a step after they were computed; "unasked" whatever else was read in training steps.
+"ms a step" is wall-clock time; the machine's load was {os.getloadavg()[0]:.0f} at the end, on {os.cpu_count()} cores.
 "megatron-core's" keeps the lane and the strategy, and puts upstream's own layers, cross entropy, embedding, gradient
 norm and buffers back, for {STOCK_STEPS} steps.
 

@@ -231,6 +231,12 @@ class Lane(ABC):
         """What upstream marks for a fusing compiler (megatron-core's jit_fuser), as this lane has it: as it stands."""
         return function
 
+    def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """torch.matmul for upstream's calls: a linear layer's input and its transposed weight among others."""
+        import torch
+
+        return torch.matmul(a, b)
+
     def step_boundary(self) -> None:  # noqa: B027 - an eager lane has traced nothing
         """The end of a training step: a traced lane cuts its graph here."""
 

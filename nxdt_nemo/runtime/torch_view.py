@@ -385,6 +385,11 @@ def _set_start_method(method: str | None, force: bool = False) -> None:
     torch.multiprocessing.set_start_method(method and current().start_method(method), force)
 
 
+@functools.wraps(torch.matmul)
+def _matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002
+    return current().matmul(input, other) if out is None else torch.matmul(input, other, out=out)
+
+
 def _torch_table(scope: str) -> dict[str, Any]:
     real_load = torch.load
 
@@ -416,6 +421,7 @@ def _torch_table(scope: str) -> dict[str, Any]:
         # Upstream's fusions are bound to CUDA's compilers; XLA traces the plain functions into one graph.
         table["compile"] = _eager
         table["jit"] = ModuleView(torch.jit, {"script": _eager})
+        table["matmul"] = _matmul
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,55 @@ def test_the_device(pools: Callable[..., list[Any]]) -> None:
             "new_group": "torch.distributed.distributed_c10d",  # torch_xla replaces it for everyone
         }
     ]
+
+
+def faults() -> dict[str, int]:
+    """Pages that the kernel has to clear where 64 MB are freed and allocated again, some times over."""
+    from nxdt_nemo.runtime.xla.freed_memory import keep_freed_memory
+
+    def again() -> int:
+        for _ in range(24):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    found = {"on the lane": again()}
+    keep_freed_memory()()
+    found["by default"] = again()
+    keep_freed_memory()
+    return found
+
+
+def test_freed_memory_is_kept(pools: Callable[..., list[Any]]) -> None:
+    [found] = pools(1, faults)
+    assert found["on the lane"] < 100
+    assert found["by default"] > 1000
+
+
+def products() -> list[tuple[bool, float, float]]:
+    """Of a large matrix and less: is it copied first, and how far product and gradient are from the host's."""
+    import torch_xla
+
+    found, lane = [], lane_here()
+    for many, rows in ((128, 1024), (128, 512), (127, 1024)):
+        x, weight = torch.randn(2, many, 1024), torch.randn(rows, 1024)
+        here = [tensor.to(lane.device()).requires_grad_() for tensor in (x, weight)]
+        product = lane.matmul(here[0], here[1].t())
+        copied = "opt-barrier" in torch_xla._XLAC._get_xla_tensors_hlo([product])
+        product.sum().backward()
+        gradient = x.sum((0, 1)).expand(rows, 1024)
+        away = [
+            float((there.detach().cpu() - wanted).norm() / wanted.norm())
+            for there, wanted in ((product, x @ weight.t()), (here[1].grad, gradient))
+        ]
+        found.append((copied, *away))
+    return found
+
+
+def test_a_large_transposed_matrix_is_copied(pools: Callable[..., list[Any]]) -> None:
+    [found] = pools(1, products)
+    assert [copied for copied, *_ in found] == [True, False, False]
+    assert max(away for _, *both in found for away in both) < 1e-6
 
 
 def draws() -> dict[str, list[float]]:

@@ -23,6 +23,7 @@ from nxdt_nemo.runtime.machine import (
     reset_process_peak,
 )
 from nxdt_nemo.runtime.ranks import RanksLane
+from nxdt_nemo.runtime.xla.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,9 @@ PJRT = "PJRT_DEVICE"
 
 # XLA:CPU takes barriers out before it looks for common subexpressions the last time, and so recomputation with them.
 FLAGS, DISABLED, EXPANDER = "XLA_FLAGS", "--xla_disable_hlo_passes", "cse_barrier_expander"
+
+# Elements of a matrix, and rows it is multiplied with, from which a copy takes less than it saves, as measured.
+LARGE, MANY = 1 << 20, 256
 
 
 class XlaLane(RanksLane):
@@ -67,12 +71,15 @@ class XlaLane(RanksLane):
         return Verdict(asked, "a Neuron device, on which nobody has tried it" if asked else "has to be asked for")
 
     def enter_process(self) -> Undo:
-        """torch_xla reads PJRT_DEVICE when it is imported: it is set before. XLA:CPU keeps optimization barriers."""
+        """torch_xla reads PJRT_DEVICE when it is imported: it is set before. XLA:CPU keeps optimization barriers, and
+        what it frees."""
         undo = ExitStack()
         undo.callback(set_variable(PJRT, "NEURON" if neuron_devices() else "CPU"))
         flags = os.environ.get(FLAGS, "")
-        if not neuron_devices() and DISABLED not in flags:
-            undo.callback(set_variable(FLAGS, f"{flags} {DISABLED}={EXPANDER}".strip()))
+        if not neuron_devices():
+            undo.callback(keep_freed_memory())
+            if DISABLED not in flags:
+                undo.callback(set_variable(FLAGS, f"{flags} {DISABLED}={EXPANDER}".strip()))
         return undo.close
 
     def device(self, local_rank: int = 0) -> torch.device:
@@ -174,6 +181,15 @@ class XlaLane(RanksLane):
 
         if there := [tensor for tensor in tensors if tensor.device.type == "xla"]:
             torch_xla._XLAC._xla_optimization_barrier_(there)
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """XLA:CPU multiplies by a transposed matrix at half the speed, and takes a large one transposed from a copy:
+        the barrier keeps the transposition out of the product. On a device, and in graphs that stand for one, as is."""
+        worth = b.dim() == 2 and b.numel() >= LARGE and a.shape[:-1].numel() >= MANY
+        if worth and self._on_host and not self.alone:
+            b = b.clone()
+            self.optimization_barrier_([b])
+        return super().matmul(a, b)
 
     @contextmanager
     def unread(self) -> Iterator[None]:
