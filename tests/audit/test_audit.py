@@ -74,7 +74,7 @@ def test_copies_of_kv_heads_sequence_parallelism_and_sharded_optimizer(audited: 
 def test_a_rank_that_was_started_otherwise_parts_and_the_others_run_one_program(
     audited: Callable[..., dict[str, Any]],
 ) -> None:
-    one = ["model.num_layers=1", "model.global_batch_size=2", "neuron.lnc=1"]
+    one = ["model.num_layers=1", "model.global_batch_size=2", "+neuron.lnc=1"]
     found = audited([*TP4, *one], 8, ranks=[0, 1, 7], on={1: ["model.sequence_parallel=False"]})
     first, otherwise, last = (rank["program"] for rank in found["ranks"])
     assert first == last != otherwise
