@@ -21,6 +21,9 @@ from nxdt_nemo.audit.lowering import STEPS, Lowered, lower
 from nxdt_nemo.audit.points import Point, Points, points
 from nxdt_nemo.audit.schedule import peak_bytes
 from nxdt_nemo.config.instances import Dtype, Instance
+from nxdt_nemo.config.job import job_of
+from nxdt_nemo.config.neuron import neuron_section
+from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
 __all__ = ["Audit", "Rank", "audit", "chosen"]
@@ -163,6 +166,7 @@ def audit(
     if rest or not count_of:
         reason = f"global_batch_size={whole_batch} is no multiple of micro_batch_size={micro} x {replicas} replicas"
         raise ConfigError(reason, place="model.global_batch_size")
+    lnc = job_of(View(config), neuron_section(config), on=target).cores_a_rank if target else None
     wanted = points(model, count_of, whole=whole)
     found: dict[int, dict[Point, Lowered]] = {rank: {} for rank in ranks}
     for rank in ranks:
@@ -179,8 +183,10 @@ def audit(
         world,
         wanted,
         target.name if target else "",
-        target.core(config.trainer.get("lnc")).hbm if target else 0,
-        tuple(_rank((elsewhere or {}).get(rank, config), lowered, wanted, target) for rank, lowered in found.items()),
+        target.core(lnc).hbm if target else 0,
+        tuple(
+            _rank((elsewhere or {}).get(rank, config), lowered, wanted, target, lnc) for rank, lowered in found.items()
+        ),
         next((str(one) for one in mismatches(steps_of)), ""),
         time.monotonic() - began,
     )
@@ -200,7 +206,9 @@ def _resized(config: Any, point: Point, one_each: int, world: int) -> Any:
     return short
 
 
-def _rank(config: Any, lowered: Mapping[Point, Lowered], wanted: Points, target: Instance | None) -> Rank:
+def _rank(
+    config: Any, lowered: Mapping[Point, Lowered], wanted: Points, target: Instance | None, lnc: int | None
+) -> Rank:
     first, last = lowered[wanted.all[0]], lowered[wanted.all[-1]]
     count_of = wanted.wanted[1]
 
@@ -217,7 +225,7 @@ def _rank(config: Any, lowered: Mapping[Point, Lowered], wanted: Points, target:
     if target is not None:
         found = bounds(
             target,
-            config.trainer.get("lnc"),
+            lnc,
             dtype=dtype,
             flops=flops_step,
             model_flops=model,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nxdt_nemo.cli.output import into
 from nxdt_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from nxdt_nemo.audit.summary import Audit, Rank
 
 __all__ = ["audit"]
+
+NUMBERS = ("trainer.devices", "model.num_layers", "model.micro_batch_size", "model.global_batch_size")
 
 
 def audit(
@@ -49,13 +52,16 @@ def audit(
 
     import nxdt_nemo
 
-    os.environ["NXDT_NEMO_RUNTIME"] = "xla"
     found = _composed(config, overrides or [])
-    world = world or int(found.trainer.devices) * int(found.trainer.get("num_nodes") or 1)
+    own = _own_world(found, config.name)
+    world = world or own
     elsewhere = {
         number: _composed(config, [*(overrides or []), *said]) for number, said in _said(otherwise or []).items()
     }
     chosen = _numbers(rank or ranks, world)
+    if hlo is not None:
+        into(hlo, "--hlo")
+    os.environ["NXDT_NEMO_RUNTIME"] = "xla"
     out = sys.stdout
     try:
         sys.stdout = sys.stderr  # NeMo and Lightning print
@@ -66,6 +72,21 @@ def audit(
     typer.echo(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(report(result)))
     if result.mismatch or any(one.host_transfers for one in result.ranks):
         raise typer.Exit(1)
+
+
+def _own_world(config: Any, place: str) -> int:
+    """Devices x nodes. Raises ConfigError for a configuration without the numbers that a step is sized by."""
+    from nxdt_nemo.config.report import shown
+    from nxdt_nemo.config.validate import sections
+    from nxdt_nemo.config.view import View
+
+    view = View(config, place=place)
+    for error in sections(view):
+        raise error
+    for key in NUMBERS:
+        if (view.number(key) or 0) < 1:
+            raise view.error(f"{key}={shown(view.raw(key))} is no number to size a step by", f"set {key}")
+    return view.size("trainer.devices") * view.size("trainer.num_nodes")
 
 
 def _composed(path: Path, overrides: Sequence[str]) -> Any:
@@ -111,8 +132,6 @@ def _run(
         if hlo is not None:
             (hlo / f"rank{rank}.hlo").write_text(graph.text)
 
-    if hlo is not None:
-        hlo.mkdir(parents=True, exist_ok=True)
     chip = instance(target, place="--target") if target else None
     return audited(config, world, ranks=ranks, target=chip, keep=keep, whole=whole, elsewhere=elsewhere)
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nxdt_nemo import console
+from nxdt_nemo.cli.output import into
 from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from nxdt_nemo.audit.compile.cache import Graph
     from nxdt_nemo.config.job import Job
-    from nxdt_nemo.config.view import View
 
 __all__ = ["compile_graphs"]
 
@@ -61,38 +61,30 @@ def compile_graphs(
 def _asked(config: Path | None, overrides: Sequence[str]) -> str:
     """The cache that a configuration names, else the environment's, else Neuron's default."""
     from nxdt_nemo.audit.compile.cache import DEFAULT
+    from nxdt_nemo.config.validate import asked
 
-    found = None if config is None else _job(config, overrides)[0].keys.get("compiler_cache_url")
+    found = None if config is None else asked(config, overrides)[0].keys.get("compiler_cache_url")
     return found or os.environ.get("NEURON_COMPILE_CACHE_URL") or DEFAULT
-
-
-def _job(config: Path, overrides: Sequence[str]) -> tuple[Job, View]:
-    """What a configuration asks for, and the configuration."""
-    from nxdt_nemo.config.job import job_of
-    from nxdt_nemo.config.neuron import neuron_section
-    from nxdt_nemo.config.validate import read
-    from nxdt_nemo.config.view import View
-
-    cfg = read(config, overrides)
-    view = View(cfg, place=config.name)
-    return job_of(view, neuron_section(cfg, place=config.name)), view
 
 
 def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: str | None, *, as_json: bool) -> int:
     """Run, and say how many graphs there were and how many the cache did not have. The run's exit code."""
-    from nxdt_nemo.audit.compile.short_run import command, read_counts
+    from nxdt_nemo.audit.compile.short_run import alone, command, read_counts
     from nxdt_nemo.audit.compile.short_run import overrides as short
-    from nxdt_nemo.config.validate import find
+    from nxdt_nemo.config.validate import asked, find
 
     if script is not None and not Path(script).is_file():
         raise UserError("no such script", place=f"--script {script}")
     config = find(config)
-    job, view = _job(config, overrides)
+    job, view = asked(config, overrides)
+    alone(view)
     ranks = view.number("trainer.devices") or 1
     neuron = bool(os.path.exists("/dev/neuron0"))
     url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
     if not neuron and "://" in url:
         raise UserError(f"{url} is not a folder", place="cache", fix="on XLA:CPU use a folder: --cache FOLDER")
+    if url and "://" not in url:
+        into(Path(url), "cache")
     with tempfile.TemporaryDirectory(prefix="nxdt-compile-") as made:
         folder = Path(made)
         words = [*overrides, *short(view, folder / "run")]
@@ -127,7 +119,6 @@ def _environment(job: Job, url: str, folder: Path, *, neuron: bool) -> dict[str,
         console.warn(line)
     environ["NXDT_NEMO_COMPILE_REPORT"] = str(folder)
     if not neuron:
-        Path(url).mkdir(parents=True, exist_ok=True)
         environ["XLA_PERSISTENT_CACHE_PATH"] = str(Path(url).resolve())
     return environ
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,6 @@ from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from nxdt_nemo.audit.doctor import Row
-    from nxdt_nemo.config.job import Job
 
 __all__ = ["doctor", "report"]
 
@@ -87,11 +87,14 @@ def _target(
     """Print the figures and the environment of an instance type, or of a configuration there."""
     from nxdt_nemo.audit.doctor.target import environment, figures
     from nxdt_nemo.config.instances import instance
-    from nxdt_nemo.config.job import SDK, Job
+    from nxdt_nemo.config.job import VERSION, Job
+    from nxdt_nemo.config.validate import asked
 
     kind = instance(name, place="--target")
-    job = Job() if config is None else _job(config, overrides)
-    job = dataclasses.replace(job, instance=kind, nodes=nodes, sdk=sdk or job.keys.get("sdk", SDK))
+    if sdk is not None and re.fullmatch(VERSION, sdk) is None:
+        raise UserError("is no version of the SDK", place=f"--sdk {sdk}", fix="write it as in 2.29")
+    job = Job(instance=kind) if config is None else asked(config, overrides, on=kind)[0]
+    job = dataclasses.replace(job, nodes=nodes, sdk=sdk or job.sdk)
     found: dict[str, Sequence[Any]] = {
         "target": list(figures(kind, job.cores_a_rank)),
         "environment": list(environment(job, all_modes=config is None)),
@@ -102,16 +105,6 @@ def _target(
     typer.echo(f"{kind.name}, {nodes} of them, Neuron SDK {job.sdk}. Published figures; nothing was measured.\n")
     for rows in found.values():
         typer.echo("\n".join(_table(rows)) + "\n")
-
-
-def _job(config: Path, overrides: list[str]) -> Job:
-    from nxdt_nemo.config.job import job_of
-    from nxdt_nemo.config.neuron import neuron_section
-    from nxdt_nemo.config.validate import read
-    from nxdt_nemo.config.view import View
-
-    cfg = read(config, overrides)
-    return job_of(View(cfg, place=config.name), neuron_section(cfg, place=config.name))
 
 
 def _table(rows: Sequence[Any]) -> Iterator[str]:

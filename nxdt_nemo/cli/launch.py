@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nxdt_nemo import console
+from nxdt_nemo.cli.output import into, write
 from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def launch(
     claim: Annotated[
         str, typer.Option(help="PersistentVolumeClaim to mount at /shared (eks).", show_default=False)
     ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over files of FOLDER.")] = False,
 ) -> None:
     """Write what starts CONFIG on nodes of Trainium: a script for torchrun or SLURM, manifests for EKS, a cluster.
 
@@ -74,7 +76,9 @@ def launch(
     if output is None:
         _print(made, found)
     else:
-        _write(output, found)
+        written = {into(output, "-o") / name: text for name, text in found.items()}
+        write(written, force=force)
+        typer.echo("\n".join(map(str, written)))
 
 
 def _command(on: str, config: Path, overrides: tuple[str, ...], options: Mapping[str, object]) -> str:
@@ -89,14 +93,3 @@ def _print(made: Launch, found: dict[str, str]) -> None:
         raise UserError(f"writes {' and '.join(found)}", place=f"--on {made.launcher}", fix="name a folder with -o")
     for text in found.values():
         typer.echo(text, nl=False)
-
-
-def _write(folder: Path, found: dict[str, str]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in found.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(error.strerror or str(error), place=f"-o {folder}", fix="name a folder to write into") from None
-    for name in found:
-        typer.echo(str(folder / name))

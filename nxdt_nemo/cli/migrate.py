@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nxdt_nemo import console
+from nxdt_nemo.cli.output import write
 from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def migrate(
             raise typer.Exit(1)
         return
     if output is not None:
-        _write(output, result, force)
+        write({output: result}, force=force)
     elif form == "table":
         typer.echo(result, nl=not result.endswith("\n"))
     typer.echo(shown, err=output is None and form == "table")
@@ -179,12 +180,3 @@ def _read(file: Path) -> str:
         raise UserError("there is no such file", place=str(file)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", place=str(file)) from None
-
-
-def _write(file: Path, text: str, force: bool) -> None:
-    if file.exists() and not force and (file.is_dir() or file.read_text(encoding="utf-8") != text):
-        raise UserError("is there already", place=f"-o {file}", fix="use --force to write over it")
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", place=f"-o {file}") from None

@@ -7,11 +7,12 @@ May import the standard library and nxdt_nemo.errors. Proof: tests/config/test_c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from math import gcd
 
-from nxdt_nemo.config import exp_manager, layers, pipeline_layout
+from nxdt_nemo.config import batches, exp_manager, layers, pipeline_layout
 from nxdt_nemo.config import experts as expert_rules
 from nxdt_nemo.config.data_prefix import as_list, prefix_errors
 from nxdt_nemo.config.report import GONE, Change, or_list
@@ -276,6 +277,20 @@ def sharded_optimizers(view: View) -> Errors:
         dtype = str(view.get("model.optim.dtype", "float32"))
         if dtype.removeprefix("torch.") not in ("float32", "fp32", "32"):
             yield view.error(f"model.optim.dtype={dtype}: optimizer state is kept in float32", "use float32")
+        scheme = view.get("model.peft.peft_scheme", "none")
+        if view.size(EP) > 1:
+            yield view.error(f"{EP}={view.size(EP)} with model.optim.name={name}", "use mcore_distributed_optim")
+        if scheme != "none":
+            fix = "use fused_adam, or mcore_distributed_optim"
+            yield view.error(f"model.peft.peft_scheme={scheme} with model.optim.name={name}", fix)
+
+
+def overlapped(view: View) -> Errors:
+    """NeMo's GPT gathers weights while it computes only where it reduces gradients so."""
+    key, other = "model.optim.overlap_param_sync", "model.optim.overlap_grad_sync"
+    encoder = view.get("model.mcore_bert", False) or view.get("model.mcore_t5", False)
+    if view.training and not encoder and view.get(key, False) and not view.get(other, False):
+        yield view.error(f"{key}=True without {other}=True", "set both or neither")
 
 
 def precision(view: View) -> Errors:
@@ -325,22 +340,21 @@ def _core_switch(view: View) -> tuple[str, str]:
     return "", ""
 
 
-def length(view: View) -> Errors:
-    """NeMo sizes the data by the number of steps, and makes no step of a fraction of an epoch or a validation."""
-    pretrains = view.training and view.has("trainer") and view.has("model.data.splits_string")
-    if pretrains and (view.number("trainer.max_steps") or 0) < 1:
-        said = f"trainer.max_steps={view.get('trainer.max_steps', -1)}"
-        yield view.error(f"{said}: NeMo builds as many samples as the steps need", "set the number of steps")
-    for key in ("trainer.limit_train_batches", "trainer.limit_val_batches"):
-        value = view.get(key)
-        if pretrains and isinstance(value, float) and 0.0 < value < 1.0:
-            yield view.error(f"{key}={value}: NeMo 2.4 makes no batch of a fraction", "use a number of steps, or 1.0")
-
-
 def data_files(view: View) -> Errors:
     """The pretraining data is named and there."""
     if view.training:
         yield from prefix_errors(view)
+
+
+def tokenizer_files(view: View) -> Errors:
+    """NeMo keeps the tokenizer's files with the model, whichever its library reads; a .nemo file has its own."""
+    if not view.training or view.get("model.restore_from_path"):
+        return
+    for name in ("model", "vocab_file", "merge_file"):
+        key = f"model.tokenizer.{name}"
+        file = view.get(key)
+        if isinstance(file, str) and file and not file.startswith("nemo:") and not os.path.exists(file):
+            yield view.here(f"{key}={file} does not exist", "give the path of the tokenizer's file")
 
 
 def heads(view: View) -> Errors:
@@ -421,6 +435,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     not_here,
     names,
     sharded_optimizers,
+    overlapped,
     megatron_core,
     encoder_decoder_stages,
     tensor_parallel,
@@ -431,8 +446,9 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     sequence_parallel,
     context_parallel,
     world,
-    length,
+    *batches.ERRORS,
     data_files,
+    tokenizer_files,
     *layers.ERRORS,
     *expert_rules.ERRORS,
     *exp_manager.ERRORS,

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from nxdt_nemo.config.neuron import NeuronConfig
     from nxdt_nemo.config.view import View
 
-__all__ = ["SDK", "Job", "Launcher", "Precision", "job_of", "precision_of"]
+__all__ = ["SDK", "VERSION", "Job", "Launcher", "Precision", "job_of", "precision_of"]
 
 Launcher = Literal["torchrun", "slurm", "eks", "parallelcluster"]
 Precision = Literal["bf16SR", "mixed_precision", "mixed_precision_SR", "autocast", "fp32", "manual"]
 
 SDK = "2.29"
 """The Neuron SDK that values are for where nothing says otherwise: the last with torch-xla training."""
+
+VERSION = r"\d+(\.\d+){1,2}"
+"""How a version of it is written."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,10 @@ def precision_of(trainer: Any, *, o2: bool, rounding: bool | None, asked: str | 
     return "mixed_precision_SR" if rounding else "mixed_precision"
 
 
-def job_of(view: View, neuron: NeuronConfig | None = None) -> Job:
+def job_of(view: View, neuron: NeuronConfig | None = None, *, on: Instance | None = None) -> Job:
     """The job of a configuration, on the lane and by the launcher that nothing is known of yet.
 
+    on  the instance type, in place of neuron.instance
     The LNC is the one at which the instance has trainer.devices logical cores.
     Raises ConfigError when keys of `neuron:` contradict NeMo's.
     """
@@ -98,7 +102,7 @@ def job_of(view: View, neuron: NeuronConfig | None = None) -> Job:
         precision = precision_of(trainer, o2=o2, rounding=keys.get("stochastic_rounding"), asked=keys.get("precision"))
     except ConfigError as error:
         raise view.error(error.reason, error.fix) from None
-    instance = INSTANCES.get(keys.get("instance", ""))
+    instance = on or INSTANCES.get(keys.get("instance", ""))
     devices = view.number("trainer.devices")
     return Job(
         precision=precision,

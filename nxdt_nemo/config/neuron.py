@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, Sft
 from nxdt_nemo.config.environment import variables
 from nxdt_nemo.config.instances import INSTANCES, instance
+from nxdt_nemo.config.job import VERSION
 from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
 
@@ -59,7 +60,7 @@ class NeuronConfig(BaseModel):
     stochastic_rounding: bool | None = None
     precision: Literal["bf16SR", "mixed_precision", "mixed_precision_SR", "autocast", "fp32", "manual"] | None = None
     lnc: Literal[1, 2] | None = None
-    sdk: str | None = Field(default=None, pattern=r"^\d+(\.\d+){1,2}$", coerce_numbers_to_str=True)
+    sdk: str | None = Field(default=None, pattern=f"^{VERSION}$", coerce_numbers_to_str=True)
     compiler_flags: str | None = None
     compiler_cache_url: str | None = None
     async_exec_max_inflight_requests: int | None = Field(default=None, ge=0)

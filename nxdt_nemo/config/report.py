@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nxdt_nemo import console
@@ -99,6 +100,12 @@ class Report:
         sources = [key.source for key in self.unknown if key.source]
         product = max(sources, key=sources.count, default="")
         return product if sources.count(product) >= FOREIGN else ""
+
+    def raise_foreign(self, config: Path) -> None:
+        """Raise ConfigError for a file whose keys are another product's."""
+        if self.foreign:
+            fix = f"nxdt-nemo migrate {config} -o NEW.yaml, and take that"
+            raise ConfigError(f"is written for {self.foreign}", place=config.name, fix=fix)
 
     def raise_first(self) -> None:
         """Raise the first error, if there is one."""

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_nemo._resources import folder
 from nxdt_nemo.config.compose import Entry, compose_entry, settle, world_size
+from nxdt_nemo.config.instances import Instance
+from nxdt_nemo.config.job import Job, job_of
+from nxdt_nemo.config.keys import unknown_keys
+from nxdt_nemo.config.neuron import neuron_section
 from nxdt_nemo.config.report import Report
 from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError, HereError, UserError
 
-__all__ = ["Verdict", "find", "read", "validate", "validate_config"]
+__all__ = ["Verdict", "asked", "find", "read", "sections", "validate", "validate_config"]
 
 # Ends of the top-level keys of NeMo's scripts that restore a model, and so need no `model:`.
 RESTORES = ("inference", "model_file", "model_path")
@@ -93,6 +98,18 @@ def read(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     return compose_entry(Entry(folder=path.resolve().parent, name=path.stem, overrides=tuple(overrides)))
 
 
+def asked(path: Path, overrides: Sequence[str] = (), *, on: Instance | None = None) -> tuple[Job, View]:
+    """What the environment of a run has to be, and the configuration that says so.
+
+    on  the instance type, in place of neuron.instance
+    Raises ConfigError for a file of another product: its keys would count for nothing.
+    """
+    cfg = read(path, overrides)
+    view = View(cfg, place=path.name)
+    Report(unknown=unknown_keys(view.plain)).raise_foreign(path)
+    return job_of(view, neuron_section(cfg, place=path.name), on=on), view
+
+
 def find(path: Path) -> Path:
     """A file, or the one of ours that has this name (`train`). Raises UserError when there is neither."""
     if path.is_file():
@@ -129,7 +146,7 @@ def _plain(path: Path) -> DictConfig:
     _text(path)
     try:
         cfg = OmegaConf.load(path)
-    except YAMLError as error:
+    except (YAMLError, OmegaConfBaseException) as error:  # an interpolation without its end is omegaconf's
         raise ConfigError(f"not readable as YAML: {' '.join(str(error).split())}", place=path.name) from None
     if not isinstance(cfg, DictConfig):
         raise ConfigError("is a list, not a configuration", place=path.name, fix="begin with trainer: and model:")
@@ -156,7 +173,7 @@ def validate_config(
     if strict is None:
         strict = report.neuron is not None and report.neuron.strict_keys
     found = Verdict(place, cfg, report, ranks, strict)
-    for error in [*report.errors, *more, *_sections(view)]:
+    for error in [*report.errors, *more, *sections(view)]:
         if isinstance(error, HereError):
             found.warnings.append(f"on this machine: {error}")
         elif not _is_to_be_set(view, error):
@@ -165,7 +182,7 @@ def validate_config(
     return found
 
 
-def _sections(view: View) -> Iterable[ConfigError]:
+def sections(view: View) -> Iterable[ConfigError]:
     """Without these nothing else can be judged."""
     restores = any(key.endswith(RESTORES) for key in view.plain)
     for name in ("trainer",) if restores else ("trainer", "model"):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nxdt_nemo.config.instances import GIB, INSTANCES
+from nxdt_nemo.config.job import job_of
+from nxdt_nemo.config.neuron import neuron_section
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 from nxdt_nemo.megatron.memory import FLOAT, Estimate, Job, Recompute, estimate
@@ -57,7 +59,7 @@ def need(view: View, ranks: int | None) -> Need | None:
     found, trained = estimate(job), view.get("model.peft.peft_scheme") in (None, "none")
     more = _experts(view, job, trained)
     fixed = (found.fixed if trained else found.weights + found.buffers) + more
-    has = instance.core(instance.lnc_of(view.number("trainer.devices") or 0)).hbm
+    has = instance.core(job_of(view, neuron_section(view.cfg, place=view.place)).cores_a_rank).hbm
     assumed = "" if view.number("neuron.vocab_size") else f"; {VOCABULARY:,} pieces assumed: set neuron.vocab_size"
     return Need(fixed, _activations(view, found), has, instance.name, assumed)
 

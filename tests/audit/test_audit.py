@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.config.instances import GIB, instance
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.traced import TRACED_ENV
 
@@ -41,7 +42,6 @@ def audited(with_torch_xla: None) -> Iterator[Callable[..., dict[str, Any]]]:
 
 def _audited(args: tuple[list[str], int], more: dict[str, Any]) -> dict[str, Any]:
     from nxdt_nemo.audit.summary import audit
-    from nxdt_nemo.config.instances import instance
     from nxdt_nemo.config.validate import read
 
     overrides, world = args
@@ -74,11 +74,14 @@ def test_copies_of_kv_heads_sequence_parallelism_and_sharded_optimizer(audited: 
 def test_a_rank_that_was_started_otherwise_parts_and_the_others_run_one_program(
     audited: Callable[..., dict[str, Any]],
 ) -> None:
-    one = ["model.num_layers=1", "model.global_batch_size=2"]
+    one = ["model.num_layers=1", "model.global_batch_size=2", "+neuron.lnc=1"]
     found = audited([*TP4, *one], 8, ranks=[0, 1, 7], on={1: ["model.sequence_parallel=False"]})
     first, otherwise, last = (rank["program"] for rank in found["ranks"])
     assert first == last != otherwise
     assert "ranks 0 and 1" in found["mismatch"] and "all-reduce" in found["mismatch"]
+    core = instance("trn2.48xlarge").core(1)
+    assert found["hbm_bytes"] == core.hbm == 12 * GIB
+    assert found["ranks"][0]["bounds"]["compute"] == pytest.approx(found["flops"] / core.flops["bfloat16"], rel=1e-9)
 
 
 @pytest.mark.slow

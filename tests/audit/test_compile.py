@@ -84,6 +84,21 @@ def test_what_is_not_there(url, line):
     assert str(caught.value) == line
 
 
+class Locked(fsspec.AbstractFileSystem):
+    """A store that wants credentials, as botocore says it: no OSError."""
+
+    protocol = "locked"
+
+    def isdir(self, path):
+        raise RuntimeError("Unable to locate credentials")
+
+
+def test_a_store_without_credentials():
+    fsspec.register_implementation("locked", Locked)
+    with pytest.raises(UserError, match=r"locked://bucket/cache: Unable to locate credentials"):
+        contents("locked://bucket/cache")
+
+
 @pytest.mark.parametrize("limit, batches", [(1.0, 2), (50, 2), (0, 0)])
 def test_the_short_run_leaves_nothing_behind(tmp_path, limit, batches):
     view = View(OmegaConf.create({"trainer": {"limit_val_batches": limit}}))

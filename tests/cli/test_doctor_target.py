@@ -56,6 +56,12 @@ def test_a_configuration_on_a_target(conf):
     assert next(row["instance"] for row in found["target"] if row["what"] == "ranks") == "128 at LNC 1"
 
 
+def test_the_cores_of_a_rank_are_those_of_the_target(conf):
+    """The configuration names no instance."""
+    found = json.loads(said("doctor", "--target", "trn2.48xlarge", "--json", conf, "trainer.devices=128"))
+    assert next(row["instance"] for row in found["target"] if row["what"] == "ranks") == "128 at LNC 1"
+
+
 def test_the_table_is_markdown():
     text = said("doctor", "--target", "trn1.32xlarge")
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -76,6 +82,22 @@ WRONG = [  # words, the line
     (["launch", "CONF", "--on", "parallelcluster", "--target", "trn2.48xlarge"], "--on parallelcluster: writes "
      "tiny.sbatch and cluster.yaml; name a folder with -o"),
     (["launch", "CONFx"], "CONFx: there is no such file; did you mean CONF?"),
+    (["compile", "CONF", "trainer.num_nodes=2"], "conf.yaml: trainer.num_nodes=2: one node's graphs are not those of "
+     "2, whose ranks they name; start a short run on every node (docs/trainium.md), or set trainer.num_nodes=1"),
+    (["compile", "CONF", "--cache", "CONF"], "cache CONF: File exists; name a folder to write into"),
+    (["compile", "CONF", "--cache", "CONF/in"], "cache CONF/in: Not a directory; name a folder to write into"),
+    (["launch", "CONF", "--target", "cpu", "-o", "CONF"], "-o CONF: File exists; name a folder to write into"),
+    (["doctor", "--target", "trn2.48xlarge", "--sdk", "banana"], "--sdk banana: is no version of the SDK; write it as "
+     "in 2.29"),
+    (["audit", "CONF", "trainer.devices=auto"], "conf.yaml: trainer.devices=auto is no number to size a step by; set "
+     "trainer.devices"),
+    (["audit", "CONF", "~trainer.devices"], "conf.yaml: trainer.devices=null is no number to size a step by; set "
+     "trainer.devices"),
+    (["audit", "CONF", "~trainer", "--world", "8"], "conf.yaml: trainer is not a section; write trainer: and its keys "
+     "below it"),
+    (["audit", "CONF", "--world", "8"], "conf.yaml: model.num_layers=null is no number to size a step by; set "
+     "model.num_layers"),
+    (["audit", "train", "--hlo", "CONF"], "--hlo CONF: File exists; name a folder to write into"),
 ]  # fmt: skip
 
 
@@ -94,6 +116,43 @@ def test_launch_prints_what_it_would_write(conf, tmp_path):
     assert written == f"{file}\n"
     assert file.read_text() == printed
     assert printed.startswith("#!/usr/bin/env bash\n# tiny: 1 x trn2.48xlarge, 64 ranks each.")
+
+
+def test_launch_writes_over_nothing_unasked(conf, tmp_path):
+    words = ["launch", conf, "--target", "trn2.48xlarge", "-o", str(tmp_path)]
+    said(*words)
+    said(*words)  # the same text
+    file = tmp_path / "tiny.sh"
+    file.write_text("edited")
+    with pytest.raises(UserError, match=r"tiny\.sh: is there already; use --force to write over it"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert file.read_text() == "edited"
+    said(*words, "--force")
+    assert file.read_text() != "edited"
+
+
+OPEN = ["validate", "launch", "audit", "compile", "compile --list", "doctor --target trn2.48xlarge"]
+
+
+@pytest.mark.parametrize("command", OPEN)
+def test_an_interpolation_without_its_end_is_one_line(tmp_path, command):
+    file = tmp_path / "open.yaml"
+    file.write_text("trainer: {devices: 1}\nmodel: {a: '${b'}\n")
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(app, [*command.split(), str(file)], catch_exceptions=False)
+    assert str(caught.value).startswith("open.yaml: not readable as YAML: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["compile", "compile --list", "doctor --target trn2.48xlarge"])
+def test_a_file_of_another_product_is_refused(tmp_path, command):
+    """Its precision.type would count for nothing."""
+    file = tmp_path / "theirs.yaml"
+    file.write_text("model_source: hf\ndistributed_strategy: {zero1: true}\nprecision: {type: bf16SR}\nmodel: {}\n")
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(app, [*command.split(), str(file)], catch_exceptions=False)
+    line = f"theirs.yaml: is written for neuronx-distributed-training; nxdt-nemo migrate {file} -o NEW.yaml, and take"
+    assert str(caught.value) == f"{line} that"
 
 
 def test_launch_takes_our_compositions():

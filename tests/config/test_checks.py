@@ -7,6 +7,7 @@ import pytest
 from nxdt_nemo.config import check, sanitise
 from nxdt_nemo.config.checks import OPTIMIZERS
 from nxdt_nemo.config.report import or_list
+from nxdt_nemo.errors import HereError
 
 TP = "model.tensor_model_parallel_size"
 PP = "model.pipeline_model_parallel_size"
@@ -46,16 +47,6 @@ WRONG = [  # overrides, ranks, the line
         [f"{PP}=2", "model.num_layers=4", "+model.account_for_loss_in_pipeline_split=True"],
         2,
         f"{PP}=2 does not divide model.num_layers=4 as its uneven stages ask; leave 2 stages a multiple of 2 layers",
-    ),
-    (
-        ["trainer.max_steps=-1"],
-        1,
-        "trainer.max_steps=-1: NeMo builds as many samples as the steps need; set the number of steps",
-    ),
-    (
-        ["+trainer.limit_train_batches=0.5"],
-        1,
-        "trainer.limit_train_batches=0.5: NeMo 2.4 makes no batch of a fraction; use a number of steps, or 1.0",
     ),
     ([f"{TP}=2"], 3, f"3 ranks are not divisible by {TP}=2; use a multiple of 2 ranks"),
     ([f"{TP}=2", f"{PP}=2"], 6, f"6 ranks are not divisible by {TP}=2 x {PP}=2; use a multiple of 4 ranks"),
@@ -146,6 +137,22 @@ WRONG = [  # overrides, ranks, the line
         "model.optim.dtype=bf16: optimizer state is kept in float32; use float32",
     ),
     (
+        ["model.optim.name=distributed_fused_adam", f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS],
+        2,
+        f"{EP}=2 with model.optim.name=distributed_fused_adam; use mcore_distributed_optim",
+    ),
+    (
+        ["model.optim.name=distributed_fused_adam", "+model.peft={peft_scheme: lora, lora_tuning: {alpha: 1}}"],
+        1,
+        "model.peft.peft_scheme=lora with model.optim.name=distributed_fused_adam; "
+        "use fused_adam, or mcore_distributed_optim",
+    ),
+    (
+        [*MCORE_ZERO, "+model.optim.overlap_param_sync=True"],
+        1,
+        "model.optim.overlap_param_sync=True without model.optim.overlap_grad_sync=True; set both or neither",
+    ),
+    (
         [*MCORE_ZERO, "model.optim.betas=null"],
         1,
         "model.optim.name=mcore_distributed_optim needs model.optim.betas; set model.optim.betas",
@@ -199,6 +206,17 @@ def test_a_wrong_config_is_one_line(errors, overrides, ranks, line):
     assert errors(*overrides, world_size=ranks) == [f"tiny_gpt.yaml: {line}"]
 
 
+@pytest.mark.parametrize("name", ["model", "vocab_file", "merge_file"])
+def test_a_tokenizers_file_that_is_not_here(gpt, name, corpus):
+    """NeMo looks for each, also for one that the library does not read."""
+    (error,) = check(gpt(f"+model.tokenizer.{name}=/nope.model")).errors
+    assert isinstance(error, HereError)
+    assert str(error) == f"model.tokenizer.{name}=/nope.model does not exist; give the path of the tokenizer's file"
+    for there in (f"{corpus}.bin", "nemo:tokenizer.model", "''", "null"):
+        assert check(gpt(f"+model.tokenizer.{name}={there}")).errors == []
+    assert check(gpt(f"+model.tokenizer.{name}=/nope.model", "+model.restore_from_path=/a.nemo")).errors == []
+
+
 def test_stages_of_a_t5_are_refused(errors):
     """Beside what a T5 lacks whose configuration was a GPT's."""
     line = f"tiny_gpt.yaml: {PP}=2: NeMo does not cut megatron-core's T5 into stages; use {PP}=1 and {TP}"
@@ -241,6 +259,8 @@ RIGHT = [  # overrides, ranks
     ([f"{PP}=2", f"{VPP}=2", *FOUR], 2),
     ([f"{PP}=2", f"{VPP}=2", *FOUR, f"{TP}=2"], 4),
     ([f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS], 2),
+    ([f"+{EP}=2", "+model.num_moe_experts=4", NO_BIAS, *MCORE_ZERO], 2),
+    ([*MCORE_ZERO, "+model.optim.overlap_param_sync=True", "+model.optim.overlap_grad_sync=True"], 1),
     ([f"+{CP}=2"], 2),
     ([f"+{CP}=2", f"{TP}=2", "model.sequence_parallel=True"], 4),
     (["trainer.precision=32"], 1),

@@ -324,6 +324,13 @@ def test_a_mistake_is_one_line(conf, overrides, options, line):
     assert str(caught.value) == f"conf.yaml: {line}"
 
 
+def test_folders_that_this_host_has_not_are_those_of_the_nodes(conf):
+    folders = "model.data.data_prefix={train: [/d/rows], validation: [/d/held]}"
+    first, second = launched(conf, "slurm", "trainer.max_steps=5", "model.data.data_impl=arrow", folders)[0].notes
+    assert first.endswith("/d/rows is no folder on this host; the nodes have to have it")
+    assert "/d/held" in second
+
+
 def test_notes(conf):
     overrides = (
         "exp_manager.resume_if_exists=false",

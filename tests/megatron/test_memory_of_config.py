@@ -47,6 +47,13 @@ def test_it_is_the_formulas():
     assert found.has == 16 * GIB
 
 
+@pytest.mark.parametrize(
+    "neuron, devices, gib", [({}, 64, 24), ({}, 128, 12), ({"lnc": 1}, 64, 12), ({"lnc": 2}, 128, 24)]
+)
+def test_a_rank_has_the_memory_of_its_cores(neuron, devices, gib):
+    assert need(view({"instance": "trn2.48xlarge"} | neuron, {"devices": devices}), devices).has == gib * GIB
+
+
 def test_experts_are_added():
     moe = {"num_moe_experts": 8, "moe_router_topk": 2, "sequence_parallel": True}
     whole, shared = need(view(**moe), 32), need(view(**moe, expert_model_parallel_size=4), 32)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from nxdt_nemo.errors import UserError
+from nxdt_nemo.errors import UserError, one_line
 
 __all__ = ["DEFAULT", "STALE", "Graph", "State", "contents"]
 
@@ -97,8 +97,10 @@ def _walk(url: str) -> Iterator[tuple[str, int, float]]:
         if not system.isdir(root):
             raise UserError("there is no cache", place=url, fix="name one, or compile first")
         files: dict[str, dict[str, Any]] = system.find(root, detail=True)
-    except (OSError, ImportError) as error:
-        raise UserError(" ".join(str(error).split()), place=url) from None
+    except UserError:
+        raise
+    except Exception as error:  # a store has errors of its own, for want of credentials for instance
+        raise UserError(one_line(error), place=url) from None
     for path, about in files.items():
         yield path.removeprefix(root).lstrip("/"), int(about.get("size") or 0), _written(about)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nxdt_nemo.config.view import View
 
-__all__ = ["STEPS", "Counts", "command", "overrides", "read_counts"]
+__all__ = ["STEPS", "Counts", "alone", "command", "overrides", "read_counts"]
 
 STEPS, VALIDATES = 6, 3
 """Steps of the run, and after how many of them it validates: the first step, the second, one after a validation."""
@@ -32,6 +32,16 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Counts)))
+
+
+def alone(view: View) -> None:
+    """Raise ConfigError for a job of several nodes: a graph names the ranks of all of them in its collectives, so that
+    what one node extracts is another job's, and the compiler's cache finds none of it. NxD Training's and NNM's
+    scripts extract on every node too."""
+    nodes = view.size("trainer.num_nodes")
+    if nodes > 1:
+        reason = f"trainer.num_nodes={nodes}: one node's graphs are not those of {nodes}, whose ranks they name"
+        raise view.error(reason, "start a short run on every node (docs/trainium.md), or set trainer.num_nodes=1")
 
 
 def overrides(view: View, folder: Path) -> list[str]:

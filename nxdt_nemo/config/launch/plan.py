@@ -19,6 +19,7 @@ from nxdt_nemo.config.job import Job, Launcher
 from nxdt_nemo.config.report import Report, or_list
 from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
+from nxdt_nemo.errors import HereError
 
 __all__ = ["PORT", "REHEARSAL", "Launch", "plan"]
 
@@ -103,8 +104,7 @@ def plan(
 
     view = View(cfg, place=config.name)
     report = check(cfg, place=config.name)
-    if report.foreign:
-        raise view.error(f"is written for {report.foreign}", f"nxdt-nemo migrate {config} -o NEW.yaml, and launch that")
+    report.raise_foreign(config)
     if report.job is None:
         raise view.error("trainer.accelerator=cpu runs without this backend", "use trainer.accelerator=neuron")
     kind = _target(view, report, target)
@@ -178,11 +178,11 @@ def _ranks(view: View, job: Job) -> int:
 def _checked(cfg: DictConfig, place: str, world: int) -> list[str]:
     """What the check finds with all ranks known: raises the first error; files are those of the nodes."""
     report = check(cfg, world_size=world, place=place)
-    absent = [error for error in report.errors if error.reason.endswith("does not exist")]
+    here = [error for error in report.errors if isinstance(error, HereError)]
     for error in report.errors:
-        if error not in absent:
+        if error not in here:
             raise error
-    return [*report.warnings, *(f"{error.reason} on this host: it has to on the nodes" for error in absent)]
+    return [*report.warnings, *(f"{error.reason} on this host; the nodes have to have it" for error in here)]
 
 
 def _notes(view: View, job: Job) -> list[str]:
