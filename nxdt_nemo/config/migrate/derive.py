@@ -436,6 +436,7 @@ def data_files(m: Migration) -> None:
 def _token_rows(m: Migration) -> None:
     """Folders of Dataset.save_to_disk, which this backend's reader of token ids takes as they are."""
     m.put("model.data.data_impl", "arrow", "rows of token ids, read as `datasets` saved them (docs/migrate.md)")
+    m.drop("data.data_prefix", "Megatron's data, and data.train_dir names other")
     for key, split in (("data.train_dir", "train"), ("data.val_dir", "validation"), ("data.test_dir", "test")):
         folder = m.was(key)
         if folder is not None:
