@@ -426,7 +426,11 @@ def _last_line(value: Any) -> int:
     if value.flow_style or not value.value:
         return int(value.end_mark.line)
     last = value.value[-1]
-    return _last_line(last[1] if isinstance(last, tuple) else last)
+    key, inner = last if isinstance(last, tuple) else (None, last)
+    if inner.start_mark.index >= value.start_mark.index:
+        return _last_line(inner)
+    # An alias, whose marks are those of what it stands for.
+    return int(key.end_mark.line if key is not None else value.end_mark.line - (value.end_mark.column == 0))
 
 
 def _shifted(line: str, by: int) -> str:

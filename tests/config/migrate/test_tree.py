@@ -19,6 +19,10 @@ trainer:   # c
     - {a: 1}
 
     # at the end of trainer
+aliased:
+  - - b: &b 1
+    - *b
+  - c: *b
 flow: [1,
   2]   # e
 braces: {a: 1, b: {c: [1, 2], "d": *name},  # of b
