@@ -423,6 +423,9 @@ def data_files(m: Migration) -> None:
         _alignment_files(m, folder, held)
         if not _prefers(m):
             _tuning_data(m)
+        for section in ("train_ds", "validation_ds") if _prefers(m) else ():
+            if not m.absent(f"model.data.{section}"):
+                m.put(f"model.data.{section}.add_bos", True, "NxD Training begins each row with it")
     elif m.has("data.train_dir"):
         _token_rows(m)
     samples: Level = "warning" if m.was("data.dev_choose_samples") is not None else ""
@@ -472,7 +475,8 @@ _RECORDS = {
     "min_seq_length": 1,
     "label_key": "output",
     "truncation_field": "input",
-    "prompt_template": "{input} {output}",
+    "prompt_template": "{input}{output}",  # without a space: NxD Training puts their ids side by side
+    "add_bos": True,
     "pad_to_max_length": True,
 }
 TUNING_DATA: dict[str, dict[str, Any]] = {
