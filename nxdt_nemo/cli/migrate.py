@@ -105,7 +105,7 @@ def job_arguments(
 
     from nxdt_nemo.config import migrate as room
     from nxdt_nemo.config.migrate.engine import parse_overrides
-    from nxdt_nemo.config.validate import find, read
+    from nxdt_nemo.config.validate import find, has_defaults, hydra_options, read
 
     config = find(config)
     hydras = [word for word in words if word.startswith(("hydra", "~", "-")) or _is_group(config, word)]
@@ -117,20 +117,22 @@ def job_arguments(
         findings=False,  # the run's own checks come after hydra
     )
     migrated = room.migrate(_read(config), options, place=config.name)
-    report = migrated.report
-    _say(report)
+    _say(migrated.report)
     folder = Path(tempfile.mkdtemp(prefix="nxdt_nemo-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / config.name).write_text(migrated.text, encoding="utf-8")
-    arguments = [f"--config-path={folder}", f"--config-name={config.stem}"]
-    if "defaults" in migrated.text:
-        arguments.append(f"--config-dir={config.resolve().parent}")
-    arguments += [f"++{key}={value}" for key, value in migrated.rest]
+    written = folder / f"{config.stem}.yaml"
+    written.write_text(migrated.text, encoding="utf-8")
+    arguments = hydra_options(written)
+    groups: list[str] = []
+    beside = config.resolve().parent if has_defaults(migrated.text) else None
+    if beside is not None:
+        arguments.append(f"--config-dir={beside}")
+        groups = [word for word in words if _is_group(config, word)]
+    arguments += [f"++{one.key}={one.text}" for one in migrated.rest]
     arguments += hydras
-    groups = [word for word in words if _is_group(config, word)]
-    composed = read(config, groups) if "defaults" in migrated.text else read(folder / config.name)
+    composed = read(written, groups, groups=beside)
     tunes = OmegaConf.select(composed, "model.data.train_ds") is not None
-    said = [key for key, _ in migrated.rest]
+    said = [one.key for one in migrated.rest]
     prefers = any(
         OmegaConf.select(composed, key) is not None or any(f"{word}.".startswith(f"{key}.") for word in said)
         for key in ("neuron.alignment.dpo", "neuron.alignment.orpo")

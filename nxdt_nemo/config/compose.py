@@ -49,18 +49,22 @@ UNUSED_PLUGIN = "hydra_plugins.hydra_msc_plugin"
 
 @dataclass(frozen=True)
 class Entry:
-    """What a script's decorator and its command line ask hydra for."""
+    """What a script's decorator and its command line ask hydra for.
+
+    file  what errors name, where hydra reads a copy of it
+    """
 
     folder: Path
     name: str
     overrides: tuple[str, ...]
     extra_folder: Path | None = None
     version_base: str | None = "1.1"
+    file: str = ""
 
     @property
     def place(self) -> str:
         """The YAML file as an error names it."""
-        return self.name if self.name.endswith((".yaml", ".yml")) else f"{self.name}.yaml"
+        return self.file or (self.name if self.name.endswith((".yaml", ".yml")) else f"{self.name}.yaml")
 
 
 def compose_for(script: Path | None, argv: list[str]) -> DictConfig | None:

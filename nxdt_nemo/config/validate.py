@@ -7,9 +7,11 @@ Proof: tests/config/test_validate.py, tools/fuzz.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +28,17 @@ from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError, HereError, UserError
 
-__all__ = ["Verdict", "asked", "find", "read", "sections", "validate", "validate_config"]
+__all__ = [
+    "Verdict",
+    "asked",
+    "find",
+    "has_defaults",
+    "hydra_options",
+    "read",
+    "sections",
+    "validate",
+    "validate_config",
+]
 
 # Ends of the top-level keys of NeMo's scripts that restore a model, and so need no `model:`.
 RESTORES = ("inference", "model_file", "model_path")
@@ -90,12 +102,30 @@ def validate(path: Path, overrides: Sequence[str] = (), *, strict: bool | None =
     return validate_config(read(path, overrides), place=path.name, strict=strict)
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed configuration; a name of ours (`train`) stands for the file in configs/."""
+def read(path: Path, overrides: Sequence[str] = (), *, groups: Path | None = None) -> DictConfig:
+    """The composed configuration; a name of ours (`train`) stands for the file in configs/.
+
+    groups  a further folder for what the file includes
+    """
     path = find(path)
-    if not overrides and not _has_defaults(path):
+    text = _text(path)
+    if not overrides and not has_defaults(text):
         return _plain(path)
-    return compose_entry(Entry(folder=path.resolve().parent, name=path.stem, overrides=tuple(overrides)))
+    if path.suffix == ".yaml":
+        return compose_entry(Entry(path.resolve().parent, path.name, tuple(overrides), groups))
+    with TemporaryDirectory(prefix="nxdt_nemo-") as folder:  # hydra takes no other ending
+        copy = Path(folder) / f"{path.stem}.yaml"
+        copy.write_text(text, encoding="utf-8")
+        return compose_entry(
+            Entry(copy.parent, copy.name, tuple(overrides), groups or path.resolve().parent, file=path.name)
+        )
+
+
+def hydra_options(path: Path) -> list[str]:
+    """The options that make a script read a file. Raises ConfigError for one that hydra does not take."""
+    if path.suffix != ".yaml":
+        raise ConfigError("hydra takes no ending but .yaml", place=path.name, fix="rename it")
+    return [f"--config-path={path.parent}", f"--config-name={path.stem}"]
 
 
 def asked(path: Path, overrides: Sequence[str] = (), *, on: Instance | None = None) -> tuple[Job, View]:
@@ -127,9 +157,9 @@ def find(path: Path) -> Path:
     )
 
 
-def _has_defaults(path: Path) -> bool:
+def has_defaults(text: str) -> bool:
     """True if hydra has something to compose. Read as text: a YAML parser costs more, and would say the same."""
-    return any(line.startswith(("defaults:", '"defaults"', "'defaults'")) for line in _text(path).splitlines())
+    return re.search(r"""^(["']?)defaults\1\s*:""", text, re.MULTILINE) is not None
 
 
 def _text(path: Path) -> str:
@@ -143,7 +173,6 @@ def _plain(path: Path) -> DictConfig:
     """A file that stands alone."""
     from yaml import YAMLError
 
-    _text(path)
     try:
         cfg = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException) as error:  # an interpolation without its end is omegaconf's

@@ -51,6 +51,13 @@ def test_a_file_is_written_and_not_written_over(type_, tmp_path):
     assert "runtime" not in file.read_text()
 
 
+def test_a_file_that_is_no_text_is_not_written_over(type_, tmp_path):
+    file = tmp_path / "out.yaml"
+    file.write_bytes(b"\xff")
+    code, _, err = type_("migrate", NXDT, "-o", file)
+    assert (code, err) == (2, f"nxdt-nemo: -o {file}: is there already; use --force to write over it\n")
+
+
 def test_check_says_whether_there_is_something_to_do(type_, tmp_path):
     assert type_("migrate", NXDT, "--check")[0] == 1
     file = tmp_path / "out.yaml"
@@ -148,6 +155,29 @@ def test_hydra_finds_what_the_file_includes(tmp_path):
     cfg = compose_for(Path(script), list(arguments))
     assert (cfg.model.num_layers, cfg.model.seed, cfg.model.optim.name) == (7, 3, "adamw")
     assert "wrap_with_zero" not in cfg.model
+
+
+@pytest.mark.parametrize("name", ["main.yml", "main"])
+def test_run_config_reads_the_file_that_is_named(tmp_path, name):
+    from nxdt_nemo.config.compose import compose_for
+    from nxdt_nemo.config.validate import read
+
+    (tmp_path / "main.yaml").write_text("model:\n  num_layers: 1\n")
+    (tmp_path / "base.yaml").write_text("hidden_size: 64\n")
+    main = tmp_path / name
+    main.write_text("defaults:\n  - .@model: base\n\nmodel:\n  num_layers: 7\n  seed: 0\n")
+    script, arguments = job_arguments(main, ["model.seed=3"], "auto", None, None)
+    for cfg in (compose_for(Path(script), list(arguments)), read(main, ["model.seed=3"])):
+        assert (cfg.model.num_layers, cfg.model.hidden_size, cfg.model.seed) == (7, 64, 3)
+
+
+def test_the_word_defaults_in_a_comment_is_nothing_to_compose(tmp_path):
+    main = tmp_path / "main.yaml"
+    main.write_text(f"# the defaults of ours\n{NXDT.read_text()}")
+    words = [*TUNING[:1], "data.train_dir=/x/train.jsonl", "data.val_dir=/x/held.jsonl"]
+    script, arguments = job_arguments(main, words, "auto", None, None)
+    assert script.endswith("megatron_finetuning.py")
+    assert not any(word.startswith("--config-dir") for word in arguments)
 
 
 def test_an_error_ends_the_run_before_it_starts(type_, tmp_path):

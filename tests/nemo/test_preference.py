@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from nxdt_nemo._resources import folder as resource
 from nxdt_nemo.errors import ConfigError
-from nxdt_nemo.nemo.alignment.dataset import PreferenceDataset, Rows, cut, read_pairs
+from nxdt_nemo.nemo.alignment.dataset import Pair, PreferenceDataset, Rows, cut, read_pairs
 from nxdt_nemo.nemo.alignment.losses import Answers, dpo, orpo
 from nxdt_nemo.testing.script_run import Run, run
 
@@ -99,9 +99,9 @@ def test_orpo_is_trls_and_the_papers():
 
 @pytest.mark.parametrize("prompt, chosen, rejected, keep, left, first, second", TRL["cuts"])
 def test_long_pairs_are_cut_as_trl_cuts_them(prompt, chosen, rejected, keep, left, first, second):
-    answers = [list(range(200, 200 + chosen)), list(range(300, 300 + rejected))]
-    found = cut(list(range(100, 100 + prompt)), answers, Rows(length=10, prompt=4, keep=keep))
-    assert found == (left, [first, second])
+    asked = list(range(100, 100 + prompt))
+    sides = [(asked, list(range(200, 200 + chosen))), (asked, list(range(300, 300 + rejected)))]
+    assert cut(sides, Rows(length=10, prompt=4, keep=keep)) == [(left, first), (left, second)]
 
 
 class Letters:
@@ -111,6 +111,30 @@ class Letters:
 
     def text_to_ids(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
+
+
+class Pieces:
+    """The longest piece that fits, from the left."""
+
+    bos_id, eos_id = 1, 2
+
+    def text_to_ids(self, text: str) -> list[int]:
+        found: list[int] = []
+        while text:
+            piece = max((piece for piece in TRL["pieces"] if text.startswith(piece)), key=len)
+            found, text = [*found, TRL["pieces"][piece]], text[len(piece) :]
+        return found
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected, keep, good, asked, bad, asked_too", TRL["rows"])
+def test_tokens_are_trls(prompt, chosen, rejected, keep, good, asked, bad, asked_too):
+    """Merged across the border, begun and ended already, cut: what trl makes of the text."""
+    rows = Rows(length=6, prompt=3, keep=keep, bos=True)
+    item = PreferenceDataset([Pair(prompt, chosen, rejected, "")], Pieces(), rows).rows_of(0)
+    for side, (ids, part) in enumerate(((good, asked), (bad, asked_too))):
+        assert item["tokens"][side].tolist()[: len(ids) - 1] == ids[:-1]
+        assert item["labels"][side].tolist()[: len(ids) - 1] == ids[1:]
+        assert item["loss_mask"][side].tolist() == [part - 1 <= at < len(ids) - 1 for at in range(6)]
 
 
 def pair_lines(count: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from nxdt_nemo.config.validate import hydra_options
 from nxdt_nemo.config.view import View
 
 __all__ = ["STEPS", "Counts", "alone", "command", "overrides", "read_counts"]
@@ -66,7 +67,7 @@ def command(script: str | None, config: Path, words: Sequence[str], ranks: int) 
     if script is None:
         program = ["-m", "nxdt_nemo", "run", "--config", str(config)]
     else:
-        program = ["-m", "nxdt_nemo", "run", script, f"--config-path={config.parent}", f"--config-name={config.stem}"]
+        program = ["-m", "nxdt_nemo", "run", script, *hydra_options(config)]
     return [*wrapper, sys.executable, *torchrun, *program, *words]
 
 

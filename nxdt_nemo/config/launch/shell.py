@@ -8,9 +8,11 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 from nxdt_nemo.config.environment import Setting
 from nxdt_nemo.config.launch.plan import Launch
+from nxdt_nemo.config.validate import hydra_options
 
 __all__ = ["environment", "heading", "limits", "literal", "torchrun"]
 
@@ -78,15 +80,11 @@ def torchrun(launch: Launch, *, node: str, composed: str = "") -> list[str]:
     node      shell expression of the node's number
     composed  path on the node of the composed configuration, which has the user's overrides in it; "" for launch.config
     """
-    path = composed or str(launch.config)
-    folder, _, file = path.rpartition("/")
-    name = file.removesuffix(".yaml").removesuffix(".yml")
+    path = Path(composed or launch.config)
     if launch.script is None:
-        program = f"-m nxdt_nemo run --config {shlex.quote(path)}"
+        program = f"-m nxdt_nemo run --config {shlex.quote(str(path))}"
     else:
-        program = (
-            f"{shlex.quote(launch.script)} --config-path={shlex.quote(folder or '/')} --config-name={shlex.quote(name)}"
-        )
+        program = shlex.join([launch.script, *hydra_options(path)])
     words = [
         f"torchrun --nnodes={launch.nodes} --nproc-per-node={launch.ranks} --node-rank={node}",
         '  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"',

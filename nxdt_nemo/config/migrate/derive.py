@@ -423,6 +423,9 @@ def data_files(m: Migration) -> None:
         _alignment_files(m, folder, held)
         if not _prefers(m):
             _tuning_data(m)
+        for section in ("train_ds", "validation_ds") if _prefers(m) else ():
+            if not m.absent(f"model.data.{section}"):
+                m.put(f"model.data.{section}.add_bos", True, "NxD Training begins each row with it")
     elif m.has("data.train_dir"):
         _token_rows(m)
     samples: Level = "warning" if m.was("data.dev_choose_samples") is not None else ""
@@ -436,6 +439,7 @@ def data_files(m: Migration) -> None:
 def _token_rows(m: Migration) -> None:
     """Folders of Dataset.save_to_disk, which this backend's reader of token ids takes as they are."""
     m.put("model.data.data_impl", "arrow", "rows of token ids, read as `datasets` saved them (docs/migrate.md)")
+    m.drop("data.data_prefix", "Megatron's data, and data.train_dir names other")
     for key, split in (("data.train_dir", "train"), ("data.val_dir", "validation"), ("data.test_dir", "test")):
         folder = m.was(key)
         if folder is not None:
@@ -471,7 +475,8 @@ _RECORDS = {
     "min_seq_length": 1,
     "label_key": "output",
     "truncation_field": "input",
-    "prompt_template": "{input} {output}",
+    "prompt_template": "{input}{output}",  # without a space: NxD Training puts their ids side by side
+    "add_bos": True,
     "pad_to_max_length": True,
 }
 TUNING_DATA: dict[str, dict[str, Any]] = {

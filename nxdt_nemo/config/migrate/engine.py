@@ -8,7 +8,7 @@ May import yaml, omegaconf and the leaf's other modules. Proof: tests/config/mig
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nxdt_nemo.config.rules import rules as backend_rules
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import UserError
 
-__all__ = ["TARGETS", "Migration", "Options", "Result", "dialect_of", "migrate", "parse_overrides"]
+__all__ = ["TARGETS", "Migration", "Options", "Override", "Result", "dialect_of", "migrate", "parse_overrides"]
 
 TARGETS = ("trn1.32xlarge", "trn2.48xlarge", "cpu")
 # Sections that one dialect alone has; a key of the second list alone makes no dialect.
@@ -43,6 +43,15 @@ INTERPOLATION = re.compile(r"\$\{([^${}:]+)\}")
 
 
 @dataclass(frozen=True)
+class Override:
+    """A value from the command line. data: as Python reads it; text: as hydra does."""
+
+    key: str
+    data: Any
+    text: str
+
+
+@dataclass(frozen=True)
 class Options:
     """What a migration is asked for.
 
@@ -51,7 +60,7 @@ class Options:
     nodes         trainer.num_nodes, None to leave it
     training_precision   NNM's shell variable of that name, "" if nobody said it
     model_config  a Hugging Face config.json to read in place of the one that the file names
-    overrides     (key, value as text) of the file's own dialect, put in before anything else
+    overrides     in the file's own keys or NeMo's, put in before anything else
     findings      whether the checks of a run have a look at the result
     partial       the keys are some of a configuration's: nothing is added for those that are absent
     """
@@ -61,7 +70,7 @@ class Options:
     nodes: int | None = None
     training_precision: str = ""
     model_config: Path | None = None
-    overrides: tuple[tuple[str, str], ...] = ()
+    overrides: tuple[Override, ...] = ()
     findings: bool = True
     partial: bool = False
 
@@ -72,7 +81,7 @@ class Result:
 
     text: str
     report: MigrationReport
-    rest: tuple[tuple[str, str], ...] = ()
+    rest: tuple[Override, ...] = ()
 
 
 def migrate(text: str, options: Options = Options(), *, place: str = "") -> Result:
@@ -103,31 +112,58 @@ def dialect_of(document: Document) -> str:
     return "nemo"
 
 
-def parse_overrides(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`key=value` arguments, hydra's `+`, `++` left out. Raises UserError for a word that is none."""
-    found = []
+def parse_overrides(words: Sequence[str]) -> tuple[Override, ...]:
+    """hydra's `key=value` arguments, with or without its `+` and `++`; of a mapping each value, since hydra merges it.
+
+    Raises UserError for a word that is none, and for a sweep.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    found: list[Override] = []
+    parser = OverridesParser.create()
     for word in words:
-        key, equals, value = word.lstrip("+").partition("=")
-        if not equals or not key or key.startswith("-"):
+        if "=" not in word:
             raise UserError("is no override", place=word, fix="write key=value")
-        found.append((key, value))
+        try:
+            one = parser.parse_override(word)
+        except HydraException:
+            fix = "close brackets and quotes; a value with = or quotes in it is quoted"
+            raise UserError("cannot be read as an override", place=word, fix=fix) from None
+        if one.is_sweep_override():
+            raise UserError("is a sweep, and this is one run", place=word, fix="write a list in brackets")
+        found += _leaves(one.get_key_element().lstrip("+"), one.value(), one.get_value_string(), one._value)
     return tuple(found)
 
 
-def _override(document: Document, overrides: Sequence[tuple[str, str]], dialect: str) -> tuple[tuple[str, str], ...]:
+def _leaves(key: str, data: Any, text: str, parsed: Any) -> Iterator[Override]:
+    """One override, or one for each value of a mapping. parsed: data with hydra's marks of quotes."""
+    from hydra.core.override_parser.types import Override as Hydras
+
+    if not isinstance(data, dict) or not data:
+        yield Override(key, data, text)
+        return
+    for (name, value), inner in zip(data.items(), parsed.values(), strict=True):
+        yield from _leaves(f"{key}.{name}", value, Hydras._get_value_element_as_str(inner), inner)
+
+
+def _override(document: Document, overrides: Sequence[Override], dialect: str) -> tuple[Override, ...]:
     """Put in what the file, or its dialect, has a key for, under NeMo's name too; returns the others, NeMo's own."""
     rest = []
     theirs = {_target(node.path, dialect): node.path for node in document.nodes() if not node.is_section}
-    for key, value in overrides:
-        rule = rule_for(key, None, dialect, knows=False)
+    for one in overrides:
+        rule = rule_for(one.key, None, dialect, knows=False)
         own = rule is not None and (rule.file.startswith(("10", "20")) or rule.action != "keep")
-        if document.find(key) is None and key in theirs:
-            document.set(theirs[key], _read(value), value)
-        elif document.find(key) is None and not own:
-            rest.append((key, value))
+        there = document.find(one.key)
+        if there is not None and there.is_section and one.data == {}:  # merged, it changes nothing
+            continue
+        if there is None and one.key in theirs:
+            document.set(theirs[one.key], one.data)
+        elif there is None and not own:
+            rest.append(one)
         else:
-            node = document.set(key, _read(value), value)
-            node.origin = node.origin or key
+            node = document.set(one.key, one.data)
+            node.origin = node.origin or one.key
     return tuple(rest)
 
 
@@ -135,14 +171,6 @@ def _target(path: str, dialect: str) -> str:
     """Where the table alone would put a key."""
     rule = rule_for(path, None, dialect, knows=False)
     return rule.target(path) if rule is not None else path
-
-
-def _read(value: str) -> Any:
-    """An override's text as hydra would read it, near enough: as YAML."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)["value"]  # type: ignore[index,call-overload]
-    except Exception:  # text that hydra's own grammar may take
-        return value
 
 
 class Migration:

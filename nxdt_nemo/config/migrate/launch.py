@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 from nxdt_nemo.config.environment import refused
@@ -21,8 +21,17 @@ from nxdt_nemo.config.migrate.rules import rule_for
 __all__ = ["Launch", "Line", "translate"]
 
 What = Literal["kept", "translated", "dropped", "unknown"]
-ASSIGNMENT = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)=(.*)$|^:\s+\$\{([A-Za-z_]\w*):?=(.*)\}$")
-OVERRIDE = re.compile(r"^[+~]{0,2}[A-Za-z_][\w.@/-]*=")
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=")
+DEFAULT = re.compile(r"^:\s+\$\{([A-Za-z_]\w*):?=(.*)\}$")
+OVERRIDE = re.compile(r"^[+~]{0,2}[A-Za-z_][\w.@/-]*=(?!=)")
+# bash's words: quotes and $(...) hold their spaces together, wherever in a word they stand.
+_PARENTHESES = r"\([^()]*\)"
+for _ in range(4):  # as deep as anybody nests them
+    _PARENTHESES = rf"\((?:[^()]|{_PARENTHESES})*+\)"
+_REPLACED = rf"\$?{_PARENTHESES}|\$\{{[^}}]*\}}|`[^`]*`"
+WORD = re.compile(rf"""(?:{_REPLACED}|\\.|'[^']*'|"(?:{_REPLACED}|\\.|[^"\\])*+"|[^\s'"\\;|&<>])++""", re.DOTALL)
+OPERATOR = re.compile(r"\d*[<>]&\d+|&>>?|\d*(?:>>|<<<?|[<>])|&&|\|[|&]?|;;?|&")
+LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 STARTERS = ("torchrun", "python", "python3", "srun", "mpirun", "neuron_parallel_compile", "$MAYBE_COMPILE", "nohup")
 # Scripts of NNM and NxD Training need their packages: `run --config` stands for them.
 THEIRS = re.compile(r"(?:^|/)(training_orchestrator|training|megatron_\w*pretraining|megatron_\w*tuning)\.py$")
@@ -118,10 +127,14 @@ def _line(launch: Launch, number: int, raw: str) -> list[str]:
     if not bare or bare.startswith("#"):
         return raw.split("\n")
     words = _words(raw)
-    if words is not None and _starts_training(words):
+    if words and _target(_command_of(words)) is not None:
         return _command(launch, number, raw, words)
-    if found := ASSIGNMENT.match(bare):
-        return _assignment(launch, number, raw, found[1] or found[3])
+    if found := DEFAULT.match(bare):
+        return _assignments(launch, number, raw, [[bare]], found[1])
+    if groups := _assigned(words):
+        return _assignments(launch, number, raw, groups)
+    if words is None and ASSIGNMENT.match(bare.removeprefix("export ")):  # a text that goes on below
+        return raw.split("\n")
     if re.match(r"^(source|\.)\s+\S*train_setup\.sh", bare):
         why = "nxdt-nemo run sets Neuron's environment; where the nodes are is said below"
         launch.lines.append(Line(number, "translated", bare, "the lines of PRELUDE", why))
@@ -155,63 +168,102 @@ DISTRIBUTED_ARGS="$DISTRIBUTED_ARGS --master_addr $MASTER_ADDR --master_port $MA
 """.strip()
 
 
-def _assignment(launch: Launch, number: int, raw: str, name: str) -> list[str]:
-    bare = " ".join(raw.split())
+def _refusal(name: str) -> str:
+    """Why a variable has no place in a launch of this backend, "" for one that has."""
     not_here = {one.name: one.reason for one in refused()}
-    if name in not_here:
-        launch.lines.append(Line(number, "dropped", bare, why=not_here[name]))
-        return [f"# {raw.strip()}"]
-    if name.startswith(NVIDIA):
-        launch.lines.append(Line(number, "dropped", bare, why="of NVIDIA's libraries, which are not here"))
-        return [f"# {raw.strip()}"]
-    launch.lines.append(Line(number, "kept", bare))
-    return raw.split("\n")
+    return not_here.get(name, "of NVIDIA's libraries, which are not here" if name.startswith(NVIDIA) else "")
+
+
+def _assigned(words: list[str] | None) -> list[list[str]]:
+    """`A=1`, `export A=1 B=2; C=3`: the words between semicolons; nothing if something else is done there too."""
+    groups: list[list[str]] = [[]]
+    for word in words or ():
+        if word == ";":
+            groups.append([])
+        else:
+            groups[-1].append(word)
+    groups = [group for group in groups if group]
+    plain = all(ASSIGNMENT.match(word) for group in groups for word in (group[1:] if group[0] == "export" else group))
+    return groups if plain and all(group != ["export"] for group in groups) else []
+
+
+def _assignments(launch: Launch, number: int, raw: str, groups: list[list[str]], name: str = "") -> list[str]:
+    """A line that only sets variables, without those that are not wanted. name: of the only one."""
+    bare = " ".join(raw.split())
+    left = [[word for word in group if not _unwanted(launch, number, word, name)] for group in groups]
+    if left == groups:
+        launch.lines.append(Line(number, "kept", bare))
+        return raw.split("\n")
+    rest = [" ".join(group) for group in left if group and group != ["export"]]
+    indent = raw[: len(raw) - len(raw.lstrip())]
+    return [f"# {line}" for line in raw.strip().split("\n")] if not rest else [indent + "; ".join(rest)]
+
+
+def _unwanted(launch: Launch, number: int, word: str, name: str = "") -> bool:
+    """True for an assignment that has no place here, which is reported."""
+    found = ASSIGNMENT.match(word)
+    why = _refusal(name or (found[1] if found else ""))
+    if why:
+        launch.lines.append(Line(number, "dropped", word, why=why))
+    return bool(why)
 
 
 def _words(raw: str) -> list[str] | None:
-    """The words of a command with quotes as written; None where bash's rules go beyond a list of words."""
-    text = re.sub(r"\\\n\s*", " ", raw)
-    try:
-        lexer = shlex.shlex(text, posix=False, punctuation_chars=False)
-        lexer.whitespace_split, lexer.commenters = True, "#"
-        return list(lexer)
-    except ValueError:
+    """The words and operators of a line with quotes as written; None where a quote goes on below it."""
+    text, found, at = re.sub(r"\\\n\s*", " ", raw), [], 0
+    while (at := at + len(text[at:]) - len(text[at:].lstrip())) < len(text) and text[at] != "#":
+        word = OPERATOR.match(text, at) or WORD.match(text, at)
+        if word is None:
+            return None
+        found.append(word[0])
+        at = word.end()
+    return found
+
+
+def _command_of(words: list[str]) -> list[str]:
+    """The command without the variables that are set for it alone."""
+    return words[len(list(takewhile(ASSIGNMENT.match, words))) :]
+
+
+def _target(command: list[str]) -> tuple[int, int] | None:
+    """From where to where the script or `-m MODULE` stands that a command trains with; None for any other command."""
+    if not command or command[0].strip("\"'") not in STARTERS:
         return None
-
-
-def _starts_training(words: list[str]) -> bool:
-    head = words[0].strip("\"'")
-    return (head in STARTERS and any(word.strip("\"'").endswith(".py") for word in words)) or _is_module(words)
-
-
-def _is_module(words: list[str]) -> bool:
-    return (
-        words[0] in ("torchrun", "python", "python3") and "-m" in words and any(OVERRIDE.match(word) for word in words)
-    )
+    for at, word in enumerate(command):
+        if OPERATOR.fullmatch(word):
+            return None
+        if word.strip("\"'").endswith(".py") and not OVERRIDE.match(word):
+            return at, at + 1
+        if word == "-m" and at + 1 < len(command) and command[at + 1] not in LAUNCHERS:
+            return (at, at + 2) if any(OVERRIDE.match(later) for later in command[at + 2 :]) else None
+    return None
 
 
 def _command(launch: Launch, number: int, raw: str, words: list[str]) -> list[str]:
     """A training command: the launcher stays, the script becomes `nxdt-nemo run`, the overrides follow the rules."""
-    script = next(at for at, word in enumerate(words) if word.strip("\"'").endswith(".py"))
-    launcher, path, rest = words[:script], words[script], words[script + 1 :]
+    command = _command_of(words)
+    first, behind = _target(command) or (0, 0)
+    launcher, target, rest = command[:first], command[first:behind], command[behind:]
+    variables = words[: len(words) - len(command)]
+    kept = [word for word in variables if not _unwanted(launch, number, word)]
     for wrapper in ("neuron_parallel_compile", "$MAYBE_COMPILE"):
         if wrapper in launcher:
             launcher.remove(wrapper)
             launch.lines.append(
                 Line(number, "dropped", wrapper, "nxdt-nemo compile CONFIG", "compiling is a command of its own")
             )
-    tail = next((at for at, word in enumerate(rest) if word in ("|", "&", "&&", ";", ">", ">>", "2>&1")), len(rest))
+    tail = next((at for at, word in enumerate(rest) if OPERATOR.fullmatch(word)), len(rest))
     arguments, after = rest[:tail], rest[tail:]
-    theirs = launch.dialect in ("nnm", "nxdt") and THEIRS.search(path.strip("\"'"))
-    start = _starter(launcher)
-    target = [path]
+    theirs = launch.dialect in ("nnm", "nxdt") and THEIRS.search(target[0].strip("\"'"))
+    said = " ".join([*launcher, *target])
+    start = [*kept, *_starter(launcher)]
     if theirs:
         target, arguments = _config(launch, number, arguments)
     made = [word for argument in arguments for word in _override(launch, number, argument, keep_derived=bool(theirs))]
     if not theirs and not any("trainer.accelerator=" in word for word in made):
         made.append("trainer.accelerator=neuron")
     shown = " ".join([*start, *target])
-    launch.lines.append(Line(number, "translated", " ".join([*launcher, path]), shown, "with the backend active"))
+    launch.lines.append(Line(number, "translated", said, shown, "with the backend active"))
     indent = raw[: len(raw) - len(raw.lstrip())]
     body = [f"{indent}{shown}", *(f"{indent}    {word}" for word in made)]
     if after:
@@ -221,9 +273,8 @@ def _command(launch: Launch, number: int, raw: str, words: list[str]) -> list[st
 
 def _starter(launcher: list[str]) -> list[str]:
     """`torchrun ARGS` goes on with `-m nxdt_nemo run`, `python` becomes `nxdt-nemo run`; srun stays before it."""
-    for name in ("torchrun", "torch.distributed.run", "torch.distributed.launch"):
-        if name in launcher:
-            return [*launcher, "-m", "nxdt_nemo", "run"]
+    if any(name in launcher for name in LAUNCHERS):
+        return [*launcher, "-m", "nxdt_nemo", "run"]
     kept = [word for word in launcher if word not in ("python", "python3", "-u")]
     return [*kept, "nxdt-nemo", "run"]
 

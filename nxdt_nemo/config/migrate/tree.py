@@ -8,7 +8,8 @@ the comments above and behind them. May import yaml and omegaconf. Proof: tests/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class Node:
     trail     comment lines below its children that are indented as they are
     data      the value as Python reads it (interpolations as text); None for a section
     origin    path in the file that was read, "" for a key that was added
+    braces    of a section written `{a: 1}`: its text from the colon on, which stands as long as nothing in it changes
+    line      of the file that was read, from 1; 0 for a key that was added
     """
 
     key: str
@@ -48,6 +51,16 @@ class Node:
     written_key: str = ""
     children: list[Node] = field(default_factory=list)
     parent: Node | None = None
+    braces: str = ""
+    line: int = 0
+    _read: tuple[Any, ...] = ()
+
+    def keep_braces(self, text: str) -> None:
+        """The section is as it was read from this text."""
+        self.braces, self._read = text, self._content()
+
+    def _content(self) -> tuple[Any, ...]:
+        return tuple((child.written_key or child.key, child.value, child._content()) for child in self.children)
 
     @property
     def is_section(self) -> bool:
@@ -79,9 +92,10 @@ class Node:
         yield from (_shifted(line, shift) for line in self.lead)
         tail = "" if self.value is None else f"{self.between}{self.value}"
         tail = tail if self.post else tail.rstrip(" ")
-        own = f"{' ' * self.column}{self.written_key or self.key}:{tail}{self.post}"
+        braces = self.braces if self.braces and self.is_section and self._content() == self._read else ""
+        own = f"{' ' * self.column}{self.written_key or self.key}:{braces or tail + self.post}"
         yield from (_shifted(line, shift) for line in own.split("\n"))
-        for child in self.children:
+        for child in () if braces else self.children:
             yield from child.lines(child.column + shift)
         yield from (_shifted(line, shift) for line in self.trail)
 
@@ -95,7 +109,7 @@ class Document:
     def __init__(self, text: str, place: str = "") -> None:
         self.place = place
         self.root = Node("", column=-2, value=None)
-        self._lines = text.split("\n")
+        self._text, self._lines = text, text.split("\n")
         try:
             top = yaml.compose(text, Loader=yaml.SafeLoader)
             data = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if top is not None else {}
@@ -123,18 +137,24 @@ class Document:
             line = key.start_mark.line
             if not isinstance(key, yaml.ScalarNode) or key.end_mark.line != line:
                 raise ConfigError(f"line {line + 1}: a key is no plain text", place=self.place)
-            node = Node(str(key.value), column=key.start_mark.column, parent=parent)
-            colon = self._lines[line].index(":", key.end_mark.column)
+            node = Node(str(key.value), column=key.start_mark.column, parent=parent, line=line + 1)
+            colon = self._lines[line].find(":", key.end_mark.column)
+            if colon < 0:
+                raise ConfigError(f"line {line + 1}: the colon is not behind its key", place=self.place)
             node.written_key = self._lines[line][key.start_mark.column : colon]
             node.lead = self._lead(parent, cursor, line, node.column)
             parent.children.append(node)
             node.origin = node.path
             node.data = data.get(node.key, data.get(_plain(node.key)))
             alias = value.start_mark.index < key.start_mark.index
-            if not alias and isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
-                node.value, node.post = None, self._lines[line][colon + 1 :]
+            if not alias and isinstance(value, yaml.MappingNode) and value.value:
                 inner = node.data if isinstance(node.data, dict) else {}
-                cursor, node.data = self._read(node, value, inner, line + 1) + 1, None
+                node.value, node.data = None, None
+                if value.flow_style:
+                    cursor = self._braces(node, key, value, inner) + 1
+                else:
+                    node.post = self._lines[line][colon + 1 :]
+                    cursor = self._read(node, value, inner, line + 1) + 1
             else:
                 cursor = (self._alias(node, line, colon) if alias else self._leaf(node, value, line, colon)) + 1
         return cursor - 1
@@ -170,6 +190,64 @@ class Document:
             node.value, node.post = "\n".join(body), self._lines[last][column:]
         return last
 
+    def _braces(self, node: Node, key: Any, mapping: Any, data: Mapping[Any, Any]) -> int:
+        """A section written `key: {a: 1}`; returns its last line."""
+        end, colon = mapping.end_mark, self._text.index(":", key.end_mark.index)
+        behind = self._lines[end.line][end.column :]
+        above = self._text[colon + 1 : mapping.start_mark.index]
+        self._within_braces(node, mapping, data)
+        node.children[0].lead[:0] = _comments(above.split("\n"), node.children[0].column)
+        node.post += behind
+        node.keep_braces(self._text[colon + 1 : end.index] + behind)
+        return int(end.line)
+
+    def _within_braces(self, parent: Node, mapping: Any, data: Mapping[Any, Any]) -> None:
+        """Fill parent with the keys between braces; comments between them stand above or behind a key."""
+        at = self._text.index("{", mapping.start_mark.index) + 1
+        anchor = self._text[mapping.start_mark.index : at - 1].strip()
+        parent.post = f" {anchor}" if anchor else ""
+        for key, value in mapping.value:
+            line = int(key.start_mark.line) + 1
+            if not isinstance(key, yaml.ScalarNode) or key.end_mark.line + 1 != line:
+                raise ConfigError(f"line {line}: a key is no plain text", place=self.place)
+            node = Node(str(key.value), column=parent.column + 2, parent=parent, line=line)
+            node.written_key = self._text[key.start_mark.index : key.end_mark.index]
+            self._comments(parent, node.lead, self._text[at : key.start_mark.index])
+            parent.children.append(node)
+            node.origin = node.path
+            node.data = data.get(node.key, data.get(_plain(node.key)))
+            at = self._value_in_braces(node, key, value)
+        last = parent.children[-1]
+        self._comments(parent, last.trail, self._text[at : mapping.end_mark.index - 1])
+
+    def _comments(self, parent: Node, lead: list[str], gap: str) -> None:
+        """Comments of the text between two keys in braces: the first line's is of the key before."""
+        first, *later = gap.split("\n")
+        if "#" in first and parent.children:
+            parent.children[-1].post = f"  {first[first.index('#') :].rstrip()}"
+        elif "#" in first:
+            later = [first, *later]
+        lead += _comments(later, parent.column + 2)
+
+    def _value_in_braces(self, node: Node, key: Any, value: Any) -> int:
+        """The text of a value between braces, on one line; returns where it ends."""
+        start, end = value.start_mark.index, value.end_mark.index
+        if start < key.start_mark.index:
+            alias = re.compile(r"\s*:\s*(\*[^\s,}]+)").match(self._text, key.end_mark.index)
+            assert alias is not None
+            node.value = alias[1]
+            return int(alias.end())
+        written = self._text[start:end]
+        if isinstance(value, yaml.MappingNode) and value.value:
+            inner = node.data if isinstance(node.data, dict) else {}
+            node.value, node.data = None, None
+            self._within_braces(node, value, inner)
+            if "\n" not in written:
+                node.keep_braces(f" {written}")
+        else:
+            node.value = text_of(node.data) if "\n" in written else written
+        return int(max(end, key.end_mark.index))
+
     def _alias(self, node: Node, line: int, colon: int) -> int:
         """The text of `*name`, whose marks are those of what it stands for."""
         rest = self._lines[line][colon + 1 :]
@@ -185,7 +263,7 @@ class Document:
         if deeper and parent.children:
             before, first = parent.children[-1], lead[deeper[0]]
             indent = len(first) - len(first.lstrip())
-            while before.children and before.children[-1].column <= indent:
+            while before.children and not before.braces and before.children[-1].column <= indent:
                 before = before.children[-1]
             before.trail += lead[: deeper[-1] + 1]
             lead = lead[deeper[-1] + 1 :]
@@ -214,13 +292,20 @@ class Document:
     # Changing
 
     def section(self, path: str) -> Node:
-        """The section at a path, made with all above it if it is not there; a leaf without a value becomes one."""
+        """The section at a path, made with all above it if it is not there; a leaf without a value becomes one.
+
+        Raises ConfigError for a leaf that has a value.
+        """
         node = self.root
         for part in path.split(".") if path else ():
             found = next((child for child in node.children if child.key == part), None)
             if found is None:
                 found = Node(part, self._column(node), value=None, parent=node)
                 self._append(node, found)
+            elif found.data is not None:
+                where = f"line {found.line}: " if found.line else ""
+                reason = f"{where}{found.path}={found.value} is no section of keys and values, and {path} has to be one"
+                raise ConfigError(reason, place=self.place, fix="write its keys below it")
             elif found.value is not None:
                 found.value, found.between, found.data = None, "", None
             node = found
@@ -293,25 +378,33 @@ class Document:
         node.trail = [_shifted(line, by) for line in node.trail]
         node.between = _later_lines(node.between, by)
         node.value = None if node.value is None else _later_lines(node.value, by)
+        node.braces = _later_lines(node.braces, by)
         node.column += by
         for child in node.children:
             self._shift(child, by)
 
 
-def text_of(data: Any) -> str:
-    """A value as NeMo's files write it, on one line."""
+def text_of(data: Any, *, inside: bool = False) -> str:
+    """A value as NeMo's files write it, on one line. inside: between brackets, where more has to be quoted."""
     if data is None:
         return "null"
     if isinstance(data, bool):
         return str(data)
     if isinstance(data, list):
-        return f"[{', '.join(text_of(item) for item in data)}]"
+        return f"[{', '.join(text_of(item, inside=True) for item in data)}]"
     if isinstance(data, str) and data.startswith("${"):
         return data
     if isinstance(data, float):
         return repr(data)
-    dumped = yaml.safe_dump(data, default_flow_style=True, width=1 << 20)
+    dumped = yaml.safe_dump([data] if inside else data, default_flow_style=True, width=1 << 20)
+    if inside:
+        return dumped.strip()[1:-1]
     return dumped.removesuffix("\n").removesuffix("\n...")
+
+
+def _comments(lines: Iterable[str], column: int) -> list[str]:
+    """The comments of lines that have nothing else, at a column."""
+    return [f"{' ' * column}{line[line.index('#') :].rstrip()}" for line in lines if "#" in line]
 
 
 def _plain(key: str) -> Any:
@@ -333,7 +426,11 @@ def _last_line(value: Any) -> int:
     if value.flow_style or not value.value:
         return int(value.end_mark.line)
     last = value.value[-1]
-    return _last_line(last[1] if isinstance(last, tuple) else last)
+    key, inner = last if isinstance(last, tuple) else (None, last)
+    if inner.start_mark.index >= value.start_mark.index:
+        return _last_line(inner)
+    # An alias, whose marks are those of what it stands for.
+    return int(key.end_mark.line if key is not None else value.end_mark.line - (value.end_mark.column == 0))
 
 
 def _shifted(line: str, by: int) -> str:

@@ -1,7 +1,8 @@
 """Files of {"prompt": ..., "chosen": ..., "rejected": ...}, a JSON object a line, as rows of one length.
 
 Room nemo/. Stands in for NxD Training's model_alignment_data_module.py, which hands tokens and truncation to trl
-0.10.1: the same cuts, for pairs that are longer than a row. A row is padded at its end, so that one graph serves all.
+0.10.1: the same tokens, and the same cuts of pairs that are longer than a row. A row is padded at its end, so that one
+graph serves all.
 Proof: tests/nemo/test_preference.py.
 """
 
@@ -19,7 +20,10 @@ from torch.utils.data import Dataset
 from nxdt_nemo.config.tuning_data import PAIR, missing_text, object_of
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["Pair", "PreferenceDataset", "Rows", "cut", "read_pairs"]
+__all__ = ["Pair", "PreferenceDataset", "Rows", "cut", "read_pairs", "together"]
+
+
+Sides = tuple[list[int], list[int]]  # ids of a prompt, and of an answer to it
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Rows:
 
     prompt   tokens that a prompt keeps where prompt and longer answer do not fit
     keep     which end of it
-    bos, eos  a token before the prompt, and one behind each answer
+    bos, eos  a token before the prompt, and one behind each answer, unless it stands there already
     """
 
     length: int
@@ -79,14 +83,26 @@ def _of_line(line: str, place: str) -> Pair:
     return Pair(found["prompt"], found["chosen"], found["rejected"], place)
 
 
-def cut(prompt: list[int], answers: Sequence[list[int]], rows: Rows) -> tuple[list[int], list[list[int]]]:
-    """Prompt and both answers as they fit: first the prompt is cut, then the answers from their end; as trl does."""
-    longest = max(len(answer) for answer in answers)
-    if len(prompt) + longest > rows.length:
-        prompt = prompt[: rows.prompt] if rows.keep == "keep_start" else prompt[-rows.prompt :]
-    if len(prompt) + longest > rows.length:
-        answers = [answer[: rows.length - rows.prompt] for answer in answers]
-    return prompt, list(answers)
+def together(prompt: str, answer: str, tokenizer: Any) -> Sides:
+    """Ids of a prompt, and of what the answer adds to them: read in one text, since tokens may join across the border.
+
+    As trl does it, a token that the border runs through is in neither.
+    """
+    alone, both = (list(tokenizer.text_to_ids(text)) for text in (prompt, prompt + answer))
+    border = len(alone)
+    return both[: border if both[:border] == alone else border - 1], both[border:]
+
+
+def cut(sides: Sequence[Sides], rows: Rows) -> list[Sides]:
+    """Both sides' prompt and answer as they fit: first prompts are cut, then answers from their end; as trl does."""
+    longest, found = max(len(answer) for _, answer in sides), []
+    for prompt, answer in sides:
+        if len(prompt) + longest > rows.length:
+            prompt = prompt[: rows.prompt] if rows.keep == "keep_start" else prompt[-rows.prompt :]
+        if len(prompt) + longest > rows.length:
+            answer = answer[: rows.length - rows.prompt]
+        found.append((prompt, answer))
+    return found
 
 
 class PreferenceDataset(Dataset[dict[str, torch.Tensor]]):
@@ -138,10 +154,7 @@ class PreferenceDataset(Dataset[dict[str, torch.Tensor]]):
     def rows_of(self, number: int) -> dict[str, torch.Tensor]:
         """A pair's two rows."""
         pair, tokenizer, length = self.pairs[number], self._tokenizer, self._rows.length
-        prompt = ([tokenizer.bos_id] if self._rows.bos else []) + list(tokenizer.text_to_ids(pair.prompt))
-        end = [tokenizer.eos_id] if self._rows.eos else []
-        answers = [list(tokenizer.text_to_ids(text)) + end for text in (pair.chosen, pair.rejected)]
-        prompt, answers = cut(prompt, answers, self._rows)
+        sides = [self._ended(*together(pair.prompt, text, tokenizer)) for text in (pair.chosen, pair.rejected)]
         made = {
             "tokens": torch.full((2, length), int(tokenizer.eos_id)),
             "labels": torch.full((2, length), int(tokenizer.eos_id)),
@@ -149,7 +162,7 @@ class PreferenceDataset(Dataset[dict[str, torch.Tensor]]):
             "text_mask": torch.zeros(2, length),
             "position_ids": torch.arange(length).expand(2, length).contiguous(),
         }
-        for side, answer in enumerate(answers):
+        for side, (prompt, answer) in enumerate(cut(sides, self._rows)):
             ids = torch.tensor(prompt + answer)
             if len(ids) < 2 or not answer:
                 raise ConfigError("there is nothing to learn from an answer without tokens", place=pair.place)
@@ -158,3 +171,12 @@ class PreferenceDataset(Dataset[dict[str, torch.Tensor]]):
             made["text_mask"][side, : len(ids) - 1] = 1
             made["loss_mask"][side, max(len(prompt) - 1, 0) : len(ids) - 1] = 1
         return made
+
+    def _ended(self, prompt: list[int], answer: list[int]) -> Sides:
+        """With the tokens of `rows.bos` and `rows.eos`; some tokenizers have no first one."""
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        if self._rows.bos and bos is not None and bos >= 0 and prompt[:1] != [bos]:
+            prompt = [bos, *prompt]
+        if self._rows.eos and answer[-1:] != [eos]:
+            answer = [*answer, eos]
+        return prompt, answer

@@ -54,6 +54,18 @@ def test_every_key_is_reported_once():
     assert all(one.why for one in found.report.entries if one.action == "dropped")
 
 
+def test_a_section_in_braces_is_read_as_one_below_its_key():
+    import yaml
+
+    sections = yaml.safe_load(SMALL)
+    lines = [f"{key}: {yaml.safe_dump(value, default_flow_style=True, width=99999)}" for key, value in sections.items()]
+    found, plain = migrate("".join(lines).replace("\n...\n", "\n")), migrate(SMALL)
+    assert values(found.text) == values(plain.text)
+    assert {one.key: one.action for one in found.report.entries} == {
+        one.key: one.action for one in plain.report.entries
+    }
+
+
 @pytest.mark.parametrize("options", [Options(), Options(target="trn2.48xlarge", nodes=4), Options(target="cpu")])
 def test_the_second_time_changes_nothing(options):
     once = migrate(SMALL, options)
@@ -158,10 +170,34 @@ def test_overrides_are_of_the_files_own_keys_or_nemos():
     assert said["model"]["megatron_amp_O2"] is False
     assert said["model"]["micro_batch_size"] == 1
     assert said["model"]["num_layers"] == 4
-    assert found.rest == (("model.seq_len_interpolation_factor", "2"),)
+    assert [(one.key, one.text) for one in found.rest] == [("model.seq_len_interpolation_factor", "2")]
     assert entry(found.report, "data.micro_batch_size").to == "model.micro_batch_size"
-    with pytest.raises(UserError, match="fast: is no override; write key=value"):
-        parse_overrides(["fast"])
+
+
+def test_overrides_are_read_and_merged_as_hydra_does():
+    words = ["data={train_dir:/x,micro_batch_size:3}", "model.optim={}", "+model.own={a:'1',b:[x,'y, z']}", "seed=1e3"]
+    found = migrate(SMALL, Options(overrides=parse_overrides(words)))
+    said, before = values(found.text), values(migrate(SMALL).text)
+    assert said["model"]["micro_batch_size"] == 3
+    assert said["model"]["data"]["data_prefix"] == {"train": ["/x"]}
+    assert said["model"]["global_batch_size"] == before["model"]["global_batch_size"]
+    assert said["model"]["optim"] == before["model"]["optim"]
+    assert said["model"]["seed"] == 1000.0
+    assert [(one.key, one.text) for one in found.rest] == [("model.own.a", "'1'"), ("model.own.b", "[x,'y, z']")]
+
+
+@pytest.mark.parametrize(
+    "word, line",
+    [
+        ("fast", "fast: is no override; write key=value"),
+        ("model.data.data_prefix=[a,", "model.data.data_prefix=[a,: cannot be read as an override; close brackets"),
+        ("a=1,2", "a=1,2: is a sweep, and this is one run; write a list in brackets"),
+    ],
+)
+def test_what_is_no_override_is_one_line(word, line):
+    with pytest.raises(UserError) as caught:
+        parse_overrides([word])
+    assert str(caught.value).startswith(line)
 
 
 def test_the_result_is_checked():

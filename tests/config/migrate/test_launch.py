@@ -93,10 +93,40 @@ def test_nxdt():
             "torchrun --nproc-per-node=8 train.py model.seed=1 &",
             "torchrun --nproc-per-node=8 -m nxdt_nemo run train.py model.seed=1 trainer.accelerator=neuron &",
         ),
+        (
+            "CUDA_VISIBLE_DEVICES=0,1 FOO=1 python train.py model.seed=1; echo done",
+            "FOO=1 nxdt-nemo run train.py model.seed=1 trainer.accelerator=neuron ; echo done",
+        ),
+        (
+            "torchrun --nnodes 2 -m pkg.train model.seed=1 > log 2>&1",
+            "torchrun --nnodes 2 -m nxdt_nemo run -m pkg.train model.seed=1 trainer.accelerator=neuron > log 2>&1",
+        ),
+        (
+            "python -m torch.distributed.run --nnodes 2 train.py model.seed=1",
+            "python -m torch.distributed.run --nnodes 2 -m nxdt_nemo run train.py model.seed=1 "
+            "trainer.accelerator=neuron",
+        ),
+        ("python -m pip install nemo==2.4", "python -m pip install nemo==2.4"),
+        ("export NCCL_DEBUG=INFO FOO=1; CUDA_X=2", "export FOO=1"),
+        ("FOO=1 make all", "FOO=1 make all"),
     ],
 )
 def test_nemo(line, now):
     assert " ".join(words(translate(f"{line}\n").text)) == now
+
+
+@pytest.mark.parametrize(
+    "word",
+    ['+exp_manager.name="my run"', "model.x='a b'", 'model.nodes=$(echo "$A (x)" | wc -l)', "a=$(b $(c $(d e)))"],
+)
+def test_spaces_in_quotes_are_of_the_word(word):
+    said = translate(f"python train.py {word} model.seed=1  # why\n").text.split(" \\\n")
+    assert [line.strip() for line in said[1:3]] == [word, "model.seed=1"]
+
+
+def test_a_text_of_more_than_one_line_stays():
+    text = 'ARGS="a\n  b"\nexport X=1 \\\n  Y=2\n'
+    assert translate(text).text == text
 
 
 def test_what_is_written_is_bash():

@@ -19,8 +19,18 @@ trainer:   # c
     - {a: 1}
 
     # at the end of trainer
+aliased:
+  - - b: &b 1
+    - *b
+  - c: *b
 flow: [1,
   2]   # e
+braces: {a: 1, b: {c: [1, 2], "d": *name},  # of b
+  # about e
+  e: "x, y", f}   # g
+    # deeper
+below:  # h
+  {a: &a {b: 1}}
 text: |
   line
 
@@ -47,7 +57,9 @@ def test_values_and_paths():
     leaves = {node.path: node.data for node in document.nodes() if not node.is_section}
     assert leaves["deep.four.eight"] == 1e-5  # as hydra reads it, unlike YAML 1.1
     assert leaves["trainer.list"] == [1, {"a": 1}]
-    assert leaves["other"] == "run"
+    assert leaves["other"] == leaves["braces.b.d"] == "run"
+    assert (leaves["braces.b.c"], leaves["braces.e"], leaves["braces.f"]) == ([1, 2], "x, y", None)
+    assert leaves["below.a.b"] == 1
     assert leaves["empty"] is None
     assert leaves["bool"] == "yes" or leaves["bool"] is True
 
@@ -64,6 +76,26 @@ def test_a_key_moves_with_its_comments_and_indentation():
     document.move(document.find("a.b"), "d.renamed")
     document.prune()
     assert document.render() == "a:\n    c: 1\nd:\n  e: 2\n  # about b\n  renamed: |\n    text\n  f:\n    g: 3\n"
+
+
+def test_braces_are_opened_where_something_changes():
+    document = Document(TRICKY)
+    for path, value in (("braces.e", 5), ("below.a.c", 2), ("braces.b.x.y", 0)):
+        document.set(path, value)
+    document.move(document.find("braces.f"), "empty.f")
+    text = document.render()
+    b = '  b:  # of b\n    c: [1, 2]\n    "d": *name\n    x:\n      y: 0\n'
+    assert f"braces:   # g\n  a: 1\n{b}  # about e\n  e: 5\n    # deeper\n" in text
+    assert "below:\n  # h\n  a: &a\n    b: 1\n    c: 2\n" in text
+    assert "empty:\n  f:\n" in text
+    assert Document(text).get("braces.b.x.y") == 0
+    assert Document(text).get("other") == "run"
+
+
+def test_a_value_is_not_lost_to_a_section():
+    document = Document("a: 1\nb: &b {c: 1}\nd: *b\n", "x.yaml")
+    with pytest.raises(ConfigError, match=r"x.yaml: line 3: d=\*b is no section of keys and values, and d.e has to be"):
+        document.set("d.e.f", 1)
 
 
 def test_a_section_moves_as_a_whole_and_an_emptied_one_goes():
@@ -90,6 +122,7 @@ def test_a_heading_stays_and_a_comment_of_its_own_goes():
         ("a: ${\n", "not readable as YAML"),
         ("a: 1\na: 2\n", "not readable as YAML"),
         ("? [x]\n: 1\n", "YAML"),
+        ("a: 1\n? key\n: 2\n", "line 2: the colon is not behind its key"),
     ],
 )
 def test_what_is_no_configuration_is_one_line(text, reason):
@@ -110,6 +143,7 @@ def test_what_is_no_configuration_is_one_line(text, reason):
         ("1", "'1'"),
         ("", "''"),
         ([1, None, "x"], "[1, null, x]"),
+        (["a, b", {"c": None}], "['a, b', {c: null}]"),
     ],
 )
 def test_values_as_nemo_writes_them(value, text):
