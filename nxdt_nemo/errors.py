@@ -5,6 +5,7 @@ NxdtError
 |   +-- ConfigError    a key or value in a YAML file or an override
 |   |   +-- HereError      fine in itself, and not on this machine: a file, a package
 |   +-- LaneError      a runtime lane that cannot be used on this machine
+|   +-- CudaError      a CUDA device, asked for where CUDA's names do not mean this backend's
 |   +-- LayoutError    a parallel layout that the ranks or the instance cannot take
 +-- PatchError         an upstream target moved, or two records claim it: fails closed
 +-- NotOnNeuron        upstream code asked for something that this backend does not have
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigError",
+    "CudaError",
     "HereError",
     "LaneError",
     "LayoutError",
@@ -56,6 +58,10 @@ class HereError(ConfigError):
 
 class LaneError(UserError):
     """A lane that was asked for and cannot be used here."""
+
+
+class CudaError(UserError, RuntimeError):
+    """A CUDA device that the user's code asks torch itself for. A RuntimeError, as torch's own."""
 
 
 class LayoutError(UserError):

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import functools
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.multiprocessing
 
-from nxdt_nemo.errors import NotOnNeuron
+from nxdt_nemo.errors import CudaError, NotOnNeuron
 from nxdt_nemo.patching.view import ModuleView, Views
 from nxdt_nemo.runtime.distributed_view import distributed_view
 from nxdt_nemo.runtime.select import current
 
 __all__ = ["hook_cuda", "hook_methods", "hook_to", "to_lane", "view"]
 
-# torch functions with a device argument that upstream calls with "cuda".
+# torch functions with a device argument that upstream or a script may call with "cuda".
 FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace normal ones ones_like "
-    "rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor tril_indices triu_indices "
-    "zeros zeros_like"
+    "arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted empty_strided eye full "
+    "full_like hamming_window hann_window kaiser_window linspace logspace normal ones ones_like rand rand_like "
+    "randint randint_like randn randn_like randperm scalar_tensor tensor tril_indices triu_indices zeros zeros_like"
 ).split()
 TENSOR_TYPES = (
     "BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor HalfTensor IntTensor LongTensor "
@@ -59,18 +60,22 @@ def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-class _DeviceType(type):
-    """`isinstance(x, torch.device)` stays true for real devices."""
+class _StandIn(type):
+    """Stands in for torch's class `real`, which isinstance and issubclass answer for; as ever in a subclass."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, torch.device)
+        real = vars(cls).get("real")
+        return isinstance(instance, real) if real else super().__instancecheck__(instance)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, torch.device)
+        real = vars(cls).get("real")
+        return issubclass(subclass, real) if real else super().__subclasscheck__(subclass)
 
 
-class _Device(metaclass=_DeviceType):
+class _Device(metaclass=_StandIn):
     """torch.device, with CUDA's names meaning the runtime's device."""
+
+    real = torch.device
 
     def __new__(cls, type: Any = None, index: Any = None, **named: Any) -> torch.device:  # type: ignore[misc]  # noqa: A002
         type = named.get("device", type)  # noqa: A001 - upstream's keyword
@@ -80,8 +85,20 @@ class _Device(metaclass=_DeviceType):
         return torch.device(moved) if index is None else torch.device(moved, index)
 
 
-class _Autocast(torch.autocast):
+class _OwnGenerator(torch.Generator, metaclass=_StandIn):
+    """torch.Generator, with CUDA's names meaning the runtime's device."""
+
+    real = torch.Generator
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
+        kind = torch.Generator if cls is _OwnGenerator else cls
+        return torch.Generator.__new__(kind, to_lane(device))  # type: ignore[call-arg]
+
+
+class _Autocast(torch.autocast, metaclass=_StandIn):
     """torch.autocast with device_type "cuda" meaning the runtime's; subclassed and instantiated upstream."""
+
+    real = torch.autocast
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(_type_name(device_type), *args, **kwargs)
@@ -390,16 +407,33 @@ def _matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | Non
     return current().matmul(input, other) if out is None else torch.matmul(input, other, out=out)
 
 
+@functools.wraps(torch.set_default_device)
+def _set_default_device(device: Any) -> None:
+    torch.set_default_device(to_lane(device))
+
+
+@contextmanager
+def _fork_rng(devices: Any = None, enabled: bool = True, *, device_type: str = "cuda") -> Iterator[None]:
+    """torch.random.fork_rng: the host's random states and, unless `devices` is empty, the runtime's."""
+    if device_type != "cuda" or not enabled or (devices is not None and not list(devices)):
+        with torch.random.fork_rng(devices, enabled, device_type=device_type):
+            yield
+        return
+    lane = current()
+    with torch.random.fork_rng([]):
+        before = lane.rng_state()
+        try:
+            yield
+        finally:
+            lane.set_rng_state(before)
+
+
 def _torch_table(scope: str) -> dict[str, Any]:
     real_load = torch.load
 
     @functools.wraps(real_load)
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         return real_load(f, to_lane(map_location), *args, **kwargs)
-
-    @functools.wraps(torch.Generator)
-    def generator(device: Any = "cpu") -> torch.Generator:
-        return torch.Generator(to_lane(device))
 
     amp = {"autocast": _Autocast, "custom_fwd": _custom("custom_fwd"), "custom_bwd": _custom("custom_bwd")}
     table: dict[str, Any] = {
@@ -410,7 +444,9 @@ def _torch_table(scope: str) -> dict[str, Any]:
         "load": load,
         "distributed": distributed_view(),
         "multiprocessing": ModuleView(torch.multiprocessing, {"set_start_method": _set_start_method}),
-        "Generator": generator,
+        "Generator": _OwnGenerator,
+        "random": ModuleView(torch.random, {"fork_rng": _fork_rng}),
+        "set_default_device": _set_default_device,
         "is_autocast_enabled": _autocast_query("is_autocast_enabled"),
         "get_autocast_gpu_dtype": lambda: torch.get_autocast_dtype(_type_name("cuda")),
         "set_autocast_gpu_dtype": lambda dtype: torch.set_autocast_dtype(_type_name("cuda"), dtype),
@@ -434,9 +470,11 @@ def hook_methods(module: ModuleType, views: Views) -> Callable[[], None]:
     """CUDA's names in methods mean the runtime's device when a module in scope says them; returns what takes it back.
 
     `x.cuda()`, `module.to("cuda")` and `torch.nn.Linear(..., device="cuda")`. Tensor.to and Tensor.type stay
-    torch's own: they are on everyone's hot path, and other libraries register handlers for Tensor.to itself.
+    torch's own: they are on everyone's hot path, and other libraries register handlers for Tensor.to itself. A string
+    in one of them fails, and says what to write.
     """
     undo = ExitStack()
+    undo.callback(_hook_lazy_init(module.cuda, views))
     for owner in (module.Tensor, module.nn.Module):
         undo.callback(hook_cuda(owner, views))
     undo.callback(hook_to(module.nn.Module, views))
@@ -468,12 +506,63 @@ def _hook(owner: type, name: str, views: Views, inside: Callable[..., Any]) -> C
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if views.scope_of(sys._getframe(1).f_globals.get("__name__", "")) is None:
-            return original(self, *args, **kwargs)
-        return inside(original, self, *args, **kwargs)
+        if _said_in_scope(name, views):
+            return inside(original, self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     setattr(owner, name, method)
     return lambda: setattr(owner, name, original) if own else delattr(owner, name)
+
+
+def _said_in_scope(name: str, views: Views) -> bool:
+    """Whether a module in scope calls a hooked method, itself or by an override of it (`super().to(...)`)."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if views.scope_of(_module_of(frame)) is not None:
+            return True
+        if frame.f_code.co_name != name or name == "__init__":
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _module_of(frame: FrameType | None) -> str:
+    return str(frame.f_globals.get("__name__", "")) if frame is not None else ""
+
+
+def _hook_lazy_init(cuda: ModuleType, views: Views) -> Callable[[], None]:
+    """Let a CUDA device that the user's code asks torch itself for be one line; returns what takes it back.
+
+    torch calls this function, by its name, before it uses CUDA for the first time: `x.to("cuda")` costs nothing until
+    then. What another package asks for stays torch's error.
+    """
+    original: Method = cuda._lazy_init
+
+    @functools.wraps(original)
+    def _lazy_init() -> None:
+        try:
+            original()
+        except (RuntimeError, AssertionError) as error:
+            asker: FrameType | None = sys._getframe(1)
+            while _module_of(asker).partition(".")[0] in ("torch", "nxdt_nemo"):
+                asker = asker.f_back if asker else None
+            if asker is None or not _is_users(asker, views):
+                raise
+            raise CudaError(
+                "asks torch for a CUDA device, and there is none",
+                place=f"{asker.f_code.co_filename}:{asker.f_lineno}",
+                fix='the script may write x.cuda() or x.to(torch.device("cuda")), any module x.to(other.device)',
+            ) from error
+
+    cuda._lazy_init = _lazy_init  # type: ignore[attr-defined]
+    return lambda: setattr(cuda, "_lazy_init", original)
+
+
+def _is_users(frame: FrameType, views: Views) -> bool:
+    """Whether this runs the script, or a module that is neither upstream's nor installed."""
+    scope = views.scope_of(_module_of(frame))
+    others = ("<", *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
+    return scope == "main" or (scope is None and not frame.f_code.co_filename.startswith(others))
 
 
 def hook_cuda(owner: type, views: Views) -> Callable[[], None]:

@@ -109,22 +109,25 @@ def test_a_persistent_writer_that_is_gone_is_no_result(persistent: Executor) -> 
 
 
 def saved_by(persistent: bool, folder: Path) -> tuple[list[float], list[str]]:
-    """What a rank reads of a save in the background during which another is waited for; processes that stayed."""
+    """What a rank reads of a save in the background, of a weight that goes on, and of one that it waits for meanwhile;
+    processes that stayed."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing import ShardedTensor, load, save
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-    def state(value: float) -> dict[str, Any]:
-        return {"weight": ShardedTensor.from_rank_offsets("weight", torch.full((3,), value), replica_id=0)}
+    def state(weight: torch.Tensor) -> dict[str, Any]:
+        return {"weight": ShardedTensor.from_rank_offsets("weight", weight, replica_id=0)}
 
     parallel_state.initialize_model_parallel()
     calls = AsyncCallsQueue(persistent)
     for name in ("background", "waited for"):
         (folder / name).mkdir()
-    calls.schedule_async_request(save(state(1.5), str(folder / "background"), async_sharded_save=True))
-    save(state(2.5), str(folder / "waited for"))
+    weight = torch.full((3,), 1.5)
+    calls.schedule_async_request(save(state(weight), str(folder / "background"), async_sharded_save=True))
+    weight.add_(1)
+    save(state(weight), str(folder / "waited for"))
     calls.maybe_finalize_async_calls(blocking=True)
-    read = [load(state(0.0), str(folder / name))["weight"] for name in ("background", "waited for")]
+    read = [load(state(torch.zeros(3)), str(folder / name))["weight"] for name in ("background", "waited for")]
     calls.close()
     parallel_state.destroy_model_parallel()
     return torch.cat(read).tolist(), [process.name for process in multiprocessing.active_children()]

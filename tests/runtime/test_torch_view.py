@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nxdt_nemo.errors import NotOnNeuron
+from nxdt_nemo.errors import CudaError, NotOnNeuron
 from nxdt_nemo.patching.view import ModuleView, Views
 from nxdt_nemo.runtime.select import forget
 from nxdt_nemo.runtime.torch_view import FACTORIES, TENSOR_TYPES, hook_methods, to_lane, view
@@ -94,7 +94,9 @@ def test_the_device_class(up):
 
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "arange": (3,), "as_tensor": ([1.0],), "empty": (2,), "empty_like": (torch.ones(2),), "eye": (2,),
+    "arange": (3,), "as_tensor": ([1.0],), "asarray": ([1.0],), "bartlett_window": (3,), "blackman_window": (3,),
+    "empty_permuted": ((2, 3), (1, 0)), "hamming_window": (3,), "hann_window": (3,), "kaiser_window": (3,),
+    "empty": (2,), "empty_like": (torch.ones(2),), "eye": (2,),
     "empty_strided": ((2,), (1,)), "full": ((2,), 3.0), "full_like": (torch.ones(2), 3.0), "linspace": (0, 1, 3),
     "logspace": (0, 1, 3), "normal": (0.0, 1.0, (2,)), "ones": (2,), "ones_like": (torch.ones(2),), "rand": (2,),
     "rand_like": (torch.ones(2),), "randint": (3, (2,)), "randint_like": (torch.ones(2), 3), "randn": (2,),
@@ -133,6 +135,45 @@ def test_load_and_generator(up):
     file.seek(0)
     assert up.load(file, lambda storage, where: storage)["a"].device == CPU
     assert up.Generator("cuda").device == up.Generator().device == up.Generator(device="cuda:0").device == CPU
+
+
+def test_classes_stay_classes(up):
+    """A script says `torch.Generator | None` and isinstance, and derives its own."""
+    for name in ("device", "Generator", "autocast"):
+        kind = getattr(up, name)
+        assert issubclass(getattr(torch, name), kind) and not isinstance(1, kind | None)
+    made = up.Generator("cuda")
+    assert type(made) is torch.Generator and isinstance(made, up.Generator | None)
+    assert isinstance(torch.autocast("cpu"), up.autocast) and not isinstance(
+        torch.autocast("cpu"), up.cuda.amp.autocast
+    )
+
+    class Own(up.Generator):
+        pass
+
+    own = Own(device="cuda:0")
+    assert type(own) is Own and isinstance(own, up.Generator) and isinstance(own, Own) and not isinstance(made, Own)
+    assert torch.rand(1, generator=own.manual_seed(1)) == torch.rand(1, generator=made.manual_seed(1))
+
+
+def same_kind(seen: ModuleView, real: Any) -> None:
+    for name, value in vars(seen)["_overlay"].items():
+        if isinstance(value, ModuleView):
+            same_kind(value, getattr(real, name))
+        else:
+            assert isinstance(value, type) == isinstance(getattr(real, name, value), type), f"{seen.__name__}.{name}"
+
+
+def test_no_class_is_a_function(up):
+    same_kind(up, torch)
+
+
+def test_default_device(main):
+    try:
+        main.set_default_device("cuda")
+        assert torch.get_default_device() == CPU
+    finally:
+        torch.set_default_device(None)
 
 
 def test_start_method(up, main):
@@ -299,6 +340,17 @@ def test_random_states(up):
     assert [len(up.cuda.default_generators), *up.cuda.default_generators] == [1, torch.default_generator]
 
 
+@pytest.mark.parametrize("named", [{}, {"devices": [0]}, {"devices": []}])
+def test_random_states_are_forked(up, named):
+    torch.manual_seed(7)
+    with up.random.fork_rng(**named):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), first)
+    with up.random.fork_rng(enabled=False):
+        torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)
+
+
 def test_memory(up):
     cuda = up.cuda
     before = cuda.memory_allocated()
@@ -354,12 +406,15 @@ def norm(torch):
     class Norm(torch.nn.LayerNorm):
         def __init__(self): super().__init__(2, device="cuda")
     return Norm()
+def send(x): return x.to("cuda")
+def send_by_name(x): return x.to(device="cuda:0", non_blocking=True)
+def new(x): return x.new_zeros(2, device="cuda")
 """
 
 
-def called_from(name: str) -> dict[str, Any]:
+def called_from(name: str, file: str = "<string>") -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": name}
-    exec(METHODS, names)
+    exec(compile(METHODS, file, "exec"), names)
     return names
 
 
@@ -402,6 +457,39 @@ def test_cuda_methods_look_at_the_caller():
     finally:
         undo()
     assert snapshot() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's device is there")
+@pytest.mark.parametrize("method", ["send", "send_by_name", "new"])
+def test_a_string_in_a_tensors_method_is_one_line(method):
+    """Where it stands and what to write instead; what an installed package asks for stays torch's error."""
+    undo = hook_methods(torch, Views({"scope": {"upstream": ["megatron"], "main": ["__main__"]}, "redirect": []}))
+    try:
+        line = METHODS[: METHODS.index(f"def {method}(")].count("\n") + 1
+        for name, file in (("__main__", "/job/train.py"), ("helper", "/job/helper.py")):
+            with pytest.raises(
+                CudaError, match=r"asks torch for a CUDA device, and there is none; .*x\.cuda\(\)"
+            ) as error:
+                called_from(name, file)[method](torch.ones(2))
+            assert error.value.place == f"{file}:{line}" and isinstance(error.value, RuntimeError)
+        for name, file in (("megatron.x", "/job/megatron/x.py"), ("transformers", torch.__file__)):
+            with pytest.raises((RuntimeError, AssertionError), match=r"NVIDIA|CUDA") as error:
+                called_from(name, file)[method](torch.ones(2))
+            assert not isinstance(error.value, CudaError)
+    finally:
+        undo()
+
+
+def test_a_class_of_another_packages_passes_its_callers_word_on():
+    """As the models of transformers, whose `to` calls torch's."""
+    names: dict[str, Any] = {"__name__": "transformers", "torch": torch}
+    exec("class Model(torch.nn.Linear):\n    def to(self, *args): return super().to(*args)", names)
+    undo = hook_methods(torch, Views({"scope": {"main": ["__main__"]}, "redirect": []}))
+    try:
+        model = names["Model"](2, 2)
+        assert called_from("__main__")["move"](model) is model
+    finally:
+        undo()
 
 
 def test_the_real_torch_is_not_changed():
