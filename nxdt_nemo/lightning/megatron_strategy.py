@@ -6,11 +6,13 @@ here, too. Enters as a Strategy instance, Lightning's own seam. Proof: tests/lig
 
 from __future__ import annotations
 
-import os
+import math
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DDPStrategy
@@ -28,13 +30,13 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nxdt_nemo.errors import ConfigError, LayoutError
 from nxdt_nemo.lightning import loops
 from nxdt_nemo.lightning.megatron_module import Batch, MegatronLightningModule, MegatronOptimizer
+from nxdt_nemo.lightning.rng import global_seed
 from nxdt_nemo.lightning.samplers import skip
 from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
 
 __all__ = ["NeuronMegatronStrategy"]
 
 PLACE = "NeuronMegatronStrategy"
-SEED = 1234
 
 
 class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
@@ -47,7 +49,9 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     pipeline_dtype       of what pipeline stages send: has to be the model's params_dtype
     ddp                  further fields of megatron-core's DistributedDataParallelConfig
     A dataloader's batch is one step of one data-parallel rank. Weights are drawn with the seed of seed_everything, or
-    1234. Checkpoints are folders of megatron-core's torch_dist format, and go on in other layouts.
+    1234. Ranks of one model draw alike from Python's and numpy's streams, for the order of data, and in workers; from
+    torch's own stream pipeline stages do not, so that a data set without workers should leave it alone.
+    Checkpoints are folders of megatron-core's torch_dist format, and go on in other layouts.
     Raises LayoutError, ConfigError.
     """
 
@@ -144,7 +148,11 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
             parallel_state.initialize_model_parallel(
                 tensor, pipeline, self.virtual, context_parallel_size=context, expert_model_parallel_size=experts
             )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", SEED)) + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        data = global_seed() + parallel_state.get_data_parallel_rank()
+        random.seed(data)
+        np.random.seed(data % 2**32)
+        # By stage, as upstream: weights and dropout of the hidden states are drawn from it.
+        seed = global_seed() + 100 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
 

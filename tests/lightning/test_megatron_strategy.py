@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.script_run import run
 
 pytestmark = pytest.mark.ranks
@@ -115,6 +116,46 @@ def workers(stop: int) -> list[list[int]]:
 
 def test_persistent_workers_begin_in_the_middle(active: Callable[..., Any]) -> None:
     assert active(workers, 3) == [[3], [0, 1, 2, 3]]
+
+
+def streams(stages: int) -> list[Any]:
+    """What a rank draws for data: Python's and numpy's number, two epochs' orders, a worker's numbers."""
+    import random
+
+    import numpy as np
+    import torch
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader
+
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+    from nxdt_nemo.testing.ours import forget_groups
+
+    def collate(rows: list[int]) -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+    random.seed()
+    strategy = NeuronMegatronStrategy(pipeline_model_parallel_size=stages)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    joined, DDPStrategy.setup_distributed = DDPStrategy.setup_distributed, lambda _: None  # type: ignore[method-assign]
+    try:
+        strategy.setup_distributed()
+        shuffled: Any = strategy.process_dataloader(DataLoader(range(8), shuffle=True))  # type: ignore[arg-type]
+        working: Any = strategy.process_dataloader(
+            DataLoader(range(2), num_workers=1, collate_fn=collate)  # type: ignore[arg-type]
+        )
+        orders = [[row.item() for row in shuffled] for _ in range(2)]
+        return [random.random(), np.random.rand(), *orders, *working]
+    finally:
+        DDPStrategy.setup_distributed = joined  # type: ignore[method-assign]
+        forget_groups()
+
+
+def test_stages_of_a_model_draw_the_same_data(gloo: Any) -> None:
+    first, last = gloo(2, streams, 2, init=ACTIVE, env=ACTIVE_ENV)
+    assert first == last
+    assert first[2] != first[3], "a second epoch has another order"
+    beside = gloo(2, streams, 1, init=ACTIVE, env=ACTIVE_ENV)
+    assert all(mine != theirs for mine, theirs in zip(*beside, strict=True))  # ranks of other data
 
 
 def broken(gpt: Any, how: str) -> Any:
