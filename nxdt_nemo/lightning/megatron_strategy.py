@@ -285,6 +285,7 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Weights, the optimizer's state and this rank's random states; returns Lightning's own."""
         folder = Path(checkpoint_path)
+        self.recover(folder)
         if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             raise ConfigError("no checkpoint of megatron-core's is there", place=str(folder))
         state = dist_checkpointing.load(self._sharded(is_loading=True), str(folder))

@@ -179,6 +179,18 @@ def test_killed_at_every_step(tmp_path, old, swaps, after):
     assert outcomes == {"old", "new"}  # the kills were on both sides of the commit
 
 
+def test_a_replaced_checkpoint_is_there_for_its_reader(tmp_path):
+    Strategy().save_complete(tmp_path / "step=4", writer("one"))
+    for _ in range(2):  # whoever else is as far
+        (tmp_path / "step=4").rename(tmp_path / "step=4.replaced")
+        left = [tmp_path / "step=4.replaced"] * 2
+        folders.recover(left)
+        assert os.listdir(tmp_path) == ["step=4"]
+    (tmp_path / "step=4").rename(tmp_path / "step=4.replaced")
+    Strategy().recover(tmp_path / "step=4")
+    assert read(tmp_path / "step=4") == complete("one")
+
+
 def test_an_error_of_the_swap_is_not_taken_for_a_missing_feature(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError):
