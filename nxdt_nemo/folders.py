@@ -6,6 +6,7 @@ Standard library only, below all rooms: training checkpoints (lightning/strategy
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -50,13 +51,17 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def recover(replaced: Iterable[Path]) -> None:
-    """Give what lies under NAME.replaced its name back, if a kill in a replacement left it without."""
+    """Give what lies under NAME.replaced its name back, if a kill in a replacement left it without.
+
+    Ranks may do it at the same time: what another has done is left alone.
+    """
     for old in replaced:
         named = old.with_name(old.name.removesuffix(REPLACED))
-        if named.exists():
-            _delete(old)
-        else:
-            os.replace(old, named)
+        with contextlib.suppress(FileNotFoundError):
+            if named.exists():
+                _delete(old)
+            else:
+                os.replace(old, named)
 
 
 def sync(path: Path) -> None:

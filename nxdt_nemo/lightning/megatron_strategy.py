@@ -6,11 +6,13 @@ here, too. Enters as a Strategy instance, Lightning's own seam. Proof: tests/lig
 
 from __future__ import annotations
 
-import os
+import math
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DDPStrategy
@@ -28,13 +30,13 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nxdt_nemo.errors import ConfigError, LayoutError
 from nxdt_nemo.lightning import loops
 from nxdt_nemo.lightning.megatron_module import Batch, MegatronLightningModule, MegatronOptimizer
+from nxdt_nemo.lightning.rng import global_seed
 from nxdt_nemo.lightning.samplers import skip
 from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
 
 __all__ = ["NeuronMegatronStrategy"]
 
 PLACE = "NeuronMegatronStrategy"
-SEED = 1234
 
 
 class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
@@ -43,11 +45,14 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     *_parallel_size      as in megatron-core; what they leave of the ranks is data parallel
     sequence_parallel    norms and dropout between tensor-parallel layers by parts of the sequence
     distributed_optimizer  its state in parts over the data-parallel ranks (ZeRO-1)
-    micro_batch_size     samples that go through the model at once; None: the dataloader's batch
+    micro_batch_size     samples that go through the model at once, fewer where a batch is not divided by it; None: the
+                         dataloader's batch
     pipeline_dtype       of what pipeline stages send: has to be the model's params_dtype
     ddp                  further fields of megatron-core's DistributedDataParallelConfig
     A dataloader's batch is one step of one data-parallel rank. Weights are drawn with the seed of seed_everything, or
-    1234. Checkpoints are folders of megatron-core's torch_dist format, and go on in other layouts.
+    1234. Ranks of one model draw alike from Python's and numpy's streams, for the order of data, and in workers; from
+    torch's own stream pipeline stages do not, so that a data set without workers should leave it alone.
+    Checkpoints are folders of megatron-core's torch_dist format, and go on in other layouts.
     Raises LayoutError, ConfigError.
     """
 
@@ -144,7 +149,11 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
             parallel_state.initialize_model_parallel(
                 tensor, pipeline, self.virtual, context_parallel_size=context, expert_model_parallel_size=experts
             )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", SEED)) + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        data = global_seed() + parallel_state.get_data_parallel_rank()
+        random.seed(data)
+        np.random.seed(data % 2**32)
+        # By stage, as upstream: weights and dropout of the hidden states are drawn from it.
+        seed = global_seed() + 100 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
 
@@ -174,6 +183,11 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
         if self.sizes["pipeline_model_parallel_size"] > 1 and config.params_dtype != self.pipeline_dtype:
             text = f"{self.pipeline_dtype}, and the model's params_dtype is {config.params_dtype}"
             raise ConfigError(text, place=f"{PLACE}.pipeline_dtype", fix="give the same to both")
+        if config.fp16:
+            raise ConfigError("True, and no loss is scaled here", place="fp16", fix="use bf16=True instead")
+        if config.params_dtype != torch.float32 and not config.bf16:
+            fix = "add bf16=True" if config.params_dtype == torch.bfloat16 else "leave it out"
+            raise ConfigError(f"{config.params_dtype} without bf16=True", place="params_dtype", fix=fix)
         if config.calculate_per_token_loss:
             text = "True, and micro-batches count alike here, whatever their tokens"
             raise ConfigError(text, place="calculate_per_token_loss", fix="leave it out")
@@ -197,6 +211,13 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
             config.finalize_model_grads_func = finalize_model_grads
             self.setup_optimizers(trainer)
             config.grad_scale_func = self._optimizer.inner.scale_loss
+
+    def teardown(self) -> None:
+        """As upstream; and the model is without what setup put around it, so that another Trainer may wrap it."""
+        for chunk in self.wrapped:
+            _unwrap(chunk)
+        self.wrapped = []
+        super().teardown()
 
     def _refuse_outsiders(self) -> None:
         """Nothing would train, or save, a tensor of the module that is in none of its pieces."""
@@ -222,12 +243,15 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
         return {"num_replicas": self.data_parallel_size, "rank": parallel_state.get_data_parallel_rank()}
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """A rank's batch in parts of micro_batch_size samples, each with this rank's share of the positions."""
+        """A rank's batch in equal parts of at most micro_batch_size samples, each with this rank's share of positions.
+
+        Equal, since micro-batches count alike: the mean of their losses is the batch's, in its last, smaller one too.
+        """
+        if not (isinstance(batch, dict) and batch and all(isinstance(part, torch.Tensor) for part in batch.values())):
+            fix = "have the data set, or collate_fn, make one"
+            raise ConfigError(f"a batch is no dict of tensors: {type(batch).__name__}", place="dataloader", fix=fix)
         rows = len(next(iter(batch.values())))
-        size = self.micro_batch_size or rows
-        if rows % size:
-            fix = "choose a batch that it divides, with drop_last=True"
-            raise ConfigError(f"{size} does not divide a batch of {rows}", place=f"{PLACE}.micro_batch_size", fix=fix)
+        size = math.gcd(rows, self.micro_batch_size or rows)
         parts = zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
         return [get_batch_on_this_cp_rank(dict(zip(batch, part, strict=True))) for part in parts]
 
@@ -277,6 +301,7 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Weights, the optimizer's state and this rank's random states; returns Lightning's own."""
         folder = Path(checkpoint_path)
+        self.recover(folder)
         if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             raise ConfigError("no checkpoint of megatron-core's is there", place=str(folder))
         state = dist_checkpointing.load(self._sharded(is_loading=True), str(folder))
@@ -297,3 +322,14 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     @staticmethod
     def _named(module: Any) -> list[tuple[str, Any]]:
         return [(f"model{number}", chunk) for number, chunk in enumerate(module.chunks)]
+
+
+def _unwrap(chunk: Any) -> None:
+    """Take megatron-core's hooks off a piece's parameters and layers, and its buffers off its configuration."""
+    if not isinstance(chunk, DistributedDataParallel):
+        return
+    chunk.grad_accs.clear()  # the only owner of the nodes that have the hooks
+    if chunk.remove_forward_pre_hook_handles:
+        chunk.disable_forward_pre_hook(param_sync=False)
+    config = chunk.config
+    config.no_sync_func = config.finalize_model_grads_func = config.grad_scale_func = None

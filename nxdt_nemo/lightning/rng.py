@@ -8,7 +8,9 @@ JSON in its metadata for Python's and numpy's. Proof: tests/lightning/test_rng.p
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,14 @@ from nxdt_nemo import console
 from nxdt_nemo.megatron.tensor_parallel.random import get_tracker_states, set_tracker_states
 from nxdt_nemo.runtime import current
 
-__all__ = ["RngSnapshot"]
+__all__ = ["RngSnapshot", "global_seed"]
 
-FOLDER = "rng"
+FOLDER, SEED = "rng", 1234
+
+
+def global_seed() -> int:
+    """That of seed_everything, or 1234."""
+    return int(os.environ.get("PL_GLOBAL_SEED", SEED))
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class RngSnapshot:
         name, keys, *rest = self.numpy
         metadata = {
             "world_size": json.dumps(world),
+            "groups": json.dumps(_groups()),
             "python": json.dumps(self.python),
             "numpy": json.dumps([name, keys.tolist(), *rest]),
         }
@@ -63,7 +71,10 @@ class RngSnapshot:
 
     @classmethod
     def load(cls, folder: Path, rank: int, world: int) -> RngSnapshot | None:
-        """This rank's states from a checkpoint's folder; None, said once, if it has none for this world size."""
+        """This rank's states from a checkpoint's folder; None, said once, if it has none for this layout.
+
+        A file without this rank's groups, as older ones are, is gone by its world size.
+        """
         from safetensors import safe_open
 
         path = _file(folder, rank)
@@ -76,6 +87,9 @@ class RngSnapshot:
         if json.loads(metadata["world_size"]) != world:
             console.once(f"{folder.name} was saved by {metadata['world_size']} ranks: dropout goes on from the seed")
             return None
+        if json.loads(metadata.get("groups", "null")) not in (None, _groups()):
+            console.once(f"{folder.name} was saved in another layout: dropout goes on from the seed")
+            return None
         version, state, gauss = json.loads(metadata["python"])
         name, keys, *rest = json.loads(metadata["numpy"])
         tracker = {key.removeprefix("tracker."): t for key, t in tensors.items() if key != "device"}
@@ -85,3 +99,18 @@ class RngSnapshot:
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / FOLDER / f"rank_{rank:05d}.safetensors"
+
+
+def _groups() -> dict[str, list[int]]:
+    """The global ranks of this rank's groups, by dimension: sizes and placement. {} before Megatron has groups."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return {}
+    groups = {
+        "tp": state.get_tensor_model_parallel_group(),
+        "pp": state.get_pipeline_model_parallel_group(),
+        "cp": state.get_context_parallel_group(),
+        "ep": state.get_expert_model_parallel_group(),
+        "dp": state.get_data_parallel_group(),
+    }
+    return {name: torch.distributed.get_process_group_ranks(group) for name, group in groups.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import glob
 import shutil
 import weakref
 from pathlib import Path
@@ -17,7 +18,8 @@ from nxdt_nemo import folders
 from nxdt_nemo.lightning.launcher import EarlyScriptLauncher
 from nxdt_nemo.lightning.logger_connector import log_when_there
 from nxdt_nemo.lightning.progress import slow_down
-from nxdt_nemo.lightning.rng import RngSnapshot
+from nxdt_nemo.lightning.rng import RngSnapshot, global_seed
+from nxdt_nemo.lightning.samplers import give_streams
 from nxdt_nemo.runtime import current
 
 __all__ = ["NeuronStrategyMixin", "newest_strategy"]
@@ -67,8 +69,18 @@ class NeuronStrategyMixin:
 
     # --- random states -------------------------------------------------------------------------------
 
-    _rng: RngSnapshot | None = None
-    _at_step_start = False
+    # What begins an epoch draws from a stream of the dataloader's own (process_dataloader). So a run that was stopped
+    # draws what it would have drawn, whatever is done again when it goes on.
+
+    _before: RngSnapshot | None = None  # a validation that is going on
+    _loaded: RngSnapshot | None = None
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """As Lightning; what it draws is the same on ranks of one model, and in an epoch that is begun again."""
+        loader: object = super().process_dataloader(dataloader)  # type: ignore[misc]
+        rank = self.distributed_sampler_kwargs["rank"]  # type: ignore[attr-defined]
+        give_streams(loader, global_seed(), rank)
+        return loader
 
     def on_train_start(self) -> None:
         """Let loggers go on counting where the optimizer stands, and draw the progress bar less often.
@@ -82,6 +94,9 @@ class NeuronStrategyMixin:
         slow_down(trainer.progress_bar_callback)
         log_when_there(trainer._logger_connector)
         self._begin_graphs()
+        if self._loaded is not None:
+            self._loaded.restore()
+        self._before = self._loaded = None
 
     def on_train_end(self) -> None:
         """What the last steps deferred is answered before callbacks go on."""
@@ -112,6 +127,8 @@ class NeuronStrategyMixin:
         current().cut()
 
     def on_validation_start(self) -> None:
+        """As Lightning; and note where this rank's random streams stand."""
+        self._before = RngSnapshot.take()
         super().on_validation_start()  # type: ignore[misc]
         current().cut()
 
@@ -123,8 +140,11 @@ class NeuronStrategyMixin:
         return result
 
     def on_validation_end(self) -> None:
+        """As Lightning; and what the validation drew leaves no trace."""
         super().on_validation_end()  # type: ignore[misc]
-        self._between = True
+        if self._before is not None:
+            self._before.restore()
+        self._before, self._between = None, True
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning: one graph, or as many as it reads values."""
@@ -134,26 +154,18 @@ class NeuronStrategyMixin:
         return result
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's optimizer step; then note where this rank's random streams stand."""
+        """As Lightning; and the step's graph ends here."""
         result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        self._rng, self._at_step_start = RngSnapshot.take(), True
         if current().traced:
             gc.collect()  # frames that a caught exception keeps hold the loss: omegaconf raises one in most steps
         current().step_boundary()
         return result
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Go on where the last step ended: validation and saving between two steps leave no trace.
-
-        So a step draws the same numbers whether or not the run was stopped before it. The further batches of
-        a step that accumulates gradients draw on from its first one.
-        """
+        """As Lightning; what a validation left is no part of the step."""
         if self._between:  # Lightning resets what a validation has logged after on_validation_end
             current().cut()
             self._between = False
-        if self._rng is not None and self._at_step_start:
-            self._rng.restore()
-        self._at_step_start = False
         super().on_train_batch_start(*args, **kwargs)  # type: ignore[misc]
 
     # --- checkpoints ---------------------------------------------------------------------------------
@@ -181,9 +193,11 @@ class NeuronStrategyMixin:
                 shutil.rmtree(partial)
             partial.mkdir()
         self.barrier("checkpoint folder")  # type: ignore[attr-defined]
+        before = self._before or RngSnapshot.take()
         with current().reading():
             write(partial)
-        (self._rng or RngSnapshot.take()).save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
+        before.save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
+        before.restore()
 
     def commit_checkpoint(self, folder: Path) -> None:
         """The second half, on each rank when it has written all of its part."""
@@ -196,10 +210,15 @@ class NeuronStrategyMixin:
             mark.unlink()
         self.barrier("checkpoint committed")  # type: ignore[attr-defined]
 
+    def recover(self, folder: Path) -> None:
+        """Give a checkpoint its name back before it is read, if a kill while it was replaced left it without."""
+        if self.is_global_zero:  # type: ignore[attr-defined]
+            folders.recover(folder.parent.glob(f"{glob.escape(folder.name)}{folders.REPLACED}"))
+        self.barrier("checkpoint recovered")  # type: ignore[attr-defined]
+
     def restore_rng(self, folder: Path) -> None:
-        """Take this rank's random states from a checkpoint that was saved with as many ranks."""
-        self._rng = RngSnapshot.load(folder, self.global_rank, self.world_size)  # type: ignore[attr-defined]
-        self._at_step_start = True
+        """Let training begin with this rank's random states of a checkpoint that was saved with as many ranks."""
+        self._loaded = RngSnapshot.load(folder, self.global_rank, self.world_size)  # type: ignore[attr-defined]
 
 
 def _partial(folder: Path) -> tuple[Path, Path]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.script_run import run
 
 pytestmark = pytest.mark.ranks
@@ -117,6 +118,46 @@ def test_persistent_workers_begin_in_the_middle(active: Callable[..., Any]) -> N
     assert active(workers, 3) == [[3], [0, 1, 2, 3]]
 
 
+def streams(stages: int) -> list[Any]:
+    """What a rank draws for data: Python's and numpy's number, two epochs' orders, a worker's numbers."""
+    import random
+
+    import numpy as np
+    import torch
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader
+
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+    from nxdt_nemo.testing.ours import forget_groups
+
+    def collate(rows: list[int]) -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+    random.seed()
+    strategy = NeuronMegatronStrategy(pipeline_model_parallel_size=stages)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    joined, DDPStrategy.setup_distributed = DDPStrategy.setup_distributed, lambda _: None  # type: ignore[method-assign]
+    try:
+        strategy.setup_distributed()
+        shuffled: Any = strategy.process_dataloader(DataLoader(range(8), shuffle=True))  # type: ignore[arg-type]
+        working: Any = strategy.process_dataloader(
+            DataLoader(range(2), num_workers=1, collate_fn=collate)  # type: ignore[arg-type]
+        )
+        orders = [[row.item() for row in shuffled] for _ in range(2)]
+        return [random.random(), np.random.rand(), *orders, *working]
+    finally:
+        DDPStrategy.setup_distributed = joined  # type: ignore[method-assign]
+        forget_groups()
+
+
+def test_stages_of_a_model_draw_the_same_data(gloo: Any) -> None:
+    first, last = gloo(2, streams, 2, init=ACTIVE, env=ACTIVE_ENV)
+    assert first == last
+    assert first[2] != first[3], "a second epoch has another order"
+    beside = gloo(2, streams, 1, init=ACTIVE, env=ACTIVE_ENV)
+    assert all(mine != theirs for mine, theirs in zip(*beside, strict=True))  # ranks of other data
+
+
 def broken(gpt: Any, how: str) -> Any:
     """The tutorial's model with a mistake; "" for none."""
     import torch
@@ -206,12 +247,15 @@ def test_models_refused(active: Callable[..., Any], how: str, said: str) -> None
 
 def checked(given: dict[str, Any], fields: dict[str, Any]) -> str:
     """What a strategy says to a model's configuration."""
+    import torch
+
     from nxdt_nemo.errors import ConfigError
     from nxdt_nemo.lightning import NeuronMegatronStrategy
 
     strategy = NeuronMegatronStrategy(**given)
     try:
-        strategy.check(SimpleNamespace(**strategy.layout | {"calculate_per_token_loss": False} | fields))
+        plain = {"params_dtype": torch.float32, "bf16": False, "fp16": False, "calculate_per_token_loss": False}
+        strategy.check(SimpleNamespace(**strategy.layout | plain | fields))
     except ConfigError as error:
         return str(error)
     return ""
@@ -220,10 +264,102 @@ def checked(given: dict[str, Any], fields: dict[str, Any]) -> str:
 def test_stages_send_the_models_dtype(active: Callable[..., Any]) -> None:
     import torch
 
-    half, stages = {"params_dtype": torch.bfloat16}, {"pipeline_model_parallel_size": 2}
+    half, stages = {"params_dtype": torch.bfloat16, "bf16": True}, {"pipeline_model_parallel_size": 2}
     assert active(checked, {}, half) == ""
     assert active(checked, stages | {"pipeline_dtype": torch.bfloat16}, half) == ""
     assert "pipeline_dtype: torch.float32, and the model's" in active(checked, stages, half)
+
+
+def test_half_precision_says_which(active: Callable[..., Any]) -> None:
+    import torch
+
+    assert "fp16: True, and no loss is scaled here; use bf16=True" in active(checked, {}, {"fp16": True})
+    for dtype, fix in ((torch.bfloat16, "add bf16=True"), (torch.float16, "leave it out")):
+        found = active(checked, {}, {"params_dtype": dtype})
+        assert f"params_dtype: {dtype} without bf16=True; {fix}" in found
+
+
+def parts(rows: int, size: int | None) -> Any:
+    """(the samples of each micro-batch of a batch, the loss of the tutorial's model on it)."""
+    import torch
+    from lightning.pytorch import Trainer
+
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+    from nxdt_nemo.testing.ours import forget_groups
+
+    class Model(script().SmallGPT):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            batch = {name: tensor[:rows] for name, tensor in batch.items()}
+            sizes = [len(part["tokens"]) for part in self.trainer.strategy.micro_batches(batch)]
+            loss = super().training_step(batch, batch_idx)
+            found.append((sizes, loss.item()))
+            return loss
+
+    found: list[Any] = []
+    torch.manual_seed(0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    strategy = NeuronMegatronStrategy(micro_batch_size=size)
+    Trainer(accelerator="neuron", devices=1, strategy=strategy, max_steps=1, **quiet).fit(Model())
+    forget_groups()
+    return found[0]
+
+
+def test_a_smaller_last_batch_goes_through_in_equal_parts(active: Callable[..., Any]) -> None:
+    """Whose mean loss is that of the rows."""
+    for rows, size, sizes in ((3, 2, [1] * 3), (6, 4, [2] * 3), (1, 2, [1])):
+        found, loss = active(parts, rows, size)
+        whole, expected = active(parts, rows, None)
+        assert (found, whole) == (sizes, [rows])
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def unsuitable(batch: Any) -> str:
+    from nxdt_nemo.errors import ConfigError
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+
+    try:
+        NeuronMegatronStrategy().micro_batches(batch)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("batch", [[1, 2], {}, {"tokens": [1, 2]}])
+def test_a_batch_is_a_dict_of_tensors(active: Callable[..., Any], batch: Any) -> None:
+    found = active(unsuitable, batch)
+    assert f"a batch is no dict of tensors: {type(batch).__name__}; have" in found
+
+
+def fitted_twice(ddp: dict[str, Any], sharded: bool) -> list[float]:
+    """The first and last loss of two runs of one model by two Trainers, and the second run's steps."""
+    from lightning.pytorch import Trainer
+
+    from nxdt_nemo.lightning import NeuronMegatronStrategy
+    from nxdt_nemo.testing.ours import forget_groups
+
+    gpt, found = script(), []
+    model = gpt.SmallGPT()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 4}
+    try:
+        for _ in range(2):
+            strategy = NeuronMegatronStrategy(micro_batch_size=2, distributed_optimizer=sharded, ddp=ddp)
+            trainer = Trainer(accelerator="neuron", devices=1, strategy=strategy, **quiet)
+            trainer.fit(model)
+            found.append(trainer.callback_metrics["train_loss"].item())
+            trainer.validate(model, model.train_dataloader(), verbose=False)
+            found.append(trainer.callback_metrics["val_loss"].item())
+    finally:
+        forget_groups()
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_a_model_is_fitted_again(active: Callable[..., Any], sharded: bool) -> None:
+    """Also with hooks: an earlier wrapper's would reduce its own buffers."""
+    hooks = {"overlap_grad_reduce": True} | ({"overlap_param_gather": True} if sharded else {})
+    plain = active(fitted_twice, {}, sharded)
+    assert active(fitted_twice, hooks, sharded) == pytest.approx(plain, rel=1e-6)
+    assert plain[3] < plain[1], "the second run learned nothing"
 
 
 def test_gradients_are_reduced_beside_micro_batches(active: Callable[..., Any]) -> None:

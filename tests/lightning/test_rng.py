@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from nxdt_nemo import console
+from nxdt_nemo.lightning import rng
 from nxdt_nemo.lightning.rng import RngSnapshot
+from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 
 SEEDED = 3
 
@@ -87,6 +89,44 @@ def test_another_world_size_is_said_once_and_not_restored(tmp_path, capsys):
     assert len(lines) == 2
     assert "was saved by 2 ranks" in lines[0]
     assert "stock holds no random states" in lines[1]
+
+
+def test_another_layout_of_as_many_ranks_is_not_restored(tmp_path, capsys, monkeypatch):
+    def groups(**ranks: list[int]) -> None:
+        monkeypatch.setattr(rng, "_groups", lambda: ranks)
+
+    groups(tp=[0], pp=[0, 1])
+    RngSnapshot.take().save(tmp_path, 0, 2)
+    assert RngSnapshot.load(tmp_path, 0, 2) is not None
+    groups(tp=[0, 1], pp=[0])
+    assert RngSnapshot.load(tmp_path, 0, 2) is None
+    assert "was saved in another layout: dropout goes on from the seed" in capsys.readouterr().err
+    groups()
+    RngSnapshot.take().save(tmp_path, 0, 2)  # as by a plain DDPStrategy
+    assert RngSnapshot.load(tmp_path, 0, 2) is not None
+
+
+def placed() -> list[Any]:
+    """This rank's groups before Megatron has any, with PP 2 and with TP 2."""
+    from megatron.core import parallel_state
+
+    from nxdt_nemo.testing.ours import forget_groups
+
+    found = [rng._groups()]
+    for sizes in ((1, 2), (2, 1)):
+        parallel_state.initialize_model_parallel(*sizes)
+        found.append(rng._groups())
+        forget_groups()
+    return found
+
+
+@pytest.mark.ranks
+def test_the_groups_say_the_layout(gloo):
+    for rank, (none, stages, tensors) in enumerate(gloo(2, placed, init=ACTIVE, env=ACTIVE_ENV)):
+        alone = [rank]
+        assert none == {}
+        assert stages == {"tp": alone, "pp": [0, 1], "cp": alone, "ep": alone, "dp": alone}
+        assert tensors == {"tp": [0, 1], "pp": alone, "cp": alone, "ep": alone, "dp": alone}
 
 
 def with_a_tracker(folder: str) -> list[Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +45,13 @@ class Base:
     def optimizer_step(self, closure: Callable[[], Any]) -> Any:
         return closure()
 
+    def on_train_start(self) -> None: ...
+
     def on_train_batch_start(self, *_: Any) -> None: ...
+
+    def on_validation_start(self) -> None: ...
+
+    def on_validation_end(self) -> None: ...
 
 
 class Strategy(NeuronStrategyMixin, Base):
@@ -170,6 +179,18 @@ def test_killed_at_every_step(tmp_path, old, swaps, after):
     assert outcomes == {"old", "new"}  # the kills were on both sides of the commit
 
 
+def test_a_replaced_checkpoint_is_there_for_its_reader(tmp_path):
+    Strategy().save_complete(tmp_path / "step=4", writer("one"))
+    for _ in range(2):  # whoever else is as far
+        (tmp_path / "step=4").rename(tmp_path / "step=4.replaced")
+        left = [tmp_path / "step=4.replaced"] * 2
+        folders.recover(left)
+        assert os.listdir(tmp_path) == ["step=4"]
+    (tmp_path / "step=4").rename(tmp_path / "step=4.replaced")
+    Strategy().recover(tmp_path / "step=4")
+    assert read(tmp_path / "step=4") == complete("one")
+
+
 def test_an_error_of_the_swap_is_not_taken_for_a_missing_feature(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError):
@@ -223,47 +244,91 @@ def test_nemo_does_not_rank_a_cut_checkpoint_and_clears_it_away(active, tmp_path
 # --- whose numbers a step draws ------------------------------------------------------------------------
 
 
-def test_what_happens_between_steps_leaves_no_trace():
-    def run(between: Callable[[], Any]) -> list[float]:
-        strategy, drawn = Strategy(), []
-        torch.manual_seed(0)
-        for _ in range(3):
-            strategy.on_train_batch_start()
-            strategy.optimizer_step(lambda: drawn.append(float(torch.rand(1))))
-            between()
-        return drawn
-
-    plain = run(lambda: None)
-    assert run(lambda: torch.rand(7)) == plain
-    assert len(set(plain)) == 3
-
-
-def test_batches_of_one_step_draw_numbers_of_their_own():
-    strategy = Strategy()
+def stepping(between: Callable[[Strategy], Any]) -> list[float]:
+    """A number of each of three batches and steps, with something between them."""
+    strategy, drawn = Strategy(), []
     torch.manual_seed(0)
-    strategy.on_train_batch_start()
-    strategy.optimizer_step(lambda: torch.rand(1))
-    drawn = []
-    for _ in range(3):  # accumulate_grad_batches=3
+    for _ in range(3):
+        drawn.append(float(torch.rand(1)))  # Lightning fetches the batch first
         strategy.on_train_batch_start()
-        drawn.append(float(torch.rand(1)))
-    assert len(set(drawn)) == 3
+        strategy.optimizer_step(lambda: drawn.append(float(torch.rand(1))))
+        between(strategy)
+    return drawn
+
+
+def validate(strategy: Strategy) -> None:
+    strategy.on_validation_start()
+    torch.rand(7)
+    strategy.on_validation_end()
+
+
+def test_a_validation_and_a_save_leave_no_trace(tmp_path):
+    def save(strategy: Strategy) -> None:
+        strategy.save_complete(tmp_path / "step", lambda _: torch.rand(7))
+
+    plain = stepping(lambda _: None)
+    assert stepping(validate) == stepping(save) == plain
+    assert len(set(plain)) == 6, "a batch has numbers of its own"
+    assert stepping(lambda _: torch.rand(7)) != plain  # what a callback draws is its user's
 
 
 def test_the_states_of_a_checkpoint_count_from_the_next_step(tmp_path):
     strategy = Strategy()
     torch.manual_seed(0)
-    strategy.on_train_batch_start()
     strategy.optimizer_step(lambda: torch.rand(1))
-    torch.rand(5)  # validation
-    strategy.save_complete(tmp_path / "step=1", writer("one"))
-    strategy.on_train_batch_start()
+    strategy.on_validation_start()
+    torch.rand(5)
+    strategy.save_complete(tmp_path / "step=1", writer("one"))  # as callbacks do at a validation's end
+    strategy.on_validation_end()
     expected = torch.rand(3)
     resumed = Strategy()
+    resumed.lightning_module = MagicMock()  # type: ignore[attr-defined]
     resumed.restore_rng(tmp_path / "step=1")
     torch.rand(2)  # whatever a start draws
-    resumed.on_train_batch_start()
+    resumed.on_train_start()
     assert torch.equal(torch.rand(3), expected)
+
+
+def drawing() -> list[Any]:
+    """What a data set drew for each batch of three epochs, and the order of its rows in each."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader, Dataset
+
+    class Drawing(Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, row: int) -> Any:
+            return torch.tensor([row, random.random(), np.random.rand(), torch.rand(()).item()])
+
+    class Model(pl.LightningModule):
+        def training_step(self, batch: Any) -> Any:
+            found.append(batch[0].tolist())
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    class OnRanks(NeuronStrategyMixin, DDPStrategy):
+        pass
+
+    found: list[list[float]] = []
+    model = Model()
+    model.layer = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(4, 1))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    plan = {"max_epochs": 3, "use_distributed_sampler": False, "devices": 1, "accelerator": "neuron"}
+    pl.Trainer(strategy=OnRanks(), **plan | quiet).fit(model, DataLoader(Drawing(), shuffle=True))
+    return [[row[1:] for row in found], [[row[0] for row in found[at : at + 4]] for at in (0, 4, 8)]]
+
+
+@pytest.mark.ranks
+def test_a_data_set_that_draws_goes_on_drawing(active):
+    drawn, orders = active(drawing)
+    for stream in zip(*drawn, strict=True):
+        assert len(set(stream)) == 12
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
 
 
 def test_newest_strategy_is_not_kept_alive():

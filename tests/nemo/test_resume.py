@@ -141,13 +141,14 @@ KILLED = [  # what a kill left, marked ones with a star; what is resumed
     (["a-step=2-last*", "a-step=4", "a-step=4-last"], "a-step=4-last"),
     (["a-step=2-last", "a-step=4.incomplete*", "a-step=4-last.incomplete*"], "a-step=2-last"),
     (["a-step=2", "a-step=4"], None),  # save_last: False resumes nothing, as upstream
+    (["a-step=2", "a-step=2-last.replaced"], "a-step=2-last"),  # between the two renames of a replacement
     (["a-step=2-last", "a-step=2-end"], None),  # upstream says that the run has ended
     ([], None),
 ]
 
 
 def choose(folder: Path) -> tuple[str | None, str | None, str]:
-    """What newest() finds, what the trainer then gets, and NeMo's own error without us."""
+    """What the trainer gets, what newest() then finds, and NeMo's own error without us."""
     from types import SimpleNamespace
 
     from nemo.utils import exp_manager
@@ -155,14 +156,14 @@ def choose(folder: Path) -> tuple[str | None, str | None, str]:
     from nxdt_nemo.nemo.utils.exp_manager import newest
 
     trainer: Any = SimpleNamespace(ckpt_path=None)
-    found = newest(folder / "checkpoints")
     named = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True}
     error = ""
     try:
         exp_manager.check_resume(trainer, str(folder), **named)
     except ValueError as raised:
         error = str(raised)
-    return found and found.name, trainer.ckpt_path and Path(trainer.ckpt_path).name, error
+    found = newest(folder / "checkpoints")
+    return trainer.ckpt_path and Path(trainer.ckpt_path).name, found and found.name, error
 
 
 @pytest.mark.parametrize(("left", "expected"), KILLED)
@@ -171,7 +172,7 @@ def test_the_newest_complete_checkpoint_is_resumed(
 ) -> None:
     for name in left:
         checkpoint(tmp_path / "checkpoints", name.removesuffix("*"), marked=name.endswith("*"))
-    found, taken, error = active(choose, tmp_path)
+    taken, found, error = active(choose, tmp_path)
     assert found == expected
     assert taken == expected
     assert bool(error) == ("a-step=2-end" in left)

@@ -2,8 +2,8 @@
 
 Room nemo/. Wraps nemo.utils.exp_manager.exp_manager, which refuses keys that it does not know, and check_resume, which
 stops when a kill between two of its steps left two checkpoints that end with -last, and overlooks a newer one whose
--last was not begun. Changes nothing on disk: on a torchrun job each rank comes here by itself.
-Proof: tests/nemo/test_resume.py, tools/resume.py, tests/nemo/test_exp_manager.py.
+-last was not begun. On disk it only gives a replaced checkpoint its name back: on a torchrun job each rank comes here
+by itself. Proof: tests/nemo/test_resume.py, tools/resume.py, tests/nemo/test_exp_manager.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from omegaconf import OmegaConf
 
-from nxdt_nemo import console
+from nxdt_nemo import console, folders
 from nxdt_nemo.nemo.utils.callbacks.norms import NormLogger
 
 __all__ = ["check_resume", "exp_manager", "newest"]
@@ -50,6 +50,8 @@ def check_resume(
 ) -> None:
     """As upstream, which finds the checkpoint to resume, where newest() agrees with it; else that one."""
     folder = Path(dirpath) if dirpath else Path(log_dir, "checkpoints")
+    if resume_if_exists:
+        folders.recover(folder.glob(f"*{folders.REPLACED}"))
     found = newest(folder) if resume_if_exists else None
     if found is not None and found != _upstreams(folder):
         console.notice(f"a kill left more than one checkpoint to go on from; {found.name} is the newest complete one")
