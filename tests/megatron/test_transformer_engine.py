@@ -17,6 +17,7 @@ KINDS: dict[str, dict[str, Any]] = {  # fields of a TransformerConfig
     "zero centred": {"layernorm_zero_centered_gamma": True},
     "qk norm rms": {"qk_layernorm": True, "normalization": "RMSNorm"},
     "grouped": {"num_query_groups": 2},
+    "loss": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
     "experts": {"num_moe_experts": 2, "add_bias_linear": False, "moe_grouped_gemm": True},
 }
 LATENT = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "rope_type": "rope"}
@@ -195,3 +196,24 @@ def with_what_the_norm_gave() -> tuple[bool, bool, bool]:
 
 def test_adapters_get_what_the_norm_gave(active):
     assert active(with_what_the_norm_gave) == (True, True, True)
+
+
+def precision_aware(dtypes: dict[str, str]) -> bool | str:
+    """What becomes of use_precision_aware_optimizer, or the refusal."""
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+
+    from nxdt_nemo.errors import ConfigError
+
+    narrow = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
+    try:
+        config = OptimizerConfig(use_precision_aware_optimizer=True, use_distributed_optimizer=True, **narrow)
+    except ConfigError as error:
+        return str(error)
+    return config.use_precision_aware_optimizer
+
+
+def test_an_optimizer_of_other_precision_is_the_usual_one_where_its_states_are_float32(gloo: Gloo):
+    assert gloo(1, precision_aware, {}, init=ACTIVE, env=ACTIVE_ENV) == [False]
+    (said,) = gloo(1, precision_aware, {"exp_avg_dtype": "bfloat16"}, init=ACTIVE, env=ACTIVE_ENV)
+    assert said.startswith("OptimizerConfig.exp_avg_dtype: torch.bfloat16, where the optimizer's states are float32")
