@@ -135,7 +135,8 @@ def test_a_users_own_torch_is_untouched(start, write):
     assert found["main_available"] == "True"
     assert (found["real"], found["plain"], found["main"]) == ("module", "module", "ModuleView")
     assert found["main_cuda"] == "cpu"
-    assert found["cuda"] in ("None" if torch.cuda.is_available() else "AssertionError", "RuntimeError")
+    # torch's own error, and where torch has CUDA and the machine has none our line, which is a RuntimeError too.
+    assert found["cuda"] in ("None" if torch.cuda.is_available() else "AssertionError", "RuntimeError", "CudaError")
     assert found["xla"] == "None" or found["xla"] == "True"  # only a None that keeps it out
 
 

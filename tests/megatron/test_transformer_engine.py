@@ -217,3 +217,24 @@ def test_an_optimizer_of_other_precision_is_the_usual_one_where_its_states_are_f
     assert gloo(1, precision_aware, {}, init=ACTIVE, env=ACTIVE_ENV) == [False]
     (said,) = gloo(1, precision_aware, {"exp_avg_dtype": "bfloat16"}, init=ACTIVE, env=ACTIVE_ENV)
     assert said.startswith("OptimizerConfig.exp_avg_dtype: torch.bfloat16, where the optimizer's states are float32")
+
+
+def with_deferral(deferred: bool) -> dict[str, Any]:
+    """Gradients of a model whose output layer may put its weight's gradient off."""
+    import torch
+
+    model = model_of(True, {}, 1, False)
+    model.config.defer_embedding_wgrad_compute = deferred
+    model.output_layer.embedding_activation_buffer = []
+    torch.manual_seed(6)
+    tokens = torch.randint(64, (2, 8))
+    model(tokens, torch.arange(8).expand(2, 8), None, labels=tokens.roll(1, 1)).sum().backward()
+    _leave()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_layers_put_no_gradient_off(gloo: Gloo):
+    (expected,) = gloo(1, with_deferral, False, init=ACTIVE, env=ACTIVE_ENV)
+    (found,) = gloo(1, with_deferral, True, init=ACTIVE, env=ACTIVE_ENV)
+    assert len(expected) > 10 and found.keys() == expected.keys()
+    assert all(found[name].equal(gradient) for name, gradient in expected.items())

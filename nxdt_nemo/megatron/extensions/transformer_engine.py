@@ -13,6 +13,7 @@ tests/megatron/test_transformer_engine.py.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ class TEColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, config: Any, init_method: Callable[..., Any], **named: Any) -> None:
         super().__init__(*args, config=_unseeded(config), init_method=init_method, **named)
         _start(self, config, init_method, 0)
+        # defer_embedding_wgrad_compute is the output layer's matter; megatron-core's forward keeps inputs in any layer.
+        self.embedding_activation_buffer: deque[Tensor] = deque(maxlen=0)
 
 
 class TERowParallelLinear(RowParallelLinear):
