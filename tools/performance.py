@@ -95,7 +95,8 @@ def trained(row: Row, sdist: Path, site: Path, folder: Path) -> list[float]:
     sbatch.parent.mkdir()
     sbatch.write_text("#!/bin/sh\necho 1\n")
     sbatch.chmod(0o755)
-    code = shutil.copytree(sdist, folder / "code")  # the scripts pack the checkout that they stand in
+    # The scripts pack the checkout that they stand in.
+    code = shutil.copytree(sdist, folder / "code", ignore=shutil.ignore_patterns(".git"))
     commit = "git init -q && git add -A scripts && git -c user.name=x -c user.email=x commit -qm x"
     subprocess.run(commit, shell=True, cwd=code, check=True)
     environment = {
