@@ -18,7 +18,13 @@ KINDS: dict[str, dict[str, Any]] = {  # fields of a TransformerConfig
     "qk norm rms": {"qk_layernorm": True, "normalization": "RMSNorm"},
     "grouped": {"num_query_groups": 2},
     "loss": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
-    "experts": {"num_moe_experts": 2, "add_bias_linear": False, "moe_grouped_gemm": True},
+    "experts": {
+        "num_moe_experts": 2,
+        "add_bias_linear": False,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "moe_token_dispatcher_type": "alltoall",
+    },
 }
 LATENT = {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "rope_type": "rope"}
 LOCAL_NAMES = {  # as sharded_state_dict_keys_map of the local spec says

@@ -1,7 +1,7 @@
-"""What a TransformerConfig accepts: more tensor-parallel ranks than query groups, too.
+"""What a TransformerConfig accepts: more tensor-parallel ranks than query groups, and TransformerEngine's kernels, too.
 
 Room megatron/. Wraps megatron.core.transformer.transformer_config.TransformerConfig.__post_init__.
-Proof: tests/megatron/test_kv_replication.py.
+Proof: tests/megatron/test_kv_replication.py, test_transformer_engine.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ def post_init(original: Callable[[Any], None], self: Any) -> None:
 
     Such a config sums the copies' gradients where the training loop names no finalize_model_grads_func of its own.
     Raises ConfigError naming the keys where copies do not come out even (upstream's ValueError for the heads).
+    Where TransformerEngine's kernel is asked for, megatron-core's own code does the same.
     """
+    self.moe_permute_fusion = False
+    if self.cross_entropy_fusion_impl == "te":
+        self.cross_entropy_fusion_impl = "native"
     ranks, groups = self.tensor_model_parallel_size, self.num_query_groups
     if self.num_attention_heads % ranks or KVHeads.of(self, ranks) is None:
         original(self)

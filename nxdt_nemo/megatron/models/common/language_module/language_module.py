@@ -1,10 +1,10 @@
-"""What an encoder-decoder's second set of embeddings lacks; and a loss that is TransformerEngine's.
+"""What an encoder-decoder's second set of embeddings lacks.
 
-Room megatron/. Wraps two methods of megatron.core.models.common.language_module.language_module.LanguageModule. With
-pipeline parallelism the first stage of a T5's decoder has embeddings of its own, copies of the encoder's. Upstream
-leaves them unmarked, so that they count twice in the gradient norm; and where that stage is the last one too, the
-fused weight gradient drops what the embedding adds to the output layer's.
-Proof: tests/megatron/test_layouts.py (t5, pp2), test_transformer_engine.py (loss).
+Room megatron/. Wraps megatron.core.models.common.language_module.language_module.LanguageModule's
+setup_embeddings_and_output_layer. With pipeline parallelism the first stage of a T5's decoder has embeddings of its
+own, copies of the encoder's. Upstream leaves them unmarked, so that they count twice in the gradient norm; and where
+that stage is the last one too, the fused weight gradient drops what the embedding adds to the output layer's.
+Proof: tests/megatron/test_layouts.py (t5, pp2).
 """
 
 from __future__ import annotations
@@ -12,24 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["compute_language_model_loss", "setup_embeddings_and_output_layer"]
-
-
-def compute_language_model_loss(
-    upstream: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
-    self: Any,
-    labels: torch.Tensor,
-    logits: torch.Tensor,
-) -> torch.Tensor:
-    """Upstream's, [B, S], of labels [B, S] and logits [S, B, V/TP]; where TransformerEngine's kernel is asked for it is
-    megatron-core's own fused one."""
-    if self.config.cross_entropy_fusion_impl == "te":
-        self.config.cross_entropy_fusion_impl = "native"
-    return upstream(self, labels, logits)
+__all__ = ["setup_embeddings_and_output_layer"]
 
 
 def setup_embeddings_and_output_layer(upstream: Callable[[Any], None], self: Any) -> None:
