@@ -179,7 +179,7 @@ def test_what_lora_saves_is_the_adapter_alone_and_peft_loads_it(
     assert total / count == pytest.approx(said, rel=1e-5)
     assert losses(done)[0] - said > 0.05  # which the base would not say
 
-    trained = sum(a.numel() + b.numel() for a, b in found.pairs.values())
+    trained = sum(a.size + b.size for a, b in found.pairs.values())
     whole = sum(parameter.numel() for parameter in model.base_model.parameters())
     for file in done.folder.rglob("*.ckpt"):
         held = torch.load(file, map_location="cpu", weights_only=False)
