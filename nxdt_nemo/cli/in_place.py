@@ -9,30 +9,29 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from nxdt_nemo import console
+from nxdt_nemo.cli.unsupported import PRETENDED_RANKS, refused
 from nxdt_nemo.errors import UserError
 
 __all__ = ["run"]
 
-_SIGN = b"NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE"
 _OPTION = b"--target_tensor_model_parallel_size"
 _DTYPES = {"16": "fp16", "16-mixed": "fp16", "bf16": "bf16", "bf16-mixed": "bf16"}  # all others are float32 upstream
 # What upstream reads for models of old kinds, or for virtual stages, which it refuses itself.
 _NOT_TAKEN = ("megatron_legacy", "virtual_pipeline_model_parallel_size", "tokenizer_vocab_file")
 
 
-def run(script: Path, arguments: Sequence[str]) -> bool:
-    """Do what megatron_change_num_partitions.py would; False for any other script.
+def run(script: Path, text: bytes, arguments: Sequence[str]) -> None:
+    """Do what megatron_change_num_partitions.py would; for any other script, nothing.
 
+    text  the script's
     Ends with SystemExit when it is done, or with UserError.
     """
-    text = script.read_bytes()
-    if _SIGN not in text or _OPTION not in text or b"mamba" in text:
-        return False
+    if _OPTION not in text or refused(text) is not PRETENDED_RANKS:
+        return
     words = _words(script.name, arguments)
     if console.is_rank_zero():
         from nxdt_nemo.cli import ckpt
@@ -90,12 +89,9 @@ def _same_tokenizer(source: Path, tokenizer: Path, place: str) -> None:
     """Raises UserError for a tokenizer that is not the one in a .nemo: the converter keeps that."""
     if not tokenizer.is_file():
         raise UserError("no such file", place=f"{place} {tokenizer}")
+    from nxdt_nemo.checkpoint.io.tar import Tree
+
     wanted = tokenizer.read_bytes()
-    if source.is_file() and tarfile.is_tarfile(source):
-        with tarfile.open(source) as packed:
-            members = (packed.extractfile(member) for member in packed if member.size == len(wanted))
-            found = any(member is not None and member.read() == wanted for member in members)
-    else:
-        found = any(file.is_file() and file.read_bytes() == wanted for file in source.glob("*.model"))
+    found = any(member.size == len(wanted) and member.bytes() == wanted for member in Tree.of(source).members.values())
     if not found:
         raise UserError(f"{tokenizer} is not the one in {source}, which is kept", place=place, fix="leave it out")

@@ -77,8 +77,9 @@ class Job:
 
 def _check_script(path: Path, arguments: Sequence[str] = ()) -> None:
     if path.is_file():
-        in_place.run(path, arguments)
-        unsupported.refuse(path)
+        text = path.read_bytes()
+        in_place.run(path, text, arguments)
+        unsupported.refuse(path, text)
         return
     if path.is_dir():
         raise UserError("is a folder, not a script", place=str(path))

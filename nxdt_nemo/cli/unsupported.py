@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nxdt_nemo.errors import UserError
 
-__all__ = ["Refusal", "refuse", "refused"]
+__all__ = ["PRETENDED_RANKS", "Refusal", "refuse", "refused"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Refusal:
 
 CONVERT = "nxdt-nemo ckpt convert MODEL TARGET"
 OTHER_MODEL = "use a model of megatron-core's GPT, BERT or T5 kind"
+PRETENDED_RANKS = Refusal(
+    rb"NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE",
+    "stands for one rank after another in a single process, which this backend's process groups cannot",
+    f"cut the model another way: {CONVERT}.nemo --to nemo --tp N --pp M",
+)
 REFUSALS = (
     Refusal(rb"megatron_mamba_(sft_)?model", "Mamba needs the CUDA kernels of mamba-ssm", OTHER_MODEL),
-    Refusal(
-        rb"NEMO_MEGATRON_MODEL_PARALLEL_APPSTATE_OVERRIDE",
-        "stands for one rank after another in a single process, which this backend's process groups cannot",
-        f"cut the model another way: {CONVERT}.nemo --to nemo --tp N --pp M",
-    ),
+    PRETENDED_RANKS,
     Refusal(rb"megatron_griffin_sft_model", "Griffin needs the Triton kernel of accelerated-scan", OTHER_MODEL),
     Refusal(
         rb"megatron_retro_model",
@@ -85,8 +86,8 @@ def refused(text: bytes) -> Refusal | None:
     return next((refusal for refusal in REFUSALS if re.search(refusal.sign, text)), None)
 
 
-def refuse(script: Path) -> None:
+def refuse(script: Path, text: bytes) -> None:
     """Raise UserError for a script that cannot run."""
-    found = refused(script.read_bytes())
+    found = refused(text)
     if found is not None:
         raise UserError(found.reason, place=str(script), fix=found.fix)

@@ -140,7 +140,7 @@ def test_the_script_that_changes_partitions(
     assert run("convert", unpacked("hf_llama_tiny"), source, "--to", "nemo") == 0
 
     def change(*words: str | Path) -> None:
-        in_place.run(script, ("--model_file", str(source), *map(str, words)))
+        in_place.run(script, script.read_bytes(), ("--model_file", str(source), *map(str, words)))
 
     target = tmp_path / "new" / "target.nemo"
     sizes = ("--target_tensor_model_parallel_size=2", "--target_pipeline_model_parallel_size", "2")

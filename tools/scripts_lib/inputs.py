@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from configs_lib import corpus
 from omegaconf import OmegaConf
 
 from nxdt_nemo.testing.script_run import hugging_face_llama
 
-__all__ = ["PROMPTS", "prepare"]
+__all__ = ["PROMPTS", "prepare", "settings_of"]
 
 PROMPTS = ("The value of the expression", "An object of a class")
 LENGTH = 128
@@ -58,11 +59,16 @@ def _llama(folder: Path) -> None:
     (folder / "llama" / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     _convert(folder, "llama", "llama.nemo", "--to", "nemo")
     _convert(folder, "llama", "megatron_lm", "--to", "torch", "--tp", "2", "--divisible-by", "64")
-    with tarfile.open(folder / "llama.nemo") as packed:
-        settings = OmegaConf.create(packed.extractfile("./model_config.yaml").read().decode())  # type: ignore[union-attr]
+    settings = settings_of(folder / "llama.nemo")
     settings.tensor_model_parallel_size = 2
     settings.tokenizer.model = str(folder / "tokenizer.model")
     OmegaConf.save({"cfg": settings}, folder / "hparams.yaml")
+
+
+def settings_of(file: Path) -> Any:
+    """model_config.yaml of a .nemo."""
+    with tarfile.open(file) as packed:
+        return OmegaConf.create(packed.extractfile("./model_config.yaml").read().decode())  # type: ignore[union-attr]
 
 
 def _convert(folder: Path, source: str, target: str, *options: str) -> None:

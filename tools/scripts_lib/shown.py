@@ -17,7 +17,7 @@ from typing import Any
 
 from nxdt_nemo.testing.parity import relative
 from nxdt_nemo.testing.script_run import Run, read_tensors
-from scripts_lib.inputs import PROMPTS
+from scripts_lib.inputs import PROMPTS, settings_of
 
 __all__ = ["Done", "Shows", "Unexpected"]
 
@@ -161,20 +161,12 @@ def tensors(name: str, of: str, sizes: tuple[int, int] | None = None) -> Shows:
         _check(not other, f"other {other}")
         if sizes is None:
             return f"{len(found)} tensors, each as given"
-        written = sizes_of(done.folder / name)
+        settings = settings_of(done.folder / name)
+        written = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
         _check(written == sizes, f"for TP and PP {written}")
         return f"{len(found)} tensors, each as given, by `nxdt-nemo ckpt convert`"
 
     return show
-
-
-def sizes_of(file: Path) -> tuple[int, int]:
-    """The tensor and pipeline parallel sizes in a .nemo's settings."""
-    from omegaconf import OmegaConf
-
-    with tarfile.open(file) as packed:
-        settings: Any = OmegaConf.create(packed.extractfile("./model_config.yaml").read().decode())  # type: ignore[union-attr]
-    return settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
 
 
 def layers(name: str, count: int) -> Shows:
