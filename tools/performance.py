@@ -6,7 +6,7 @@
 SDIST is the unpacked source distribution of nemo_toolkit 2.4.1, SITE a folder with nemo_run 0.5.0, whose SlurmExecutor
 has what these scripts say to it (0.4.0, which is locked, has not) and which wants ray, leptonai and fastapi:
 `pip install --target SITE nemo_run==0.5.0 leptonai==0.25.0`, less what is installed. In place of sbatch stands a
-command that prints a number. What the job hands to its ranks gets small sizes (performance_lib/smaller_task.py), and is
+command that prints a number. What the job hands to its ranks gets small sizes (nemo2_lib/smaller_task.py), and is
 then run as the job has it, by torchrun in place of srun. Exit code 1 when a row does not train.
 """
 
@@ -24,17 +24,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo2_lib.runs import LOSS
 from parity_lib.sheet import Line, Sheet, heading, show
 from rich.console import Console
 
+from nxdt_nemo.testing.script_run import OURS, run
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs" / "results" / "performance.md"
-SMALLER = Path(__file__).parent / "performance_lib" / "smaller_task.py"
-OURS = (sys.executable, "-m", "nxdt_nemo", "run", "-m")
+SMALLER = Path(__file__).parent / "nemo2_lib" / "smaller_task.py"
 SECONDS = 400
 COLUMNS = ("script", "arguments", "ranks", "losses of three steps", "verdict")
 ONE = "-tp 1 -pp 1 -ep 1 -gb 2"
-_LOSS = re.compile(r"reduced_train_loss: (\S+)")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def trained(row: Row, sdist: Path, site: Path, folder: Path) -> list[float]:
     commit = "git init -q && git add -A scripts && git -c user.name=x -c user.email=x commit -qm x"
     subprocess.run(commit, shell=True, cwd=code, check=True)
     environment = {
-        **os.environ,
         "PATH": f"{sbatch.parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{site}:{ROOT}",
         "NEMORUN_HOME": str(folder / "runs"),
@@ -109,27 +109,25 @@ def trained(row: Row, sdist: Path, site: Path, folder: Path) -> list[float]:
         "HF_HUB_OFFLINE": "1",
     }
 
-    def run(*command: str | Path, at: Path = folder) -> str:
-        done = subprocess.run(
-            list(map(str, command)), cwd=at, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-        if done.returncode:
-            raise Failed("\n".join((done.stdout + done.stderr).splitlines()[-3:]))
-        return done.stdout + done.stderr
+    def python(*words: str | Path, by: tuple[str, ...] = (), at: Path = folder, **more: str) -> str:
+        script, *rest = map(str, words)
+        done = run(Path(script), rest, at, seconds=SECONDS, command=by, environment=environment | more, cwd=at)
+        if done.code:
+            raise Failed("\n".join(done.output.splitlines()[-3:]))
+        return done.output
 
     cluster = f"-a account -p partition -l {folder / 'runs'} --gpu h100 -ng {row.ranks} -gn {row.ranks} -cp 1 -mb 1"
     words = shlex.split(f"{cluster} -cg false {row.words}")
-    run(*OURS, f"scripts.performance.llm.{row.script}", *words, at=code)
+    python(f"scripts.performance.llm.{row.script}", *words, by=(*OURS, "-m"), at=code)
     (task,) = (folder / "runs").rglob("*_fn_or_script")
     (job,) = (folder / "runs").rglob(f"scripts/{task.name.removesuffix('_fn_or_script')}.sh")
-    command = re.search(r"python (-m nemo_run\S+) -n (\S+) ", job.read_text())
+    command = re.search(r"python -m (nemo_run\S+) -n (\S+) ", job.read_text())
     if command is None:
         raise Failed(f"no command in {job.name}")
-    environment["NXDT_NEMO"] = "1"
-    run(sys.executable, SMALLER, task, folder / "task")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={row.ranks}")
-    said = run(*torchrun, *command[1].split(), "-n", command[2], folder / "task")
-    losses = [float(loss) for loss in _LOSS.findall(said)]
+    python(SMALLER, task, folder / "task", NXDT_NEMO="1")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={row.ranks}", "-m")
+    said = python(command[1], "-n", command[2], folder / "task", by=torchrun, NXDT_NEMO="1")
+    losses = [float(loss) for loss in LOSS.findall(said)]
     if len(losses) != 3 or not all(map(math.isfinite, losses)):
         raise Failed(f"losses {losses}")
     return losses

@@ -1,9 +1,10 @@
 """A base model of another tool, restored as NeMo's tuning/megatron_gpt_generate.py restores one, and asked.
 
 QUESTIONS names a JSON file: {"prompts": [[token, ...], ...], "tokens": N, "pairs": [[before, scored], ...], "texts":
-[...]}. Prints `found: {...}` on rank 0: greedy tokens of all prompts in one batch, samples by top-k, top-p and
-temperature, log-likelihoods. With "batches" in it, of prompts in each, only greedy tokens and samples of each batch,
-and on the xla lane what they made XLA do. With "tasks", what lm-eval makes of them.
+[...], "penalty": P}. Prints `found: {...}` on rank 0: greedy tokens of all prompts in one batch, samples by top-k,
+top-p and temperature, the first prompt's with a penalty on repetition, log-likelihoods. With "batches" in it, of
+prompts in each, only greedy tokens and samples of each batch, and on the xla lane what they made XLA do. With
+"tasks", what lm-eval makes of them.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch import seed_everything
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+from nemo.collections.nlp.modules.common import text_generation_utils
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
@@ -52,6 +54,14 @@ def counted(generate, batch):
     return found
 
 
+def penalized(model, prompt, count, penalty):
+    """By the function below model.generate, which gives back a prompt alone where NeMo applies the penalty."""
+    inputs = torch.tensor([prompt + [0] * count]), torch.tensor([len(prompt)])
+    sampling = {"top_k": 1, "repetition_penalty": penalty, "compute_logprob": True, "min_tokens_to_generate": count}
+    said = text_generation_utils.generate(model, inputs, count, **sampling)
+    return [int(token) for token in said["token_ids"][0]] if said is not None else None
+
+
 @hydra_runner(config_path="../../configs", config_name="demo_llama")
 def main(cfg: DictConfig) -> None:
     asked = json.loads(Path(os.environ["QUESTIONS"]).read_text())
@@ -83,6 +93,7 @@ def main(cfg: DictConfig) -> None:
     for name, sampling in SAMPLED.items():
         seed_everything(7)  # every rank draws the same
         found[name] = generate(asked["prompts"], use_greedy=False, **sampling)
+    found["penalized"] = penalized(model, asked["prompts"][0], asked["tokens"], asked["penalty"])
     scorer = Scorer(model, batch=2)
     found["scores"] = scorer.scores(asked["pairs"])
     requests = [SimpleNamespace(args=tuple(text)) for text in asked["texts"]]

@@ -27,7 +27,7 @@ LAYOUTS = {
 }
 TEXTS = [["The value of ", "the expression is"], ["An object", " of a class"], ["", "Return"]]
 PROMPTS = [[5, 9, 300, 17, 44, 61, 8], [12, 700, 3], [40, 41, 42, 43, 44]]
-NEW = 12
+NEW, PENALTY = 12, 3.0
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,19 @@ def log_likelihood(model: Any, before: list[int], scored: list[int]) -> tuple[fl
         log = log_softmax(model(torch.tensor([before + scored])).logits[0], -1)[len(before) - 1 : -1]
     right = torch.tensor(scored)
     return log.gather(1, right[:, None]).sum().item(), bool((log.argmax(1) == right).all())
+
+
+def penalized(model: Any, prompt: list[int]) -> list[int]:
+    """The likeliest tokens, where those that are there already count less: as NeMo has it, from the second new one on,
+    and not for the prompt's first token."""
+    row = list(prompt)
+    for made in range(NEW):
+        with torch.no_grad():
+            logits = model(torch.tensor([row])).logits[0, -1]
+        seen = torch.tensor(row[1:]) if made else torch.tensor([], dtype=torch.long)
+        logits[seen] /= PENALTY
+        row.append(int(logits.argmax()))
+    return row
 
 
 @pytest.mark.slow
@@ -57,7 +70,7 @@ def test_as_transformers(train: Callable[..., Run], base: Path, corpus: Path, tm
             made = model.generate(torch.tensor([prompt]), do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW)
         greedy.append(made[0].tolist())
     pairs = [[row[:-4], row[-4:]] for row in greedy] + [[PROMPTS[0][:2], PROMPTS[0][2:]]]
-    asked = {"prompts": PROMPTS, "tokens": NEW, "pairs": pairs, "texts": TEXTS}
+    asked = {"prompts": PROMPTS, "tokens": NEW, "pairs": pairs, "texts": TEXTS, "penalty": PENALTY}
     (tmp_path / "questions.json").write_text(json.dumps(asked))
     words = [f"++model.restore_from_path={base}", *LAYOUTS[at]]
     run = train(*words, script=SCRIPT, environment={"QUESTIONS": str(tmp_path / "questions.json")})
@@ -68,6 +81,7 @@ def test_as_transformers(train: Callable[..., Run], base: Path, corpus: Path, tm
         mine = [row[: len(prompt) + NEW] for row, prompt in zip(found[name], PROMPTS, strict=True)]
         assert mine == greedy, name
     assert found["hot"] != found["greedy"]
+    assert found["penalized"][: len(PROMPTS[0]) + NEW] == penalized(model, PROMPTS[0]) != greedy[0]
     for (before, scored), (score, is_greedy) in zip(pairs, found["scores"], strict=True):
         assert (pytest.approx(score, abs=1e-4), is_greedy) == log_likelihood(model, before, scored)
     assert [is_greedy for _, is_greedy in found["scores"]] == [True, True, True, False]

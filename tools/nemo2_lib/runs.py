@@ -14,12 +14,12 @@ from pathlib import Path
 from nemo2_lib.inputs import Inputs
 from nxdt_nemo.testing.script_run import OURS, run
 
-__all__ = ["Done", "Runs"]
+__all__ = ["LOSS", "Done", "Runs"]
 
 OWN = Path(__file__).parent
 STOCK = Path("tests", "collections", "llm")
 SECONDS = 580
-_LOSS = re.compile(r"reduced_train_loss: (\S+)")
+LOSS = re.compile(r"reduced_train_loss: (\S+)")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Runs:
             last = "\n".join(ended.output.splitlines()[-25:])
             raise RuntimeError(f"{script} {words}: exit code {ended.code}\n{last}")
         exact = folder / "losses.json"
-        losses = json.loads(exact.read_text()) if exact.exists() else [float(x) for x in _LOSS.findall(ended.output)]
+        losses = json.loads(exact.read_text()) if exact.exists() else [float(x) for x in LOSS.findall(ended.output)]
         return Done(losses, time.monotonic() - began, ended.code)
 
     def copy(self, source: Path, target: Path) -> Path:

@@ -144,6 +144,7 @@ TUNE = (
     *split("model.micro_batch_size=2 model.global_batch_size=2 model.optim.lr=1e-2 model.optim.sched.warmup_steps=1"),
 )
 LORA = split("model.peft.peft_scheme=lora model.peft.lora_tuning.adapter_dim=8")
+SCHEMES = {"all weights": "none", "p-tuning": "ptuning", "adapters": "adapter", "IA3": "ia3"}
 ALPHA = "++model.peft.lora_tuning.alpha=8"
 ASK = (
     *CPU,
@@ -367,6 +368,15 @@ ROWS: tuple[Row, ...] = (
         needs=("megatron_ckpt_to_nemo", LLAMA_RUN),
     ),
     Row("tuning/megatron_gpt_finetuning", shown.losses(), (*TUNE, *LORA, ALPHA, BASE)),
+    *(
+        Row("tuning/megatron_gpt_finetuning", shown.losses(), (*TUNE, f"model.peft.peft_scheme={scheme}", BASE), layout)
+        for layout, scheme in (
+            ("all weights", "none"),
+            ("p-tuning", "ptuning"),
+            ("adapters", "adapter"),
+            ("IA3", "ia3"),
+        )
+    ),
     Row(
         "tuning/megatron_gpt_generate",
         shown.answers(SAID, PAIRS),

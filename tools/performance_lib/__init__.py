@@ -1,1 +1,0 @@
-"""The part of tools/performance.py that runs in a process of its own."""
