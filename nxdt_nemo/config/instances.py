@@ -179,6 +179,7 @@ _ALL = (
     Instance("trn1.2xlarge", TRAINIUM, 1, 8, 32 * GIB, 0.0, 12.5 * GBIT, 0, f"{_TRN1}, {_EFA1}"),
     Instance("trn1.32xlarge", TRAINIUM, 16, 128, 512 * GIB, 384 * GB, 800 * GBIT, 8, f"{_TRN1}, {_EFA1}"),
     Instance("trn1n.32xlarge", TRAINIUM, 16, 128, 512 * GIB, 768 * GB, 1600 * GBIT, 16, f"{_TRN1}, {_EFA1}"),
+    Instance("trn2.3xlarge", TRAINIUM2, 1, 12, 128 * GIB, 0.0, 200 * GBIT, 0, _TRN2),
     Instance("trn2.48xlarge", TRAINIUM2, 16, 192, 2048 * GIB, 1024 * GB, 3200 * GBIT, 16, f"{_TRN2}, {_EFA2}"),
     Instance("trn2u.48xlarge", TRAINIUM2, 16, 192, 2048 * GIB, 1024 * GB, 3200 * GBIT, 16, f"{_TRN2}, {_EFA2}"),
 )
