@@ -22,13 +22,13 @@ __all__ = ["Bounds", "arriving", "bounds"]
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds of a step, by what it waits for; mfu is a share of 1."""
+    """Seconds of a step, by what it waits for; mfu is a share of 1, None where the model's FLOPs are not known."""
 
     compute: float
     memory: float
     neuronlink: float
     network: float
-    mfu: float
+    mfu: float | None
 
     @property
     def step(self) -> float:
@@ -47,7 +47,7 @@ def bounds(
     *,
     dtype: Dtype,
     flops: float,
-    model_flops: float,
+    model_flops: float | None,
     bytes_moved: float,
     collectives: Iterable[tuple[Collective, float]],
     rank: int,
@@ -56,7 +56,7 @@ def bounds(
 
     dtype         that products are made in
     flops         of the step's products, recomputation included
-    model_flops   without it
+    model_flops   without it; None where nobody can tell
     bytes_moved   that the products read and write
     collectives   each with how often the step has it
     """
@@ -75,7 +75,7 @@ def bounds(
         inside / instance.neuronlink if instance.neuronlink else 0.0,
         outside / (instance.network * instance.linked),
     )
-    return Bounds(*seconds, mfu=model_flops / (peak * max(seconds)) if max(seconds) else 0.0)
+    return Bounds(*seconds, mfu=None if model_flops is None else model_flops / (peak * max(seconds)))
 
 
 def arriving(one: Collective, size: int, rank: int) -> float:

@@ -36,6 +36,22 @@ def test_causal_blocks_make_half_of_the_scores_and_make_them_twice() -> None:
     assert blocks.hardware - blocks.model == pytest.approx(96 * product * skipped)
 
 
+def test_a_window_leaves_out_keys_before_a_blocks_first_query_sees_any() -> None:
+    """2048 queries in blocks of 512 that see 700 keys back: 512, 1024, 512 + 700 twice."""
+    seen = Decoder(**{**vars(GPT3), "block": 512, "window": 700})
+    assert seen.pairs == 512 * (512 + 1024 + 1212 + 1212)
+    assert Decoder(**{**vars(GPT3), "block": 512, "window": 4095}).pairs == 2048 * (2048 + 512) / 2
+    assert Decoder(**{**vars(GPT3), "seq": 700, "block": 512}).pairs == 512 * 512 + 188 * 700
+
+
+def test_without_a_formula_there_is_no_mfu() -> None:
+    found = bounds(
+        instance("trn2.48xlarge"), None, dtype="bfloat16", flops=1.0, model_flops=None, bytes_moved=1.0, rank=0,
+        collectives=[],
+    )  # fmt: skip
+    assert found.mfu is None
+
+
 def test_a_bound_is_a_quantity_over_a_rank_s_share_of_a_published_peak() -> None:
     trn2 = instance("trn2.48xlarge")
     core = trn2.core()
