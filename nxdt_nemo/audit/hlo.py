@@ -143,12 +143,19 @@ class Graph:
     def product_bytes(self) -> int:
         """Bytes that matrix products read and write, each operand once: what HBM has to move at least.
 
-        Without what only passes from one batched product to another, element by element: a fused kernel keeps
-        attention's scores, and experts' hidden values, on the chip.
+        Batched products that hand something on, element by element, can be one kernel, which keeps attention's scores
+        and a block's keys, or experts' hidden values, on the chip: of them only weights count.
         """
-        dots = [one for one in self.operations if one.opcode == "dot"]
-        names = (name for one in dots for name in (one.name, *one.operands) if name not in self._passed)
+        dots = [(one.name, *one.operands) for one in self.operations if one.opcode == "dot"]
+        names = (name for dot in dots for name in dot if self._passed.isdisjoint(dot) or self._is_given(name))
         return sum(self.by_name[name].bytes for name in names)
+
+    def _is_given(self, name: str) -> bool:
+        """Is it a parameter of the graph, or one moved, cut or cast?"""
+        one = self.by_name[name]
+        while len(one.operands) == 1:
+            one = self.by_name[one.operands[0]]
+        return one.opcode == "parameter"
 
     @cached_property
     def _passed(self) -> frozenset[str]:

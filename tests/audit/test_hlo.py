@@ -36,9 +36,11 @@ ENTRY %IrToHlo.40 (p0.1: f32[8,4], p1.2: f32[4,6], p2.3: bf16[2,8,4]) -> (f32[8,
 
 ATTENTION = """\
 ENTRY %IrToHlo.20 (p0.1: bf16[2,8,4], p1.2: bf16[2,8,4], p2.3: bf16[2,8,4], p3.4: bf16[8,6]) -> (bf16[8,6]) {
-  %q = bf16[2,8,4]{2,1,0} parameter(0)
-  %k = bf16[2,8,4]{2,1,0} parameter(1)
+  %p0.1 = bf16[2,8,4]{2,1,0} parameter(0)
+  %p1.2 = bf16[2,8,4]{2,1,0} parameter(1)
   %v = bf16[2,8,4]{2,1,0} parameter(2)
+  %q = bf16[2,8,4]{2,1,0} multiply(%p0.1, %p1.2)
+  %k = bf16[2,8,4]{2,1,0} add(%p0.1, %p1.2)
   %w = bf16[8,6]{1,0} parameter(3)
   %dot.1 = bf16[2,8,8]{2,1,0} dot(%q, %k), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={2}
   %convert.1 = f32[2,8,8]{2,1,0} convert(%dot.1)
@@ -51,9 +53,14 @@ ENTRY %IrToHlo.20 (p0.1: bf16[2,8,4], p1.2: bf16[2,8,4], p2.3: bf16[2,8,4], p3.4
 """  # noqa: E501
 
 
-def test_what_only_passes_between_batched_products_need_not_be_moved() -> None:
-    given, result, projected = 3 * 2 * 8 * 4 * 2, 2 * 8 * 4 * 4, (8 * 8 + 8 * 6) * 4 + 8 * 6 * 2
-    assert Graph(ATTENTION).product_bytes == given + result + projected
+def test_of_batched_products_that_can_be_one_kernel_only_weights_are_moved() -> None:
+    given, projected = 2 * 8 * 4 * 2, (8 * 8 + 8 * 6) * 4 + 8 * 6 * 2
+    assert Graph(ATTENTION).product_bytes == given + projected
+    apart = ATTENTION.replace("exponential(%convert.1)", "broadcast(%c)").replace(
+        "%k =", "%c = f32[] constant(1)\n  %k ="
+    )
+    alone = (3 * 2 * 8 * 4 + 2 * 8 * 8) * 2 + (2 * 8 * 8 + 2 * 8 * 4) * 4
+    assert Graph(apart).product_bytes == alone + projected
 
 
 def test_products_count_two_for_a_multiply_add() -> None:
