@@ -2,32 +2,33 @@
 
 Room audit/. Figures of instances: nxdt_nemo.config.instances. Proof: tests/audit/test_formula.py.
 
-Each bound is a quantity of the lowered step over a published peak of one rank's share of the chip, as if nothing else
-took time: products over the tensor engine's FLOP/s, their operands over HBM's bandwidth, what collectives receive
-over the links. The largest is a floor for the step's time, and the share of the peak that is left for the model's
-FLOPs (without recomputation) a ceiling for MFU. Real steps are slower.
+Each bound is a quantity of the lowered step over a published peak, as if nothing else took time: a rank's products over
+its share of the tensor engines, their operands over its share of HBM's bandwidth, what collectives bring onto its chip
+over the chip's links, onto its instance over the network. The largest is a floor for the step's time, and the share of
+the peak that is left for the model's FLOPs (without recomputation) a ceiling for MFU. Real steps are slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nxdt_nemo.audit.hlo import Collective
 from nxdt_nemo.config.instances import Dtype, Instance
 
-__all__ = ["Bounds", "bounds"]
+__all__ = ["Bounds", "arriving", "bounds"]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds of a step, by what it waits for; mfu is a share of 1."""
+    """Seconds of a step, by what it waits for; mfu is a share of 1, None where the model's FLOPs are not known."""
 
     compute: float
     memory: float
     neuronlink: float
     network: float
-    mfu: float
+    mfu: float | None
 
     @property
     def step(self) -> float:
@@ -46,7 +47,7 @@ def bounds(
     *,
     dtype: Dtype,
     flops: float,
-    model_flops: float,
+    model_flops: float | None,
     bytes_moved: float,
     collectives: Iterable[tuple[Collective, float]],
     rank: int,
@@ -55,23 +56,50 @@ def bounds(
 
     dtype         that products are made in
     flops         of the step's products, recomputation included
-    model_flops   without it
+    model_flops   without it; None where nobody can tell
     bytes_moved   that the products read and write
     collectives   each with how often the step has it
     """
-    core, cores = instance.core(lnc), instance.cores(lnc)
+    core, chip = instance.core(lnc), instance.cores(lnc) // instance.chips
+    linked = instance.cores(lnc) * instance.linked
     inside = outside = 0.0
     for one, times in collectives:
-        nodes = {member // cores for member in one.group_of(rank)}
-        if len(nodes) > 1:
-            outside += one.received * times
-        elif nodes:
-            inside += one.received * times
+        if from_afar := arriving(one, linked, rank):
+            outside += from_afar * times
+        else:
+            inside += arriving(one, chip, rank) * times
     peak = core.flops[dtype]
     seconds = (
         flops / peak,
         bytes_moved / core.hbm_bandwidth,
-        inside / core.neuronlink if core.neuronlink else 0.0,
-        outside / core.network if core.network else 0.0,
+        inside / instance.neuronlink if instance.neuronlink else 0.0,
+        outside / (instance.network * instance.linked),
     )
-    return Bounds(*seconds, mfu=model_flops / (peak * max(seconds)) if max(seconds) else 0.0)
+    return Bounds(*seconds, mfu=None if model_flops is None else model_flops / (peak * max(seconds)))
+
+
+def arriving(one: Collective, size: int, rank: int) -> float:
+    """Bytes that have to come to a rank's place from others: once for all of its ranks, in each of their groups.
+
+    size  ranks of a place (a chip, an instance), which are consecutive
+    n (1 - 1/p) of n bytes among p places, an all-reduce twice that; an all-to-all brings each rank its own.
+    """
+    here = rank // size
+    if one.kind == "collective-permute":
+        pairs = ((source // size, target // size) for source, target in one.groups)
+        return float(one.whole * sum(source != target == here for source, target in pairs))
+    each_rank, once = _shares(one.groups, size, here)
+    return one.whole * (each_rank if one.kind == "all-to-all" else once * (2 if one.kind == "all-reduce" else 1))
+
+
+@lru_cache(maxsize=1024)
+def _shares(groups: tuple[tuple[int, ...], ...], size: int, here: int) -> tuple[float, float]:
+    """Of a group's tensor, added up over the groups that have ranks here: what comes from elsewhere to each of these
+    ranks if each has a tensor of its own, and what comes if all need the same one."""
+    each_rank = once = 0.0
+    for group in groups:
+        places = [member // size for member in group]
+        if own := places.count(here):
+            each_rank += own * (1 - own / len(group))
+            once += 1 - 1 / len(set(places))
+    return each_rank, once

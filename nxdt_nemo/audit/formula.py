@@ -15,7 +15,8 @@ __all__ = ["FORMULA", "Count", "Decoder", "count"]
 FORMULA = """\
 T = S B tokens, a multiply-add is 2; q, g a rank's query and KV heads, D features a head, f its part of the MLP
 layer      2 T H (q + 2 g) D + 2 T q D H + 2 T H f (3 with a gate, else 2)
-scores     2 B q D pairs for each of the two products; pairs = S S, in causal blocks of b queries S (S + b) / 2
+scores     2 B q D pairs for each of the two products; pairs = S S, in causal blocks of b queries S (S + b) / 2, with a
+           window only from the first key that a block's first query sees
 head       2 T H v, v the rank's part of the vocabulary
 backward   twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
 recompute  full: a layer's forward once more; selective: its attention's; but for a last product that nothing reads:
@@ -32,6 +33,7 @@ class Decoder:
     layers     of this rank
     experts    products of an MLP that a token has: 1, or the experts it is computed by
     block      queries of a block of causal attention; 0 where scores are made whole
+    window     keys before its own that a query sees in such a block; None: all
     head       does it have the output layer?
     """
 
@@ -47,10 +49,19 @@ class Decoder:
     vocab: int
     head: bool = True
     block: int = 0
+    window: int | None = None
     recompute: Recompute = ""
     recomputed_layers: int = 0
     experts: float = 1.0
     router: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key that a score is made of, a head and sequence."""
+        starts = range(0, self.seq, self.block) if self.block else ()
+        seen = self.seq if self.window is None else self.window
+        blocks = ((start, min(start + self.block, self.seq)) for start in starts)
+        return sum((stop - start) * (stop - max(0, start - seen)) for start, stop in blocks) or self.seq * self.seq
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,7 @@ def count(part: Decoder) -> Count:
     projections = 2 * tokens * part.hidden * part.features * (2 * part.queries + 2 * part.groups)
     mlp = 2 * tokens * part.hidden * part.ffn * (3 if part.gated else 2) * part.experts
     router = 2 * tokens * part.hidden * part.router
-    pairs = part.seq * (part.seq + part.block) / 2 if part.block else part.seq * part.seq
-    product = 2 * part.batch * part.queries * part.features * pairs
+    product = 2 * part.batch * part.queries * part.features * part.pairs
     head = 2 * tokens * part.hidden * part.vocab if part.head else 0
     linear, attention = projections + mlp + router, 2 * product
     model = part.layers * (3 * linear + 3 * attention) + 3 * head

@@ -61,6 +61,11 @@ class Operation:
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
+    @property
+    def batched(self) -> bool:
+        """Is it many products at once, as attention's of each head?"""
+        return self.opcode == "dot" and re.search(r"lhs_batch_dims=\{\d", self.attributes) is not None
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -136,9 +141,43 @@ class Graph:
 
     @cached_property
     def product_bytes(self) -> int:
-        """Bytes that matrix products read and write, each operand once: what HBM has to move at least."""
-        dots = (one for one in self.operations if one.opcode == "dot")
-        return sum(one.bytes + sum(self.by_name[name].bytes for name in one.operands) for one in dots)
+        """Bytes that matrix products read and write, each operand once: what HBM has to move at least.
+
+        Batched products that hand something on, element by element, can be one kernel, which keeps attention's scores
+        and a block's keys, or experts' hidden values, on the chip: of them only weights count.
+        """
+        dots = [(one.name, *one.operands) for one in self.operations if one.opcode == "dot"]
+        names = (name for dot in dots for name in dot if self._passed.isdisjoint(dot) or self._is_given(name))
+        return sum(self.by_name[name].bytes for name in names)
+
+    def _is_given(self, name: str) -> bool:
+        """Is it a parameter of the graph, or one moved, cut or cast?"""
+        one = self.by_name[name]
+        while len(one.operands) == 1:
+            one = self.by_name[one.operands[0]]
+        return one.opcode == "parameter"
+
+    @cached_property
+    def _passed(self) -> frozenset[str]:
+        """Results of batched products, and what is made of them element by element, that other ones read."""
+        made: set[str] = set()
+        for one in self.operations:
+            if one.batched or any(name in made for name in self._elementwise(one)):
+                made.add(one.name)
+        passed: set[str] = set()
+        for one in reversed(self.operations):
+            if one.batched:
+                passed.update(made.intersection(one.operands))
+            elif one.name in passed:
+                passed.update(made.intersection(self._elementwise(one)))
+        return frozenset(passed)
+
+    def _elementwise(self, one: Operation) -> tuple[str, ...]:
+        """The operands that have an element for each of the result's."""
+        if one.opcode in ("dot", *COLLECTIVES) or len(one.shapes) != 1:
+            return ()
+        elements = one.shapes[0].elements
+        return tuple(name for name in one.operands if [s.elements for s in self.by_name[name].shapes] == [elements])
 
     def _flops(self, one: Operation) -> int:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)

@@ -110,7 +110,9 @@ class Audit:
             "collectives": [dataclasses.asdict(one) for one in first.transfers],
             "peak_bytes": max(rank.peak_bytes for rank in self.ranks),
             "hbm_bytes": self.hbm,
-            "mfu_bound": min((rank.bounds.mfu for rank in self.ranks if rank.bounds), default=None),
+            "mfu_bound": min(
+                (one.bounds.mfu for one in self.ranks if one.bounds and one.bounds.mfu is not None), default=None
+            ),
             "host_transfers": dict(sum((Counter(rank.host_transfers) for rank in self.ranks), Counter())),
             "fallbacks": dict(sum((Counter(rank.fallbacks) for rank in self.ranks), Counter())),
             "mismatch": self.mismatch or None,
@@ -219,7 +221,6 @@ def _rank(
     moved = wanted.value(summed(lambda graph: graph.product_bytes))
     times = _times(lowered, wanted)
     analytic = _analytic(config, last)
-    model = analytic.model * count_of if analytic else flops_step
     dtype: Dtype = "bfloat16" if any(graph.dtypes.get("bf16", 0) for graph in last.step) else "float32"
     found = None
     if target is not None:
@@ -228,7 +229,7 @@ def _rank(
             lnc,
             dtype=dtype,
             flops=flops_step,
-            model_flops=model,
+            model_flops=analytic.model * count_of if analytic else None,
             bytes_moved=moved,
             collectives=times,
             rank=last.rank,
@@ -328,7 +329,8 @@ def _least(config: Any, lowered: Lowered, count_of: int) -> float | None:
 def _analytic(config: Any, lowered: Lowered) -> Count | None:
     """By hand, for what the formula covers."""
     model = config.model
-    if not _plain_decoder(model, lowered.stage[1]):
+    block = _block(model)
+    if block is None or not _plain_decoder(model, lowered.stage[1]):
         return None
     stage, stages = lowered.stage
     tp = int(model.get("tensor_model_parallel_size") or 1)
@@ -338,9 +340,7 @@ def _analytic(config: Any, lowered: Lowered) -> Count | None:
     asked = str(model.get("activations_checkpoint_granularity") or "")
     some = int(model.get("activations_checkpoint_num_layers") or layers)
     every = asked == "selective" or model.get("activations_checkpoint_method") == "uniform"
-    from nxdt_nemo.megatron.transformer.attention_choice import LONG
-    from nxdt_nemo.megatron.transformer.blocked_attention import BLOCK
-
+    seen = int((model.get("window_size") or (-1,))[0])
     part = Decoder(
         layers=layers,
         hidden=int(model.hidden_size),
@@ -353,8 +353,41 @@ def _analytic(config: Any, lowered: Lowered) -> Count | None:
         gated="glu" in str(model.get("activation", "gelu")),
         vocab=lowered.vocab,
         head=stage == stages - 1,
-        block=BLOCK if seq >= LONG else 0,
+        block=block,
+        window=seen if seen >= 0 else None,
         recompute="full" if asked == "full" else "selective" if asked == "selective" else "",
         recomputed_layers=(layers if every else min(some, layers)) if asked else 0,
     )
     return count(part)
+
+
+def _block(model: Any) -> int | None:
+    """Queries of a block of the model's attention, 0 where its scores are made whole; None for what the formula does
+    not know: blocks that are not causal, and what cuts the sequence among ranks."""
+    import torch
+
+    from nxdt_nemo.megatron.transformer.attention_choice import Call, choose
+    from nxdt_nemo.megatron.transformer.blocked_attention import BLOCK
+
+    heads, seq = int(model.num_attention_heads), int(model.encoder_seq_length)
+    features = int(model.get("kv_channels") or model.hidden_size // heads)
+    causal = bool(model.get("get_attention_mask_from_fusion", True))  # otherwise the batch has a mask
+    name = choose(
+        Call(
+            lane="xla",
+            dtype=torch.bfloat16,
+            queries=seq,
+            keys=seq,
+            heads=heads,
+            groups=int(model.get("num_query_groups") or heads),
+            features=features,
+            values=features,
+            causal=causal,
+            masked=not causal,
+            alibi=model.get("position_embedding_type") == "alibi",
+            window=bool(model.get("window_size")),
+            dropout=float(model.get("attention_dropout", 0.1)) > 0,
+            parts=int(model.get("context_parallel_size") or 1),
+        )
+    ).name
+    return {"upstream": 0, "sdpa": 0, "blocked": BLOCK if causal else None}.get(name)

@@ -201,7 +201,7 @@ def _verdicts(found: Audit) -> Iterator[str]:
                 f"- rank {one.rank}: no faster than {one.bounds.step * 1e3:.1f} ms a step, by {one.bounds.by} "
                 f"(compute {one.bounds.compute * 1e3:.1f}, HBM {one.bounds.memory * 1e3:.1f}, NeuronLink "
                 f"{one.bounds.neuronlink * 1e3:.1f}, network {one.bounds.network * 1e3:.1f}); "
-                f"MFU below {one.bounds.mfu:.2f}"
+                f"{'no formula for MFU' if one.bounds.mfu is None else f'MFU below {one.bounds.mfu:.2f}'}"
             )
     stages: dict[int, set[str]] = {}
     for one in found.ranks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,7 @@ def compile_graphs(
 ) -> None:
     """Run CONFIG for a few steps, without checkpoints or loggers, so that each graph is in the cache.
 
-    Where AWS's neuron_parallel_compile is installed, graphs are extracted and compiled in parallel. On XLA:CPU,
+    On a Neuron device AWS's neuron_parallel_compile extracts graphs and compiles them in parallel. On XLA:CPU,
     torch-xla's own cache is filled: it tells which graphs a later start has not met, but cannot spare it compiling.
     """
     if listing:
@@ -72,14 +73,18 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
     from nxdt_nemo.audit.compile.short_run import alone, command, read_counts
     from nxdt_nemo.audit.compile.short_run import overrides as short
     from nxdt_nemo.config.validate import asked, find
+    from nxdt_nemo.runtime.machine import neuron_devices
 
+    neuron = bool(neuron_devices())
+    if not neuron and shutil.which("neuron_parallel_compile"):
+        reason = "neuron_parallel_compile extracts graphs on a Neuron device, and this host has none"
+        raise UserError(reason, place="nxdt-nemo compile", fix="compile on an instance with Trainium")
     if script is not None and not Path(script).is_file():
         raise UserError("no such script", place=f"--script {script}")
     config = find(config)
     job, view = asked(config, overrides)
     alone(view)
     ranks = view.number("trainer.devices") or 1
-    neuron = bool(os.path.exists("/dev/neuron0"))
     url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
     if not neuron and "://" in url:
         raise UserError(f"{url} is not a folder", place="cache", fix="on XLA:CPU use a folder: --cache FOLDER")

@@ -205,7 +205,7 @@ def _reads(specifier: str, sdk: str) -> bool:
 def joined(first: str, *others: str) -> str:
     """Options of a command in one line: `first` as it is, then of the others each that is not named before it.
 
-    `--a=b` and `--a b` are the same option, and so are -lnc and --logical-nc-config, -O1 and --optlevel 2.
+    `--a=b` and `--a b` are the same option, and so are --lnc, -lnc and --logical-nc-config, -O1 and --optlevel 2.
     """
     line = first.strip()
     for part in others:
@@ -233,7 +233,7 @@ def _words(line: str) -> list[str] | None:
         return None
 
 
-_SAME = {"-lnc": "--logical-nc-config", "-O": "--optlevel"}
+_SAME = {"-lnc": "--logical-nc-config", "--lnc": "--logical-nc-config", "-O": "--optlevel"}
 
 
 def _name(option: list[str]) -> str:

@@ -96,6 +96,7 @@ class Instance:
     neuronlink   bytes a second of one chip's links to the others of the instance, all together
     network      bytes a second of the instance's network: EFA, where it has any
     efa_devices  network cards for EFA, which a pod asks for by number; 0 where there is no EFA, and one node is all
+    linked       instances that NeuronLink joins to an UltraServer
     """
 
     name: str
@@ -107,6 +108,7 @@ class Instance:
     network: float
     efa_devices: int
     source: str
+    linked: int = 1
 
     @property
     def default_lnc(self) -> int:
@@ -179,8 +181,9 @@ _ALL = (
     Instance("trn1.2xlarge", TRAINIUM, 1, 8, 32 * GIB, 0.0, 12.5 * GBIT, 0, f"{_TRN1}, {_EFA1}"),
     Instance("trn1.32xlarge", TRAINIUM, 16, 128, 512 * GIB, 384 * GB, 800 * GBIT, 8, f"{_TRN1}, {_EFA1}"),
     Instance("trn1n.32xlarge", TRAINIUM, 16, 128, 512 * GIB, 768 * GB, 1600 * GBIT, 16, f"{_TRN1}, {_EFA1}"),
+    Instance("trn2.3xlarge", TRAINIUM2, 1, 12, 128 * GIB, 0.0, 200 * GBIT, 0, _TRN2),
     Instance("trn2.48xlarge", TRAINIUM2, 16, 192, 2048 * GIB, 1024 * GB, 3200 * GBIT, 16, f"{_TRN2}, {_EFA2}"),
-    Instance("trn2u.48xlarge", TRAINIUM2, 16, 192, 2048 * GIB, 1024 * GB, 3200 * GBIT, 16, f"{_TRN2}, {_EFA2}"),
+    Instance("trn2u.48xlarge", TRAINIUM2, 16, 192, 2048 * GIB, 1024 * GB, 3200 * GBIT, 16, f"{_TRN2}, {_EFA2}", 4),
 )
 INSTANCES: Mapping[str, Instance] = MappingProxyType({one.name: one for one in _ALL})
 

@@ -35,7 +35,7 @@ class Job:
 
     precision  the mode in NxD Training's words, None when nothing is known of it
     instance   the instance type, None where there is none to go by
-    lnc        physical cores a rank; None takes the chip's default
+    devices    ranks of a node, None when nothing is known of them
     nodes      how many there are
     lane       the lane that runs
     launcher   how ranks are started; None for a process that runs already
@@ -45,7 +45,7 @@ class Job:
 
     precision: Precision | None = None
     instance: Instance | None = None
-    lnc: int | None = None
+    devices: int | None = None
     nodes: int = 1
     lane: str = "xla"
     launcher: Launcher | None = None
@@ -54,9 +54,13 @@ class Job:
 
     @property
     def cores_a_rank(self) -> int | None:
-        """The LNC: the key's, else what was told, else the chip's default; None without an instance."""
-        lnc = self.keys.get("lnc") or self.lnc
-        return self.instance.checked(lnc) if self.instance else lnc
+        """The LNC: the key's, else the one at which the instance has as many logical cores as a node has ranks, else
+        the chip's default; without an instance the key's alone."""
+        key: int | None = self.keys.get("lnc")
+        if self.instance is None:
+            return key
+        told = None if self.devices is None else self.instance.lnc_of(self.devices)
+        return self.instance.checked(key or told)
 
 
 def precision_of(trainer: Any, *, o2: bool, rounding: bool | None, asked: str | None = None) -> Precision | None:
@@ -92,7 +96,6 @@ def job_of(view: View, neuron: NeuronConfig | None = None, *, on: Instance | Non
     """The job of a configuration, on the lane and by the launcher that nothing is known of yet.
 
     on  the instance type, in place of neuron.instance
-    The LNC is the one at which the instance has trainer.devices logical cores.
     Raises ConfigError when keys of `neuron:` contradict NeMo's.
     """
     keys: dict[str, Any] = {} if neuron is None else neuron.model_dump(exclude_none=True)
@@ -107,7 +110,7 @@ def job_of(view: View, neuron: NeuronConfig | None = None, *, on: Instance | Non
     return Job(
         precision=precision,
         instance=instance,
-        lnc=instance.lnc_of(devices) if instance is not None and devices is not None else None,
+        devices=devices,
         nodes=view.size("trainer.num_nodes"),
         sdk=keys.get("sdk", SDK),
         keys=keys,

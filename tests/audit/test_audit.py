@@ -97,6 +97,27 @@ def test_lines_through_small_steps_are_the_whole_step(
     assert small["mismatch"] is None and whole["mismatch"] is None
 
 
+LONG = [*TP4, *SMALL, "model.encoder_seq_length=2048", "model.max_position_embeddings=2048", "model.num_layers=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("special", [[], ["++model.window_size=[511,0]"], ["model.attention_dropout=0.1"]])
+def test_long_sequences_have_the_formulas_flops(audited: Callable[..., dict[str, Any]], special: list[str]) -> None:
+    """Causal blocks, blocks with a window, and scores that dropout makes whole."""
+    found = audited([*LONG, *special], 4, ranks=[0])
+    assert found["flops"] == pytest.approx(found["ranks"][0]["analytic"]["hardware"], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "special",
+    [["++model.num_moe_experts=4", "++model.moe_router_topk=2"], ["model.context_parallel_size=2"]],
+)
+def test_what_has_no_formula_has_no_mfu(audited: Callable[..., dict[str, Any]], special: list[str]) -> None:
+    found = audited([*TP4, *SMALL, "model.tensor_model_parallel_size=2", *special], 4, ranks=[0])
+    assert found["mfu_bound"] is None and found["ranks"][0]["bounds"]["step"] > 0
+
+
 @pytest.mark.slow
 def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]]) -> None:
     found = audited(PP2, 8, ranks=[*range(8)])

@@ -34,6 +34,35 @@ ENTRY %IrToHlo.40 (p0.1: f32[8,4], p1.2: f32[4,6], p2.3: bf16[2,8,4]) -> (f32[8,
 """  # noqa: E501
 
 
+ATTENTION = """\
+ENTRY %IrToHlo.20 (p0.1: bf16[2,8,4], p1.2: bf16[2,8,4], p2.3: bf16[2,8,4], p3.4: bf16[8,6]) -> (bf16[8,6]) {
+  %p0.1 = bf16[2,8,4]{2,1,0} parameter(0)
+  %p1.2 = bf16[2,8,4]{2,1,0} parameter(1)
+  %v = bf16[2,8,4]{2,1,0} parameter(2)
+  %q = bf16[2,8,4]{2,1,0} multiply(%p0.1, %p1.2)
+  %k = bf16[2,8,4]{2,1,0} add(%p0.1, %p1.2)
+  %w = bf16[8,6]{1,0} parameter(3)
+  %dot.1 = bf16[2,8,8]{2,1,0} dot(%q, %k), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={2}
+  %convert.1 = f32[2,8,8]{2,1,0} convert(%dot.1)
+  %exponential.1 = f32[2,8,8]{2,1,0} exponential(%convert.1)
+  %dot.2 = f32[2,8,4]{2,1,0} dot(%exponential.1, %v), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}
+  %transpose.1 = f32[8,2,4]{2,0,1} transpose(%dot.2), dimensions={1,0,2}
+  %reshape.1 = f32[8,8]{1,0} reshape(%transpose.1)
+  ROOT %dot.3 = f32[8,6]{1,0} dot(%reshape.1, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""  # noqa: E501
+
+
+def test_of_batched_products_that_can_be_one_kernel_only_weights_are_moved() -> None:
+    given, projected = 2 * 8 * 4 * 2, (8 * 8 + 8 * 6) * 4 + 8 * 6 * 2
+    assert Graph(ATTENTION).product_bytes == given + projected
+    apart = ATTENTION.replace("exponential(%convert.1)", "broadcast(%c)").replace(
+        "%k =", "%c = f32[] constant(1)\n  %k ="
+    )
+    alone = (3 * 2 * 8 * 4 + 2 * 8 * 8) * 2 + (2 * 8 * 8 + 2 * 8 * 4) * 4
+    assert Graph(apart).product_bytes == alone + projected
+
+
 def test_products_count_two_for_a_multiply_add() -> None:
     assert Graph(TEXT).flops == 2 * 8 * 6 * 4 + 2 * (2 * 8 * 8) * 4
 

@@ -1,4 +1,4 @@
-"""`nxdt-nemo compile` on XLA:CPU: a second start of the same configuration meets no graph that the cache has not."""
+"""`nxdt-nemo compile`: a second start meets no graph that the cache has not; Neuron's compiler wants a device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,25 @@ from pathlib import Path
 import pytest
 
 from nxdt_nemo._resources import folder
+from nxdt_nemo.cli.compile import compile_graphs
+from nxdt_nemo.errors import UserError
 from nxdt_nemo.testing.script_run import tiny, write_corpus
 
 SCRIPT = Path(__file__).resolve().parents[1] / "nemo" / "gpt_pretraining.py"
+
+
+def test_neurons_compiler_without_a_device_is_refused(monkeypatch, tmp_path):
+    wrapper = tmp_path / "neuron_parallel_compile"
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("nxdt_nemo.runtime.machine.neuron_devices", lambda: 0)
+    with pytest.raises(UserError) as caught:
+        compile_graphs(folder("configs") / "demo_llama.yaml")
+    assert str(caught.value) == (
+        "nxdt-nemo compile: neuron_parallel_compile extracts graphs on a Neuron device, and this host has none; "
+        "compile on an instance with Trainium"
+    )
 
 
 @pytest.mark.slow

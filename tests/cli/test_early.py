@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
 
-from nxdt_nemo.cli.early import script_of
+from nxdt_nemo.cli.early import plain_start, script_of
 from nxdt_nemo.runtime.machine import installed
 
 SHOWN = "NEURON_CC_FLAGS NEURON_RT_EXEC_TIMEOUT NEURON_RT_STOCHASTIC_ROUNDING_EN NEURON_LOGICAL_NC_CONFIG PJRT_DEVICE"
@@ -54,6 +55,16 @@ def test_the_environment_is_there_before_the_script_starts(start, ours, script, 
         "NEURON_LOGICAL_NC_CONFIG": "1",
         "PJRT_DEVICE": "CPU",
     }
+
+
+@pytest.mark.skipif(installed("torch_xla") is None, reason="the xla lane needs torch_xla")
+def test_an_instance_known_by_its_hosts_name_has_a_core_for_each_rank(monkeypatch, tmp_path, script):
+    environ = dict(os.environ)
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr("nxdt_nemo.runtime.machine.product_name", lambda: "trn2.48xlarge")
+    plain_start([sys.executable, str(tmp_path / "script.py"), *QUIET, "~neuron.instance"])
+    assert environ["NEURON_LOGICAL_NC_CONFIG"] == "1"
+    assert environ["NEURON_CC_FLAGS"].endswith("--logical-nc-config 1")
 
 
 @pytest.mark.parametrize("way", ["nxdt-nemo run", "plain"])

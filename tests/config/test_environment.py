@@ -81,18 +81,20 @@ def test_precision_modes(mode, rounding, cast, accumulates):
     assert "XLA_USE_BF16" not in found
 
 
-CORES = [  # instance, lnc key, what devices told; NEURON_LOGICAL_NC_CONFIG
+CORES = [  # instance, lnc key, devices; NEURON_LOGICAL_NC_CONFIG
     (TRN1, None, None, None),
     (TRN2, None, None, "2"),
     (TRN2, 1, None, "1"),
-    (TRN2, None, 1, "1"),
-    (TRN2, 2, 1, "2"),
+    (TRN2, None, 128, "1"),
+    (TRN2, None, 64, "2"),
+    (TRN2, None, 3, "2"),
+    (TRN2, 2, 128, "2"),
 ]
 
 
-@pytest.mark.parametrize("instance, key, told, expected", CORES)
-def test_runtime_and_compiler_get_the_same_lnc(instance, key, told, expected):
-    found = values(instance=instance, lnc=told, keys={"lnc": key})
+@pytest.mark.parametrize("instance, key, devices, expected", CORES)
+def test_runtime_and_compiler_get_the_same_lnc(instance, key, devices, expected):
+    found = values(instance=instance, devices=devices, keys={"lnc": key})
     flag = options(found["NEURON_CC_FLAGS"]).get("--logical-nc-config")
     assert found.get("NEURON_LOGICAL_NC_CONFIG") == expected
     assert flag == ([expected] if expected else None)
@@ -228,6 +230,7 @@ LINES = [  # first, then; together
     ("", "--a 1 --b", "--a 1 --b"),
     ("--a=2", "--a 1 --b", "--a=2 --b"),
     ("-lnc 1", "--logical-nc-config 2", "-lnc 1"),
+    ("--lnc=1", "--logical-nc-config 2", "--lnc=1"),
     ("-O1", "--optlevel 2 --b", "-O1 --b"),
     ("-O 1", "-O2", "-O 1"),
     ("--x='a b'", "--y", "--x='a b' --y"),

@@ -14,6 +14,7 @@ WHOLE = [
     ("trn1.2xlarge", 2, 32, 0.82 * TB, 190, 47.5, 0, 12.5 * GBIT),
     ("trn1.32xlarge", 32, 512, 13.12 * TB, 3_040, 760, 384 * GB, 800 * GBIT),
     ("trn1n.32xlarge", 32, 512, 13.12 * TB, 3_040, 760, 768 * GB, 1_600 * GBIT),
+    ("trn2.3xlarge", 4, 96, 2.9 * TB, 667, 181, 0, 200 * GBIT),
     ("trn2.48xlarge", 64, 1_536, 46.4 * TB, 10_672, 2_896, 1_024 * GB, 3_200 * GBIT),
     ("trn2u.48xlarge", 64, 1_536, 46.4 * TB, 10_672, 2_896, 1_024 * GB, 3_200 * GBIT),
 ]
@@ -60,7 +61,7 @@ def test_an_lnc_that_the_chip_has_not():
         (
             "p5",
             "--target: p5 is not a known instance; "
-            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge, trn2.48xlarge or trn2u.48xlarge",
+            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge, trn2.3xlarge, trn2.48xlarge or trn2u.48xlarge",
         ),
     ],
 )

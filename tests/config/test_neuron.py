@@ -68,7 +68,7 @@ def test_it_is_frozen():
         (
             {"instance": "p5"},
             "neuron.instance=p5 is not a known instance; "
-            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge, trn2.48xlarge or trn2u.48xlarge",
+            "use trn1.2xlarge, trn1.32xlarge, trn1n.32xlarge, trn2.3xlarge, trn2.48xlarge or trn2u.48xlarge",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from nxdt_nemo.testing.selftest import Outcome, run
+from nxdt_nemo.testing.selftest import Outcome, run, stages
 from nxdt_nemo.testing.selftest.report import markdown
 from nxdt_nemo.testing.selftest.stages import STAGES, Failed
 
@@ -47,6 +48,26 @@ def test_a_lane_that_is_not_there_is_a_failed_stage(tmp_path):
     assert "torch" in found.found
 
 
+def test_ranks_have_the_environment_of_a_float32_job(monkeypatch, tmp_path):
+    """neuronx-cc casts float32 products to bfloat16 unless it is told not to."""
+    found = {}
+
+    @contextlib.contextmanager
+    def pool(world, *, env, **more):
+        found.update(env)
+        raise Failed("seen")
+        yield
+
+    monkeypatch.setattr(stages, "RankPool", pool)
+    monkeypatch.setattr(stages, "product_name", lambda: "trn2.48xlarge")
+    monkeypatch.setenv("NEURON_CC_FLAGS", "--verbose info")
+    assert [one.found for one in run(tmp_path, "xla", {"dtypes": STAGES["dtypes"]})] == ["seen"]
+    assert found["NEURON_CC_FLAGS"].startswith("--verbose info ")
+    assert "--auto-cast none" in found["NEURON_CC_FLAGS"]
+    assert found["NEURON_LOGICAL_NC_CONFIG"] == "2"
+    assert "PATH" not in found  # of this process: a rank's own place comes from the pool
+
+
 def test_the_report(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/somebody")
     made = [Outcome("device", True, "a | b", 1.2), Outcome("parity", False, "2e-1", 3.0, "in /home/somebody/x")]
@@ -56,6 +77,19 @@ def test_the_report(monkeypatch, tmp_path):
     assert "in ~/x" in text
     assert "somebody" not in text
     assert text.rstrip().endswith("| state |")
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_first_stage(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nxdt_nemo.testing.selftest", "--output", str(tmp_path / "absent" / "x.md")],
+        env=os.environ | {"NXDT_NEMO_RUNTIME": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("absent/x.md: cannot be written: No such file or directory")
+    assert "passed" not in done.stdout
 
 
 @pytest.mark.slow

@@ -113,8 +113,7 @@ def plan(
     nodes = nodes if nodes is not None else view.size("trainer.num_nodes")
     job = dataclasses.replace(report.job, instance=kind, nodes=nodes, launcher=launcher, lane=_lane(report, kind))
     ranks = _ranks(view, job)
-    if kind is not None:
-        job = dataclasses.replace(job, lnc=kind.lnc_of(ranks))
+    job = dataclasses.replace(job, devices=ranks)
     if kind is not None and nodes > 1 and not kind.efa_devices:
         raise view.error(f"{nodes} nodes of {kind.name}, which has no EFA", "use one node")
     notes = [*_checked(cfg, config.name, nodes * ranks), *_notes(view, job)]

@@ -32,6 +32,10 @@ def main() -> int:
         leave(error)
     print(f"lane {lane.name} ({reason})", flush=True)
     wanted = {name: stage for name, stage in STAGES.items() if given.only is None or name in given.only}
+    try:
+        given.output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        leave(UserError(f"cannot be written: {error.strerror}", place=f"-o {given.output}"))
     machine = list(report(examine(__version__, with_probes=False)))
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="nxdt-selftest-") as folder:

@@ -5,12 +5,17 @@ Room testing/. Proof: tests/testing/test_selftest.py.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nxdt_nemo.config.environment import apply, settings
+from nxdt_nemo.config.instances import INSTANCES
+from nxdt_nemo.config.job import Job
+from nxdt_nemo.runtime.machine import product_name
 from nxdt_nemo.testing.ours import ACTIVE
 from nxdt_nemo.testing.pool import RankError, RankPool
 from nxdt_nemo.testing.script_run import Run
@@ -50,8 +55,11 @@ class _Bench:
         self.first: Run | None = None
 
     def ranks(self, world: int, piece: str) -> list[dict[str, object]]:
-        """piece() in `world` ranks of the lane."""
-        environment = self.environment | {"NXDT_NEMO_RUNTIME": self.lane, "NXDT_NEMO": "0"}
+        """piece() in `world` ranks of the lane, with the environment of a float32 job: neuronx-cc would cast."""
+        job = Job(precision="fp32", lane=self.lane, instance=INSTANCES.get(product_name()))
+        apply(settings(job), whole := dict(os.environ))
+        environment = {name: value for name, value in whole.items() if os.environ.get(name) != value}
+        environment |= self.environment | {"NXDT_NEMO_RUNTIME": self.lane, "NXDT_NEMO": "0"}
         with RankPool(world, env=environment, init=ACTIVE, group=False, timeout=600) as pool:
             return pool.run(f"{PIECES}:{piece}")
 
