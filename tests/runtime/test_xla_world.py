@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.audit.deadlock import mismatches
 from nxdt_nemo.audit.hlo import Graph
 from nxdt_nemo.testing.pool import RankPool
 from nxdt_nemo.testing.traced import TRACED_ENV
@@ -127,3 +128,43 @@ def _exchanged() -> list[list[float]]:
 
 def test_neighbours_that_send_before_they_receive_get_each_others(alone: Callable[..., Any]) -> None:
     assert alone(_exchanged) == [[11.0, 21.0], [10.0, 20.0]]
+
+
+def _stage(rank: int, trains: bool) -> list[str]:
+    """What a stage of two lowers that keeps nothing of its own: a forward pass, and a backward one if it trains."""
+    import torch
+
+    from nxdt_nemo.runtime import current
+    from nxdt_nemo.runtime.xla.in_graph import Replicas
+    from nxdt_nemo.runtime.xla.world import Recorder, pretend
+
+    lane: Any = current()
+    recorder = Recorder()
+    with pretend(lane, rank, 2, Replicas(), recorder.cut):
+        group = lane.groups([[0, 1]], "pp")
+        x = torch.ones(4, device=lane.device())
+        lane.cut()  # x is there before
+        recorder.forget()
+        there = [((4,), torch.float32, 1 - rank)]
+        kept = []
+        for _ in range(2):
+            received = [] if rank == 0 else group.ops.exchange([], there, group).wait()
+            if rank == 0:
+                group.ops.exchange([(x * 2, 1)], [], group).wait()
+                kept += group.ops.exchange([], there, group).wait() if trains else []
+            elif trains:
+                group.ops.exchange([(received[0] * 3, 0)], [], group).wait()
+            else:
+                kept += received
+        del received
+        lane.cut()
+        del kept
+    return recorder.graphs
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_a_stage_sends_is_in_its_graph_though_nothing_follows(alone: Callable[..., Any], trains: bool) -> None:
+    """A validation's first stage has no loss, and a last one without clipping no norm."""
+    found = {rank: [one for text in alone(_stage, rank, trains) for one in Graph(text).collectives] for rank in (0, 1)}
+    assert [len(collectives) for collectives in found.values()] == ([4, 4] if trains else [2, 2])
+    assert not [*mismatches(found)]

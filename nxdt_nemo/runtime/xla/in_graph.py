@@ -8,7 +8,9 @@ all-gather an all-reduce of twice the bytes.
 
 Between pipeline stages, which run different programs, a tensor goes by an all-gather over groups of two ranks, as
 neuronx-distributed has it: a collective-permute names pairs of one program that all its ranks run, and its bytes on a
-link are the same.
+link are the same. A graph holds what a living tensor needs, and nobody needs what a send leaves on its own side: an
+element of the last transfer lives on, which has all before it in its graph, as torch_xla's collectives follow each
+other.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class Replicas(Dialect):
 
 def in_graph(dialect: Dialect) -> Ops:
     """A new table. Groups of one rank send nothing."""
+    last: list[torch.Tensor] = []
 
     def all_reduce_(x: torch.Tensor, group: Group, op: Any = "sum") -> torch.Tensor:
         if isinstance(op, PremulSum):
@@ -134,7 +137,9 @@ def in_graph(dialect: Dialect) -> Ops:
         return dialect.permute(x, everyone, group)
 
     def exchange(sends: Sequence[Send], receives: Sequence[Receive], group: Group) -> Arriving:
-        return _Arrived(_between_stages(dialect, sends, receives, group))
+        received, kept = _between_stages(dialect, sends, receives, group)
+        last[:] = kept or last
+        return _Arrived(received)
 
     def shard(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
         part = equal_part(x, dim, group)
@@ -171,20 +176,24 @@ class _Arrived:
 
 def _between_stages(
     dialect: Dialect, sends: Sequence[Send], receives: Sequence[Receive], group: Group
-) -> list[torch.Tensor]:
-    """Each tensor by an all-gather of two ranks, the one that receives giving zeros; in the order of the peers' ranks,
-    lower pairs first, which both ends of each pair follow."""
-    arrived: dict[int, torch.Tensor] = {}
-    jobs: list[tuple[tuple[int, int], int, Callable[[], None]]] = []
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What arrives, and an element of the last transfer: a copy, as a view would keep all of it.
 
-    def job(peer: int, x: torch.Tensor, keep: int | None) -> Callable[[], None]:
+    Each tensor by an all-gather of two ranks, the one that receives giving zeros; in the order of the peers' ranks,
+    lower pairs first, which both ends of each pair follow.
+    """
+    arrived: dict[int, torch.Tensor] = {}
+    jobs: list[tuple[tuple[int, int], int, Callable[[], torch.Tensor]]] = []
+
+    def job(peer: int, x: torch.Tensor, keep: int | None) -> Callable[[], torch.Tensor]:
         low, high = sorted((group.rank, peer))
         pairs = [[ranks[low], ranks[high]] for ranks in group.mesh if len(ranks) == group.size]
 
-        def run() -> None:
+        def run() -> torch.Tensor:
             both = dialect.all_gather(x[None], 0, pairs)
             if keep is not None:
                 arrived[keep] = both[0 if peer == low else 1]
+            return both
 
         return run
 
@@ -194,9 +203,8 @@ def _between_stages(
         zeros = torch.zeros(tuple(shape), dtype=dtype, device=torch_xla.device())
         jobs.append((_pair(group.rank, peer), 1 if group.rank < peer else 0, job(peer, zeros, index)))
     # Both ends of a pair: first what goes up, then what goes down.
-    for _, _, run in sorted(jobs, key=lambda one: one[:2]):
-        run()
-    return [arrived[index] for index in range(len(receives))]
+    transfers = [run() for _, _, run in sorted(jobs, key=lambda one: one[:2])]
+    return [arrived[index] for index in range(len(receives))], [both.flatten()[:1].clone() for both in transfers[-1:]]
 
 
 def _pair(one: int, other: int) -> tuple[int, int]:
