@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,36 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     choose.cache_clear()
     yield
     choose.cache_clear()
+
+
+class Cores(int):
+    """nki.language.nc: a dimension of the launch grid that physical cores share."""
+
+    def __mul__(self, each: int) -> Cores:
+        return Cores(int(self) * each)
+
+
+@pytest.mark.parametrize(
+    ("said", "machine", "heads", "expected"),
+    [
+        ("2", "", 4, Cores(4)),
+        ("", "trn2.48xlarge", 4, Cores(4)),
+        ("1", "trn2.48xlarge", 4, 4),
+        ("", "trn1.32xlarge", 4, 4),
+        ("2", "", 3, 3),
+    ],
+)
+def test_heads_are_divided_among_the_cores_of_a_logical_one(
+    monkeypatch: pytest.MonkeyPatch, said: str, machine: str, heads: int, expected: int
+) -> None:
+    grids: list[Any] = []
+    kernel = Kernel(lambda grid, *_, **__: grids.append(grid))
+    found = nki_flash.Kernels(kernel, kernel, language=SimpleNamespace(nc=Cores))
+    monkeypatch.setattr(nki_flash, "kernels", lambda: found)
+    monkeypatch.setattr(nki_flash, "product_name", lambda: machine)
+    monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", said)
+    nki_flash._launch(kernel, torch.zeros(2, heads, 1, 1))()
+    assert [(grid, type(grid[1])) for grid in grids] == [((2, expected), type(expected))]
 
 
 def test_without_the_kernels_they_are_not_chosen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -365,6 +366,27 @@ def test_a_placed_layout_trains_as_an_ascending_one(gloo: Gloo) -> None:
     assert placed.losses == plain.losses and placed.grad_norms == plain.grad_norms
     for name, gradient in plain.grads.items():
         assert (placed.grads[name] == gradient).all(), name
+
+
+def mixed_with() -> tuple[tuple[int, ...], int, Mesh]:
+    """This rank's group for the mixing of tokens: its members, its own place, its mesh."""
+    from megatron.core import parallel_state as state
+
+    from nxdt_nemo.megatron.transformer.moe.token_shuffle import shuffle_group
+
+    initialized({"tp": 2})
+    group = shuffle_group(SimpleNamespace(token_shuffle_group_size=2, moe_router_load_balancing_type="none"))
+    assert group is not None and group.rank == state.get_data_parallel_rank()
+    destroyed()
+    return group.ranks, group.rank, group.mesh
+
+
+@pytest.mark.ranks
+def test_placed_ranks_mix_their_tokens_in_their_order(gloo: Gloo) -> None:
+    """The data-parallel group of the logical ranks 1 and 3 is [3, 2]."""
+    mesh = ((0, 1), (3, 2))
+    expected = [((0, 1), 0, mesh), ((0, 1), 1, mesh), ((3, 2), 1, mesh), ((3, 2), 0, mesh)]
+    assert gloo(4, mixed_with, init=function_name(in_rows), env=PLACED_ENV) == expected
 
 
 @pytest.mark.ranks

@@ -1,21 +1,25 @@
 """Causal attention through the compiler's NKI flash kernels (neuronxcc.nki.kernels), where they are installed.
 
 Room megatron/. Stands in for the flash attention that megatron-core takes from TransformerEngine. Calls and layouts
-follow the kernels' documentation (AWS Neuron SDK, nki.kernels.flash_fwd and flash_attn_bwd). NOT RUN: no Trainium, and
-no neuronxcc, was at hand. Proof, of the layouts against the documented ones and of nothing else:
-tests/megatron/test_attention_choice.py.
+follow the kernels' documentation (AWS Neuron SDK, nki.kernels.flash_fwd and flash_attn_bwd), the launch on two cores
+of trn2 neuronx-distributed's kernels/flash_attn.py (0.18). NOT RUN: no Trainium, and no neuronxcc, was at hand.
+Proof, of layouts and launches against the documented ones and of nothing else: tests/megatron/test_attention_choice.py.
 Paper: Dao et al. 2022, arXiv:2205.14135.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nxdt_nemo.config.instances import INSTANCES
+from nxdt_nemo.runtime.machine import product_name
 
 __all__ = ["Kernels", "flash_attention", "kernels", "misfit"]
 
@@ -26,21 +30,23 @@ FEATURES = 128
 
 
 class Kernels(NamedTuple):
-    """The two kernels, or why they are not there."""
+    """The two kernels and NKI's language, or why they are not there."""
 
     forward: Any = None
     backward: Any = None
     missing: str = ""
+    language: Any = None
 
 
 @functools.cache
 def kernels() -> Kernels:
     """What this environment has."""
     try:
+        import neuronxcc.nki.language as nl
         from neuronxcc.nki.kernels import flash_attn_bwd, flash_fwd
     except ImportError as error:
         return Kernels(missing=f"no NKI kernels ({error})")
-    return Kernels(flash_fwd, flash_attn_bwd)
+    return Kernels(flash_fwd, flash_attn_bwd, language=nl)
 
 
 def misfit(queries: int, keys: int, features: int, values: int, dtype: torch.dtype) -> str:
@@ -92,9 +98,19 @@ class _Flash(torch.autograd.Function):
 
 
 def _launch(kernel: Any, query: Tensor) -> Callable[..., Any]:
-    """One instance of the kernel a sample and head."""
-    launch: Callable[..., Any] = kernel[query.shape[0], query.shape[1]]
+    """One instance of the kernel a sample and head; the heads divided among a logical core's physical ones, if they
+    can be."""
+    samples, heads = query.shape[:2]
+    cores = _cores()
+    shared = cores > 1 and heads % cores == 0
+    launch: Callable[..., Any] = kernel[samples, kernels().language.nc(cores) * (heads // cores) if shared else heads]
     return launch
+
+
+def _cores() -> int:
+    """Physical cores of this rank's logical one: 2 on trn2, if nothing else is said."""
+    here = INSTANCES.get(product_name())
+    return int(os.environ.get("NEURON_LOGICAL_NC_CONFIG") or (here.default_lnc if here else 1))
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ all-gather an all-reduce of twice the bytes.
 
 Between pipeline stages, which run different programs, a tensor goes by an all-gather over groups of two ranks, as
 neuronx-distributed has it: a collective-permute names pairs of one program that all its ranks run, and its bytes on a
-link are the same.
+link are the same. A graph holds what a living tensor needs, and nobody needs what a send leaves on its own side: an
+element of the last transfer lives on, which has all before it in its graph, as torch_xla's collectives follow each
+other.
+
+XLA wants each rank of the world in one replica group, groups of one size for what gathers: the ranks that a collective
+does not concern are put in groups of their own, which name no transfer of theirs. neuronx-distributed's pairs of stages
+cover the world too, its groups of tied weights do not. Its stages send at times of their own, so that members of one
+group do not wait for another group of the list. Whether neuronx-cc and NeuronRT want more is not known: NOT RUN there.
 """
 
 from __future__ import annotations
@@ -19,12 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 
 from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.gaps import PremulSum
-from nxdt_nemo.runtime.groups import Group
+from nxdt_nemo.runtime.groups import Group, completed
 from nxdt_nemo.runtime.ops import Arriving, Ops, Receive, Send, equal_part
 
 __all__ = ["Dialect", "Replicas", "in_graph"]
@@ -92,6 +100,7 @@ class Replicas(Dialect):
 
 def in_graph(dialect: Dialect) -> Ops:
     """A new table. Groups of one rank send nothing."""
+    last: list[torch.Tensor] = []
 
     def all_reduce_(x: torch.Tensor, group: Group, op: Any = "sum") -> torch.Tensor:
         if isinstance(op, PremulSum):
@@ -134,7 +143,9 @@ def in_graph(dialect: Dialect) -> Ops:
         return dialect.permute(x, everyone, group)
 
     def exchange(sends: Sequence[Send], receives: Sequence[Receive], group: Group) -> Arriving:
-        return _Arrived(_between_stages(dialect, sends, receives, group))
+        received, kept = _between_stages(dialect, sends, receives, group)
+        last[:] = kept or last
+        return _Arrived(received)
 
     def shard(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
         part = equal_part(x, dim, group)
@@ -151,12 +162,40 @@ _SUMMED = {torch.bool: torch.int32}
 
 
 def _groups(group: Group) -> Groups:
-    return [list(ranks) for ranks in group.mesh]
+    """A group of a script's own knows itself only; the others' ranks reduce nothing."""
+    return [list(ranks) for ranks in completed(group.mesh, dist.get_world_size())]
 
 
 def _even(group: Group) -> Groups:
-    """Groups of one size: what a gathering needs. Ranks that are in none have one of their own, and are left out."""
-    return [list(ranks) for ranks in group.mesh if len(ranks) == group.size]
+    """Groups of one size: what a gathering needs."""
+    return _covering([list(ranks) for ranks in group.mesh if len(ranks) == group.size], group)
+
+
+def _covering(groups: Groups, group: Group) -> Groups:
+    """Groups of one size, and as many more as hold the rest of the world's ranks, ascending.
+
+    Both ends of a transfer have the same ones: they follow from the mesh. Raises LaneError for a rest that cannot be
+    divided.
+    """
+    size, world = len(groups[0]), dist.get_world_size()
+    inside = {rank for ranks in groups for rank in ranks}
+    rest = [rank for rank in range(world) if rank not in inside]
+    if len(rest) % size:
+        raise LaneError(
+            f"{group.name!r} sends in groups of {size}, and the world's other {len(rest)} ranks make no such groups",
+            fix=f"use a world of a multiple of {size} ranks",
+        )
+    return groups + [rest[start : start + size] for start in range(0, len(rest), size)]
+
+
+def _pairs(group: Group, low: int, high: int) -> Groups:
+    """The ranks in these two places of each pipeline; of neighbours in an even ring, every second pair of it, so that
+    two lists serve all stages."""
+    size, places = group.size, [(low, high)]
+    if size % 2 == 0 and high - low in (1, size - 1):
+        first = low if high - low == 1 else high
+        places = [_pair(place % size, (place + 1) % size) for place in range(first, first + size, 2)]
+    return _covering([[ranks[a], ranks[b]] for ranks in group.mesh if len(ranks) == size for a, b in places], group)
 
 
 @dataclass(frozen=True)
@@ -171,20 +210,24 @@ class _Arrived:
 
 def _between_stages(
     dialect: Dialect, sends: Sequence[Send], receives: Sequence[Receive], group: Group
-) -> list[torch.Tensor]:
-    """Each tensor by an all-gather of two ranks, the one that receives giving zeros; in the order of the peers' ranks,
-    lower pairs first, which both ends of each pair follow."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What arrives, and an element of the last transfer: a copy, as a view would keep all of it.
+
+    Each tensor by an all-gather of two ranks, the one that receives giving zeros; in the order of the peers' ranks,
+    lower pairs first, which both ends of each pair follow.
+    """
     arrived: dict[int, torch.Tensor] = {}
-    jobs: list[tuple[tuple[int, int], int, Callable[[], None]]] = []
+    jobs: list[tuple[tuple[int, int], int, Callable[[], torch.Tensor]]] = []
 
-    def job(peer: int, x: torch.Tensor, keep: int | None) -> Callable[[], None]:
-        low, high = sorted((group.rank, peer))
-        pairs = [[ranks[low], ranks[high]] for ranks in group.mesh if len(ranks) == group.size]
+    def job(peer: int, x: torch.Tensor, keep: int | None) -> Callable[[], torch.Tensor]:
+        low, high = _pair(group.rank, peer)
+        pairs = _pairs(group, low, high)
 
-        def run() -> None:
+        def run() -> torch.Tensor:
             both = dialect.all_gather(x[None], 0, pairs)
             if keep is not None:
                 arrived[keep] = both[0 if peer == low else 1]
+            return both
 
         return run
 
@@ -194,9 +237,8 @@ def _between_stages(
         zeros = torch.zeros(tuple(shape), dtype=dtype, device=torch_xla.device())
         jobs.append((_pair(group.rank, peer), 1 if group.rank < peer else 0, job(peer, zeros, index)))
     # Both ends of a pair: first what goes up, then what goes down.
-    for _, _, run in sorted(jobs, key=lambda one: one[:2]):
-        run()
-    return [arrived[index] for index in range(len(receives))]
+    transfers = [run() for _, _, run in sorted(jobs, key=lambda one: one[:2])]
+    return [arrived[index] for index in range(len(receives))], [both.flatten()[:1].clone() for both in transfers[-1:]]
 
 
 def _pair(one: int, other: int) -> tuple[int, int]:

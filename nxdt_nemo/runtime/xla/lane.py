@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nxdt_nemo.errors import LaneError
 from nxdt_nemo.runtime.environment import set_variable
 from nxdt_nemo.runtime.lane import MemoryFigures, Undo, Verdict
 from nxdt_nemo.runtime.machine import (
@@ -24,6 +25,7 @@ from nxdt_nemo.runtime.machine import (
 )
 from nxdt_nemo.runtime.ranks import RanksLane
 from nxdt_nemo.runtime.xla.freed_memory import keep_freed_memory
+from nxdt_nemo.runtime.xla.pjrt import check, tell, tell_what_a_launcher_says
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,7 @@ class XlaLane(RanksLane):
 
     def __init__(self) -> None:
         super().__init__()
+        self._met = False  # the ranks, on a device
         self.on_cut: Callable[[], None] | None = None  # in place of handing a graph over: see world.py
         self._asked: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
         self._due: list[tuple[Callable[..., None], tuple[torch.Tensor, ...]]] = []
@@ -71,12 +74,14 @@ class XlaLane(RanksLane):
         return Verdict(asked, "a Neuron device, on which nobody has tried it" if asked else "has to be asked for")
 
     def enter_process(self) -> Undo:
-        """torch_xla reads PJRT_DEVICE when it is imported: it is set before. XLA:CPU keeps optimization barriers, and
-        what it frees."""
+        """torch_xla reads PJRT_DEVICE when it is imported: it is set before, and on a device which rank this is.
+        XLA:CPU keeps optimization barriers, and what it frees."""
         undo = ExitStack()
         undo.callback(set_variable(PJRT, "NEURON" if neuron_devices() else "CPU"))
         flags = os.environ.get(FLAGS, "")
-        if not neuron_devices():
+        if neuron_devices():
+            undo.callback(tell_what_a_launcher_says())
+        else:
             undo.callback(keep_freed_memory())
             if DISABLED not in flags:
                 undo.callback(set_variable(FLAGS, f"{flags} {DISABLED}={EXPANDER}".strip()))
@@ -150,6 +155,24 @@ class XlaLane(RanksLane):
 
         register(self.backend)
 
+    def ranks_are_up(self) -> None:
+        """On a device: raises LaneError unless PJRT has the same ranks, and all of them answer. NeuronRT sets its
+        collectives up with the first one, for which the whole world has to be there."""
+        import torch
+        import torch.distributed as dist
+
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if self._on_host or self.alone or self._met or world == 1:
+            return
+        tell(rank, world)
+        check(rank, world)
+        self.cut()
+        ones = torch.ones(1, device=self.device())
+        count = int(self.ops.all_reduce_(ones, self.world(), "sum").item())
+        if count != world:
+            raise LaneError(f"{count} of {world} ranks answer rank {rank} on the device", place="ranks_are_up")
+        self._met = True
+
     @cached_property
     def ops(self) -> Ops:
         """In the graph; XLA:CPU's client knows one rank only, so that there the graph is cut."""
@@ -219,6 +242,7 @@ class XlaLane(RanksLane):
 
     def close_ranks(self) -> None:
         self.settle()
+        self._met = False
         super().close_ranks()
 
     def forget_ranks(self) -> None:

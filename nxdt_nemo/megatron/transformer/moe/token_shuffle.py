@@ -49,11 +49,17 @@ def shuffle_group(config: Any) -> Group | None:
         raise ConfigError(reason, place=PLACE, fix="use aux_loss, or 1 for no mixing")
     known = _groups.setdefault(data_parallel, {})
     if size not in known:
-        lane = current()
-        mesh = lane.group_of(data_parallel).mesh
-        parts = [ranks[start : start + size] for ranks in mesh for start in range(0, len(ranks), size)]
-        known[size] = lane.groups(parts, "token shuffle")
+        known[size] = _neighbours(data_parallel, size)
     return known[size]
+
+
+def _neighbours(data_parallel: dist.ProcessGroup, size: int) -> Group:
+    """By upstream's create_group, which keeps the members' order under a placement, and which the lane notes."""
+    lane = current()
+    mesh = lane.group_of(data_parallel).mesh
+    parts = [ranks[start : start + size] for ranks in mesh for start in range(0, len(ranks), size)]
+    made = {part: parallel_state.create_group(list(part), group_desc="token shuffle") for part in parts}
+    return lane.group_of(next(group for part, group in made.items() if dist.get_rank() in part))
 
 
 def shuffle(x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
