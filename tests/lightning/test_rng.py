@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nxdt_nemo import console
 from nxdt_nemo.lightning import rng
 from nxdt_nemo.lightning.rng import RngSnapshot
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
+from nxdt_nemo.testing.pool import lane_here
 
 SEEDED = 3
 
@@ -104,6 +106,48 @@ def test_another_layout_of_as_many_ranks_is_not_restored(tmp_path, capsys, monke
     groups()
     RngSnapshot.take().save(tmp_path, 0, 2)  # as by a plain DDPStrategy
     assert RngSnapshot.load(tmp_path, 0, 2) is not None
+
+
+def test_a_file_without_the_hosts_stream_is_read(tmp_path):
+    """As older ones are."""
+    seed(SEEDED)
+    snapshot = RngSnapshot.take()
+    expected = draw()
+    replace(snapshot, host=None).save(tmp_path, 0, 1)
+    loaded = RngSnapshot.load(tmp_path, 0, 1)
+    assert loaded is not None and loaded.host is None
+    loaded.restore()
+    assert draw() == expected
+
+
+# --- between lanes -----------------------------------------------------------------------------------------
+
+
+def both_streams() -> list[float]:
+    """Of the host, and of the device."""
+    return [*torch.rand(2).tolist(), *torch.rand(2, device=lane_here().device()).tolist()]
+
+
+def on_a_device(folder: str) -> list[list[float]]:
+    """Drawn after a snapshot, after its restoring, and after its restoring from a file."""
+    both_streams()
+    snapshot = RngSnapshot.take()
+    snapshot.save(Path(folder), 0, 1)
+    drawn = [both_streams()]
+    for again in (snapshot, RngSnapshot.load(Path(folder), 0, 1)):
+        assert again is not None
+        again.restore()
+        drawn.append(both_streams())
+    return drawn
+
+
+@pytest.mark.ranks
+def test_the_hosts_stream_is_one_of_its_own_beside_a_devices(on_xla, tmp_path):
+    first, restored, loaded = on_xla(on_a_device, str(tmp_path))
+    assert first == restored == loaded
+
+
+# --- in a layout -------------------------------------------------------------------------------------------
 
 
 def placed() -> list[Any]:
