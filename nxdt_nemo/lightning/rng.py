@@ -82,9 +82,10 @@ class RngSnapshot:
 
     @classmethod
     def load(cls, folder: Path, rank: int, world: int) -> RngSnapshot | None:
-        """This rank's states from a checkpoint's folder; None, said once, if it has none for this layout.
+        """This rank's states from a checkpoint's folder; None, said once, if it has none for this layout and device.
 
-        A file without this rank's groups, as older ones are, is gone by its world size.
+        A file without this rank's groups, as older ones are, is gone by its world size. Whose state a device's is shows
+        in its dtype and shape.
         """
         from safetensors import safe_open
 
@@ -101,6 +102,9 @@ class RngSnapshot:
         if json.loads(metadata.get("groups", "null")) not in (None, _groups()):
             console.once(f"{folder.name} was saved in another layout: dropout goes on from the seed")
             return None
+        if _form(tensors["device"]) != _form(current().rng_state()):
+            console.once(f"{folder.name} was saved on another kind of device: dropout goes on from the seed")
+            return None
         version, state, gauss = json.loads(metadata["python"])
         name, keys, *rest = json.loads(metadata["numpy"])
         tracker = {key.removeprefix(TRACKER): t for key, t in tensors.items() if key.startswith(TRACKER)}
@@ -111,6 +115,10 @@ class RngSnapshot:
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / FOLDER / f"rank_{rank:05d}.safetensors"
+
+
+def _form(state: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    return state.dtype, state.shape
 
 
 def _groups() -> dict[str, list[int]]:

@@ -147,6 +147,23 @@ def test_the_hosts_stream_is_one_of_its_own_beside_a_devices(on_xla, tmp_path):
     assert first == restored == loaded
 
 
+def loads(folder: str) -> bool:
+    lane_here()
+    return RngSnapshot.load(Path(folder), 0, 1) is not None
+
+
+@pytest.mark.ranks
+def test_another_lanes_states_are_said_and_not_restored(on_xla, tmp_path, capsys):
+    ours, theirs = tmp_path / "cpu", tmp_path / "xla"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    RngSnapshot.take().save(ours, 0, 1)
+    on_xla(on_a_device, str(theirs))
+    assert [on_xla(loads, str(folder)) for folder in (ours, theirs)] == [False, True]
+    assert [RngSnapshot.load(folder, 0, 1) is None for folder in (ours, theirs)] == [False, True]
+    assert "xla was saved on another kind of device: dropout goes on from the seed" in capsys.readouterr().err
+
+
 # --- in a layout -------------------------------------------------------------------------------------------
 
 
