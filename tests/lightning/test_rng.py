@@ -14,6 +14,7 @@ import torch
 from nxdt_nemo import console
 from nxdt_nemo.lightning import rng
 from nxdt_nemo.lightning.rng import RngSnapshot
+from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.pool import lane_here
 
@@ -123,6 +124,40 @@ def test_a_file_without_the_hosts_stream_is_read(tmp_path):
 # --- between lanes -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The lane gets a device with a stream of its own, as the xla lane's: {"state": where it stands}."""
+    held = {"state": torch.tensor([SEEDED])}
+    lane = type(current())
+    monkeypatch.setattr(lane, "rng_state", lambda _: held["state"].clone())
+    monkeypatch.setattr(lane, "set_rng_state", lambda _, state: held.update(state=state))
+    return held
+
+
+def test_the_hosts_stream_is_kept_beside_a_devices(device, tmp_path):
+    seed(SEEDED)
+    RngSnapshot.take().save(tmp_path, 0, 1)
+    expected = draw()
+    device["state"] = torch.tensor([99])
+    loaded = RngSnapshot.load(tmp_path, 0, 1)
+    assert loaded is not None
+    loaded.restore()
+    assert draw() == expected
+    assert device["state"].tolist() == [SEEDED]
+
+
+def test_another_devices_states_are_said_and_not_restored(request, tmp_path, capsys):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    RngSnapshot.take().save(ours, 0, 1)
+    request.getfixturevalue("device")
+    RngSnapshot.take().save(theirs, 0, 1)
+    assert RngSnapshot.load(ours, 0, 1) is None
+    assert RngSnapshot.load(theirs, 0, 1) is not None
+    assert "ours was saved on another kind of device: dropout goes on from the seed" in capsys.readouterr().err
+
+
 def both_streams() -> list[float]:
     """Of the host, and of the device."""
     return [*torch.rand(2).tolist(), *torch.rand(2, device=lane_here().device()).tolist()]
@@ -141,6 +176,7 @@ def on_a_device(folder: str) -> list[list[float]]:
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_the_hosts_stream_is_one_of_its_own_beside_a_devices(on_xla, tmp_path):
     first, restored, loaded = on_xla(on_a_device, str(tmp_path))
@@ -152,6 +188,7 @@ def loads(folder: str) -> bool:
     return RngSnapshot.load(Path(folder), 0, 1) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_another_lanes_states_are_said_and_not_restored(on_xla, tmp_path, capsys):
     ours, theirs = tmp_path / "cpu", tmp_path / "xla"
