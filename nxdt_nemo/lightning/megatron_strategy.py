@@ -130,7 +130,7 @@ class NeuronMegatronStrategy(NeuronStrategyMixin, DDPStrategy):
     def _check_trainer(self) -> None:
         module, trainer = self.lightning_module, self.lightning_module.trainer
         if not isinstance(module, MegatronLightningModule):
-            fix = "derive from it, or use strategy='ddp'"
+            fix = "derive from it, or leave the strategy out"
             raise ConfigError(f"{type(module).__name__} is no MegatronLightningModule", place=PLACE, fix=fix)
         for name, right, fix in (
             ("precision", "32-true", "say it in the TransformerConfig: bf16=True, params_dtype=torch.bfloat16"),

@@ -104,10 +104,10 @@ class NeuronStrategyMixin:
         super().on_train_end()  # type: ignore[misc]
 
     def on_exception(self, exception: BaseException) -> None:
-        """As Lightning; and what was deferred is answered, if the device still can."""
+        """As Lightning; and what was deferred in whole steps is answered, if the device and whoever asked still can."""
         super().on_exception(exception)  # type: ignore[misc]
-        with contextlib.suppress(RuntimeError):
-            current().settle()
+        with contextlib.suppress(Exception):  # any other error would keep Lightning from its teardown
+            current().salvage()
 
     def teardown(self) -> None:
         gc.unfreeze()

@@ -261,6 +261,12 @@ class Lane(ABC):
     def settle(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
         """Call what defer was given and has not called yet: before a checkpoint is written, and at the end."""
 
+    def salvage(self) -> None:  # noqa: B027 - an eager lane has nothing waiting
+        """After an error, as settle, of what the device has been given only: the step that was cut short is left out.
+
+        Its graph would be one more to compile, with collectives that other ranks do not come to.
+        """
+
     def defer(self, function: Callable[..., None], *tensors: torch.Tensor) -> None:
         """Call function(*values) with the tensors' values on the host, when they are there.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from nxdt_nemo import console
 from nxdt_nemo.lightning import rng
 from nxdt_nemo.lightning.rng import RngSnapshot
+from nxdt_nemo.runtime import current
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
+from nxdt_nemo.testing.pool import lane_here
 
 SEEDED = 3
 
@@ -104,6 +107,101 @@ def test_another_layout_of_as_many_ranks_is_not_restored(tmp_path, capsys, monke
     groups()
     RngSnapshot.take().save(tmp_path, 0, 2)  # as by a plain DDPStrategy
     assert RngSnapshot.load(tmp_path, 0, 2) is not None
+
+
+def test_a_file_without_the_hosts_stream_is_read(tmp_path):
+    """As older ones are."""
+    seed(SEEDED)
+    snapshot = RngSnapshot.take()
+    expected = draw()
+    replace(snapshot, host=None).save(tmp_path, 0, 1)
+    loaded = RngSnapshot.load(tmp_path, 0, 1)
+    assert loaded is not None and loaded.host is None
+    loaded.restore()
+    assert draw() == expected
+
+
+# --- between lanes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The lane gets a device with a stream of its own, as the xla lane's: {"state": where it stands}."""
+    held = {"state": torch.tensor([SEEDED])}
+    lane = type(current())
+    monkeypatch.setattr(lane, "rng_state", lambda _: held["state"].clone())
+    monkeypatch.setattr(lane, "set_rng_state", lambda _, state: held.update(state=state))
+    return held
+
+
+def test_the_hosts_stream_is_kept_beside_a_devices(device, tmp_path):
+    seed(SEEDED)
+    RngSnapshot.take().save(tmp_path, 0, 1)
+    expected = draw()
+    device["state"] = torch.tensor([99])
+    loaded = RngSnapshot.load(tmp_path, 0, 1)
+    assert loaded is not None
+    loaded.restore()
+    assert draw() == expected
+    assert device["state"].tolist() == [SEEDED]
+
+
+def test_another_devices_states_are_said_and_not_restored(request, tmp_path, capsys):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    RngSnapshot.take().save(ours, 0, 1)
+    request.getfixturevalue("device")
+    RngSnapshot.take().save(theirs, 0, 1)
+    assert RngSnapshot.load(ours, 0, 1) is None
+    assert RngSnapshot.load(theirs, 0, 1) is not None
+    assert "ours was saved on another kind of device: dropout goes on from the seed" in capsys.readouterr().err
+
+
+def both_streams() -> list[float]:
+    """Of the host, and of the device."""
+    return [*torch.rand(2).tolist(), *torch.rand(2, device=lane_here().device()).tolist()]
+
+
+def on_a_device(folder: str) -> list[list[float]]:
+    """Drawn after a snapshot, after its restoring, and after its restoring from a file."""
+    both_streams()
+    snapshot = RngSnapshot.take()
+    snapshot.save(Path(folder), 0, 1)
+    drawn = [both_streams()]
+    for again in (snapshot, RngSnapshot.load(Path(folder), 0, 1)):
+        assert again is not None
+        again.restore()
+        drawn.append(both_streams())
+    return drawn
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_the_hosts_stream_is_one_of_its_own_beside_a_devices(on_xla, tmp_path):
+    first, restored, loaded = on_xla(on_a_device, str(tmp_path))
+    assert first == restored == loaded
+
+
+def loads(folder: str) -> bool:
+    lane_here()
+    return RngSnapshot.load(Path(folder), 0, 1) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_another_lanes_states_are_said_and_not_restored(on_xla, tmp_path, capsys):
+    ours, theirs = tmp_path / "cpu", tmp_path / "xla"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    RngSnapshot.take().save(ours, 0, 1)
+    on_xla(on_a_device, str(theirs))
+    assert [on_xla(loads, str(folder)) for folder in (ours, theirs)] == [False, True]
+    assert [RngSnapshot.load(folder, 0, 1) is None for folder in (ours, theirs)] == [False, True]
+    assert "xla was saved on another kind of device: dropout goes on from the seed" in capsys.readouterr().err
+
+
+# --- in a layout -------------------------------------------------------------------------------------------
 
 
 def placed() -> list[Any]:

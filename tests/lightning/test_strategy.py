@@ -53,6 +53,8 @@ class Base:
 
     def on_validation_end(self) -> None: ...
 
+    def on_exception(self, exception: BaseException) -> None: ...
+
 
 class Strategy(NeuronStrategyMixin, Base):
     pass
@@ -341,6 +343,17 @@ def test_newest_strategy_is_not_kept_alive():
     assert module.newest_strategy() is strategy
     del strategy
     assert module.newest_strategy() is None
+
+
+def test_an_error_of_whoever_asked_is_none_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning calls on_exception before its teardown, which has to follow."""
+    from nxdt_nemo.runtime import current
+
+    salvage, settle = MagicMock(side_effect=ValueError("a logger's")), MagicMock()
+    monkeypatch.setattr(type(current()), "salvage", salvage)
+    monkeypatch.setattr(type(current()), "settle", settle)
+    Strategy().on_exception(KeyboardInterrupt())
+    assert (salvage.call_count, settle.call_count) == (1, 0)
 
 
 def test_the_lane_looks_at_ranks_once_they_are_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,26 @@ def test_values_are_read_a_step_later(pools: Callable[..., list[Any]]) -> None:
     assert pools(1, deferred) == [[[], [0.0], [0.0, 2.0]]]
 
 
+def after_an_error() -> list[Any]:
+    """What arrives of two whole steps and half of a third one, and the graphs that this compiles."""
+    from nxdt_nemo.runtime.xla.metrics import graphs_compiled
+
+    lane, arrived = lane_here(), []
+    x = torch.ones(2, device=lane.device())
+    for step in range(2):
+        y = x * step
+        lane.step_boundary()
+        lane.defer(lambda *values: arrived.append([float(value.sum()) for value in values]), y, torch.ones(()))
+    lane.defer(lambda value: arrived.append(value.tolist()), (x + 3).cumsum(0))
+    before = graphs_compiled()
+    lane.salvage()
+    return [arrived, graphs_compiled() - before]
+
+
+def test_a_step_that_was_cut_short_is_not_handed_over(pools: Callable[..., list[Any]]) -> None:
+    assert pools(1, after_an_error) == [[[[0.0, 1.0], [2.0, 1.0]], 0]]
+
+
 def test_a_placed_module_keeps_marks_and_ties(pools: Callable[..., list[Any]]) -> None:
     assert pools(1, placed) == [{"devices": {"xla:0"}, **PLACED}]
 

@@ -240,6 +240,14 @@ class XlaLane(RanksLane):
         self.step_boundary()
         self.step_boundary()
 
+    def salvage(self) -> None:
+        import torch_xla
+
+        left, self._due, self._asked = self._due + self._asked, [], []
+        for function, tensors in left:
+            if not any(torch_xla._XLAC._check_tensor_need_materialization(list(tensors))):
+                function(*(tensor.cpu() for tensor in tensors))
+
     def close_ranks(self) -> None:
         self.settle()
         self._met = False
