@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,23 @@ def test_what_has_no_formula_has_no_mfu(audited: Callable[..., dict[str, Any]], 
 
 @pytest.mark.slow
 def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]]) -> None:
+    """Ranks of a stage run one program, but for the loss, which NeMo sends from the world's last rank to its first."""
     found = audited(PP2, 8, ranks=[*range(8)])
     assert found["mismatch"] is None
-    programs = {rank["rank"]: rank["program"] for rank in found["ranks"]}
-    assert {rank["stage"][0] for rank in found["ranks"]} == {0, 1}
-    for stage in (range(4), range(4, 8)):
-        assert len({programs[rank] for rank in stage}) == 1
+    assert [rank["stage"][0] for rank in found["ranks"]] == [0] * 4 + [1] * 4
+    programs = [rank["program"] for rank in found["ranks"]]
+    assert len({*programs[1:4]}) == len({*programs[4:7]}) == 1 and len({*programs}) == 4
+    for rank, other in ((0, 1), (7, 6)):
+        more, less = moved(found["ranks"][rank]), moved(found["ranks"][other])
+        assert more - less == {("all-gather", "f32", 2, 1.0, 4.0): 1} and not less - more
+    [loss] = [row for row in found["ranks"][0]["transfers"] if row["ranks"] == [0, 7]]
+    assert loss["kind"] == "all-gather" and loss["times"] == 1 and loss["received"] == 4
+
+
+def moved(rank: dict[str, Any]) -> Counter[tuple[Any, ...]]:
+    """A rank's collectives, whoever is at their other ends."""
+    rows = rank["transfers"]
+    return Counter((row["kind"], row["dtype"], len(row["ranks"]), row["times"], row["received"]) for row in rows)
 
 
 @pytest.mark.slow

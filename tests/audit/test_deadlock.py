@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nxdt_nemo.audit.deadlock import mismatches
+from nxdt_nemo.audit.deadlock import compared, mismatches
 from nxdt_nemo.audit.hlo import Collective
 
 TP = ((0, 1), (2, 3))
@@ -36,3 +36,18 @@ def test_groups_that_do_not_match_and_sizes_that_differ() -> None:
 def test_one_that_is_missing_at_the_end() -> None:
     [found] = mismatches({2: [of("all-reduce", TP)], 3: []})
     assert "rank 3 has none" in str(found)
+
+
+def test_a_circle_of_ranks_of_which_each_pair_agrees() -> None:
+    """0 waits for 1, which waits for 2, which waits for 0."""
+    zero_one, zero_two, one_two = (of("all-gather", (pair,)) for pair in ((0, 1), (0, 2), (1, 2)))
+    order = {0: [zero_one, zero_two], 1: [one_two, zero_one], 2: [zero_two, one_two]}
+    [found] = mismatches(order)
+    assert "circle: rank 0 for all-gather of 64 bytes of f32 over ranks 0,1, rank 1 for" in str(found)
+    assert not [*mismatches(order | {1: [zero_one, one_two]})]
+
+
+def test_pairs_that_have_something_to_compare_are_counted() -> None:
+    both, stages = [of("all-reduce", TP)], [of("all-gather", ((0, 3), (1, 2)))]
+    assert compared({0: both}) == compared({0: both, 2: both}) == 0
+    assert compared({0: both + stages, 1: both, 3: []}) == 2

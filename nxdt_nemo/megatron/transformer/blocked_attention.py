@@ -278,10 +278,16 @@ def row_products(grad: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Two results of attend over different keys as one over all of them."""
-    lse = torch.logaddexp(one[1], other[1])
+    lse = _sum_of_exponentials(one[1], other[1])
     whole = lse.clamp_min(torch.finfo(lse.dtype).min)
     parts = (out * (part - whole).exp().unsqueeze(-1) for out, part in (one, other))
     return sum(parts, torch.zeros((), dtype=lse.dtype, device=lse.device)), lse
+
+
+def _sum_of_exponentials(one: Tensor, other: Tensor) -> Tensor:
+    """torch.logaddexp, -inf of two rows that see nothing included, in operations that XLA has."""
+    high, low = torch.maximum(one, other), torch.minimum(one, other)
+    return high + (low - high.clamp_min(torch.finfo(high.dtype).min)).exp().log1p()
 
 
 @dataclass
