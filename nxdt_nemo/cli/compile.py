@@ -70,8 +70,9 @@ def _asked(config: Path | None, overrides: Sequence[str]) -> str:
 
 def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: str | None, *, as_json: bool) -> int:
     """Run, and say how many graphs there were and how many the cache did not have. The run's exit code."""
-    from nxdt_nemo.audit.compile.short_run import alone, command, read_counts
+    from nxdt_nemo.audit.compile.short_run import command, read_counts
     from nxdt_nemo.audit.compile.short_run import overrides as short
+    from nxdt_nemo.audit.compile.short_run import ranks as ranks_of
     from nxdt_nemo.config.validate import asked, find
     from nxdt_nemo.runtime.machine import neuron_devices
 
@@ -83,8 +84,7 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
         raise UserError("no such script", place=f"--script {script}")
     config = find(config)
     job, view = asked(config, overrides)
-    alone(view)
-    ranks = view.number("trainer.devices") or 1
+    ranks = ranks_of(view)
     url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
     if not neuron and "://" in url:
         raise UserError(f"{url} is not a folder", place="cache", fix="on XLA:CPU use a folder: --cache FOLDER")

@@ -30,7 +30,7 @@ from nxdt_nemo.config.rules import check
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["Entry", "compose_entry", "compose_for", "precheck", "settle", "world_size"]
+__all__ = ["Entry", "compose_entry", "compose_for", "precheck", "ranks_of_a_node", "settle", "world_size"]
 
 # NeMo's own resolvers by name: gpu_name asks NVIDIA's driver, which answers None without a GPU.
 RESOLVERS: dict[str, Callable[..., Any]] = {
@@ -141,11 +141,17 @@ def world_size(cfg: DictConfig, environ: Mapping[str, str], *, view: View | None
     return asked if asked is not None or not tasks.isdigit() else int(tasks)
 
 
-def _asked(view: View) -> int | None:
-    """trainer.devices x trainer.num_nodes, None when devices is absent, "auto" or -1."""
+def ranks_of_a_node(view: View) -> int | None:
+    """How many trainer.devices asks for, None when it is absent, "auto" or -1."""
     devices = view.get("trainer.devices")
     count = len(devices) if isinstance(devices, list) else view.number("trainer.devices")
-    return count * view.size("trainer.num_nodes") if count is not None and count > 0 else None
+    return count if count is not None and count > 0 else None
+
+
+def _asked(view: View) -> int | None:
+    """trainer.devices x trainer.num_nodes, None when devices does not say how many."""
+    count = ranks_of_a_node(view)
+    return None if count is None else count * view.size("trainer.num_nodes")
 
 
 # The script and its command line

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nxdt_nemo.audit.compile.cache import STALE, contents, counted
-from nxdt_nemo.audit.compile.short_run import Counts, overrides, read_counts
+from nxdt_nemo.audit.compile.short_run import Counts, overrides, ranks, read_counts
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import UserError
 
@@ -108,6 +108,10 @@ def test_the_short_run_leaves_nothing_behind(tmp_path, limit, batches):
     assert words["exp_manager.explicit_log_dir"] == str(tmp_path)
     assert {words[name] for name in words if name.endswith("_logger")} == {"false"}
     assert int(words["trainer.val_check_interval"]) < int(words["trainer.max_steps"]) <= 10
+
+
+def test_a_list_of_devices_is_as_many_ranks():
+    assert ranks(View(OmegaConf.create({"trainer": {"devices": [0, 1]}}))) == 2
 
 
 def test_counts_of_all_ranks(tmp_path):

@@ -84,6 +84,10 @@ WRONG = [  # words, the line
     (["launch", "CONFx"], "CONFx: there is no such file; did you mean CONF?"),
     (["compile", "CONF", "trainer.num_nodes=2"], "conf.yaml: trainer.num_nodes=2: one node's graphs are not those of "
      "2, whose ranks they name; start a short run on every node (docs/trainium.md), or set trainer.num_nodes=1"),
+    *((["compile", "CONF", word], f"conf.yaml: trainer.devices={told} is no number of ranks to compile for; set "
+       "trainer.devices") for word, told in [
+           ("trainer.devices=auto", "auto"), ("trainer.devices=-1", "-1"), ("trainer.devices=[]", "[]"),
+           ("~trainer.devices", "null")]),
     (["compile", "CONF", "--cache", "CONF"], "cache CONF: File exists; name a folder to write into"),
     (["compile", "CONF", "--cache", "CONF/in"], "cache CONF/in: Not a directory; name a folder to write into"),
     (["launch", "CONF", "--target", "cpu", "-o", "CONF"], "-o CONF: File exists; name a folder to write into"),

@@ -195,6 +195,39 @@ def test_a_bound_that_is_exceeded_is_an_error_and_drops_nothing_silently(ours):
     assert "use worst or a larger factor" in str(error.value)
 
 
+def answered_late(batches: list[tuple[int, int]]) -> list[str]:
+    """Answers on a lane that gives them when all batches are through: of T tokens, so many go to the first experts."""
+    from unittest import mock
+
+    import torch
+
+    from nxdt_nemo.errors import ConfigError
+    from nxdt_nemo.runtime import current
+    from nxdt_nemo.testing.moe_layer import in_layout, layer_of
+
+    one, waiting = layout("one"), []
+    with in_layout(one, "ours"), mock.patch.object(type(current()), "defer", lambda _, *asked: waiting.append(asked)):
+        layer = layer_of(Case(marks={"moe_dropless_bound": 1.5}), one, "ours").layer.mlp
+        for tokens, first in batches:
+            routes = torch.zeros(tokens, EXPERTS, dtype=torch.bool)
+            routes[:first, :2] = routes[first:, 2:] = True
+            layer.token_dispatcher.preprocess(routes)
+    answers = []
+    for function, most in waiting:
+        try:
+            function(most)
+            answers.append("fits")
+        except ConfigError as error:
+            answers.append(error.reason)
+    return answers
+
+
+def test_a_late_answer_is_of_its_own_batchs_rows(active):
+    too_many = "1.5 leaves an expert 6 rows, and 8 tokens of one rank were sent to one"
+    assert active(answered_late, [(32, 16), (8, 4)]) == ["fits", "fits"]
+    assert active(answered_late, [(8, 8), (32, 16)]) == [too_many, "fits"]
+
+
 @pytest.mark.parametrize("bound", [0.5, "most", True, float("inf"), float("nan")])
 def test_what_is_no_bound_is_an_error(ours, bound):
     with pytest.raises(RankError) as error:

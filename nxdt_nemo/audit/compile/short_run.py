@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from nxdt_nemo.config.compose import ranks_of_a_node
+from nxdt_nemo.config.report import shown
 from nxdt_nemo.config.validate import hydra_options
 from nxdt_nemo.config.view import View
 
-__all__ = ["STEPS", "Counts", "alone", "command", "overrides", "read_counts"]
+__all__ = ["STEPS", "Counts", "command", "overrides", "ranks", "read_counts"]
 
 STEPS, VALIDATES = 6, 3
 """Steps of the run, and after how many of them it validates: the first step, the second, one after a validation."""
@@ -35,14 +37,22 @@ class Counts:
         return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Counts)))
 
 
-def alone(view: View) -> None:
-    """Raise ConfigError for a job of several nodes: a graph names the ranks of all of them in its collectives, so that
-    what one node extracts is another job's, and the compiler's cache finds none of it. NxD Training's and NNM's
-    scripts extract on every node too."""
+def ranks(view: View) -> int:
+    """The ranks of a job, all of one node: a graph names the ranks of the whole world in its collectives, so that what
+    another world extracts is another job's, and the compiler's cache finds none of it.
+
+    Raises ConfigError for a job of several nodes, and for one that does not say how many ranks it has. NxD Training's
+    and NNM's scripts extract on every node.
+    """
     nodes = view.size("trainer.num_nodes")
     if nodes > 1:
         reason = f"trainer.num_nodes={nodes}: one node's graphs are not those of {nodes}, whose ranks they name"
         raise view.error(reason, "start a short run on every node (docs/trainium.md), or set trainer.num_nodes=1")
+    found = ranks_of_a_node(view)
+    if found is None:
+        asked = shown(view.raw("trainer.devices"))
+        raise view.error(f"trainer.devices={asked} is no number of ranks to compile for", "set trainer.devices")
+    return found
 
 
 def overrides(view: View, folder: Path) -> list[str]:

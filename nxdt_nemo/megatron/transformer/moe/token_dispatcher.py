@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer.moe.moe_utils import get_capacity
@@ -96,11 +97,11 @@ class StaticTokenDispatcher(MoEAlltoAllTokenDispatcher):
         tokens, experts = routing_map.shape
         self.capacity = self.bound.rows(tokens, self.config.moe_router_topk, experts)
         if self.bound.may_be_exceeded and self.capacity < tokens:
-            current().defer(self._fits, routing_map.sum(dim=0).max())
+            current().defer(partial(self._fits, self.capacity), routing_map.sum(dim=0).max())
         self.num_out_tokens = self.capacity * experts
         return Counts([self.capacity * self.tp_size * self.ep_size] * self.num_local_experts)
 
-    def _fits(self, most: Tensor) -> None:
-        if int(most) > self.capacity:
-            reason = f"{getattr(self.config, ATTRIBUTE)} leaves an expert {self.capacity} rows, and {int(most)} tokens"
+    def _fits(self, capacity: int, most: Tensor) -> None:
+        if int(most) > capacity:
+            reason = f"{getattr(self.config, ATTRIBUTE)} leaves an expert {capacity} rows, and {int(most)} tokens"
             raise ConfigError(f"{reason} of one rank were sent to one", place=PLACE, fix="use worst or a larger factor")
