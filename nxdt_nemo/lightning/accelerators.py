@@ -27,6 +27,7 @@ class NeuronAccelerator(Accelerator):
         """Bind the precision plugin's autocast to the runtime's device, whatever strategy runs.
 
         MegatronTrainerBuilder and Lightning write "cuda" into it, and torch turns such an autocast off.
+        Lightning evaluates without inference mode on its own XLA accelerator: so does this one where a lane has none.
         Raises ConfigError for training in fp16.
         """
         plugin = trainer.precision_plugin
@@ -34,6 +35,9 @@ class NeuronAccelerator(Accelerator):
             raise ConfigError("fp16 does not train on this backend", place="trainer.precision", fix="use bf16-mixed")
         if getattr(plugin, "device", None) == "cuda":
             plugin.device = current().device().type
+        if not current().has_inference_mode:
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
 
     def setup_device(self, device: torch.device) -> None:
         """Nothing: a lane's device is set up when its ranks come up."""

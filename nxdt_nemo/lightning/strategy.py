@@ -11,6 +11,7 @@ import gc
 import glob
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,7 @@ class NeuronStrategyMixin:
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning: one graph, or as many as it reads values."""
-        with current().reading():
-            result = super().validation_step(*args, **kwargs)  # type: ignore[misc]
-        current().cut()
-        return result
+        return _own_graph(super().validation_step, *args, **kwargs)  # type: ignore[misc]
 
     def on_validation_end(self) -> None:
         """As Lightning; and what the validation drew leaves no trace."""
@@ -147,11 +145,12 @@ class NeuronStrategyMixin:
         self._before, self._between = None, True
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning: one graph, or as many as it reads values."""
-        with current().reading():
-            result = super().test_step(*args, **kwargs)  # type: ignore[misc]
-        current().cut()
-        return result
+        """As validation_step."""
+        return _own_graph(super().test_step, *args, **kwargs)  # type: ignore[misc]
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As validation_step."""
+        return _own_graph(super().predict_step, *args, **kwargs)  # type: ignore[misc]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning; and the step's graph ends here."""
@@ -219,6 +218,13 @@ class NeuronStrategyMixin:
     def restore_rng(self, folder: Path) -> None:
         """Let training begin with this rank's random states of a checkpoint that was saved with as many ranks."""
         self._loaded = RngSnapshot.load(folder, self.global_rank, self.world_size)  # type: ignore[attr-defined]
+
+
+def _own_graph(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with current().reading():
+        result = step(*args, **kwargs)
+    current().cut()
+    return result
 
 
 def _partial(folder: Path) -> tuple[Path, Path]:

@@ -68,6 +68,8 @@ class Lane(ABC):
     """This process stands for one rank of a world whose others do not run: groups are the lane's, gloo's included."""
     has_storages: ClassVar[bool] = True
     """A tensor's memory is there when the tensor is, and can be given back while the tensor lives on."""
+    has_inference_mode: ClassVar[bool] = True
+    """torch.inference_mode takes views of tensors that were made outside it."""
 
     @classmethod
     @abstractmethod

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,23 @@ def test_two_devices_without_a_launcher(active, tmp_path):
     one = active(trained, {"accelerator": "neuron", "devices": 1})["losses"]
     two = [sum(losses) / 2 for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def torn_down() -> str:
+    """The device of a model that a Trainer is done with, and that cannot be moved to the host."""
+    import torch
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    from nxdt_nemo.lightning.accelerators import NeuronAccelerator
+
+    model = LightningModule()
+    model.layer = torch.nn.Linear(1, 1)
+    strategy = SingleDeviceStrategy("meta", accelerator=NeuronAccelerator())
+    strategy.connect(model.to("meta"))
+    strategy.teardown()
+    return f"{model.device} {model.layer.weight.device}"
+
+
+def test_a_model_stays_where_it_is_when_a_trainer_is_done(active: Callable[..., Any]) -> None:
+    assert active(torn_down) == "meta meta"

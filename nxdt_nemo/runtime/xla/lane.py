@@ -51,6 +51,7 @@ class XlaLane(RanksLane):
 
     name = "xla"
     has_storages = False
+    has_inference_mode = False  # torch_xla gives such a view a version counter, which torch refuses there
     backend = "nxdt_xla"  # not torch_xla's "xla", whose groups of some ranks are groups of one (xla_backend.py)
     traced = True
 
@@ -143,7 +144,8 @@ class XlaLane(RanksLane):
         import torch_xla.core.xla_model as xm
 
         state = xm.get_rng_state()
-        return torch.tensor([state - 2**64 if state >= 2**63 else state], dtype=torch.int64)
+        # On the host by name: Lightning builds models with the device as torch's default one.
+        return torch.tensor([state - 2**64 if state >= 2**63 else state], dtype=torch.int64, device="cpu")
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         import torch_xla.core.xla_model as xm

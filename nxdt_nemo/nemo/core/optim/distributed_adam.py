@@ -33,6 +33,7 @@ from nxdt_nemo.megatron.optimizer.sharded_state import (
 )
 from nxdt_nemo.megatron.optimizer.traced_zero import TracedBucket, alike, on_host, to_device
 from nxdt_nemo.megatron.optimizer.zero import Bucket, Part, Piece, allocate, gather_parameters, reduce_gradients
+from nxdt_nemo.nemo.core.optim.optimizer_with_main_params import add_to_main_grad
 from nxdt_nemo.runtime.hosts import carries_host_memory
 from nxdt_nemo.runtime.select import current
 
@@ -123,7 +124,7 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         for param in fresh:
             self._placed.add(param)
             if param.dtype != torch.float32:
-                param.register_post_accumulate_grad_hook(_add_to_main_grad)
+                param.register_post_accumulate_grad_hook(add_to_main_grad)
 
     def _divided(self, params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         """What can be in one bucket: parameters of one dtype, where steps are traced also stepped and counted alike."""
@@ -344,12 +345,6 @@ class MegatronDistributedFusedAdam(DistributedFusedAdam):
         buckets = on_host(self.buckets, self._stepper().state, read=False)
         hosts = {self._group: _host_group(self._group)}
         to_device(load_pieces(buckets, params, self._state_of, loaded, hosts))
-
-
-def _add_to_main_grad(param: Any) -> None:
-    """After backward: add a half precision gradient to its float32 sum, and drop it."""
-    param.main_grad.add_(param.grad)
-    param.grad = None
 
 
 def _collect(param: Any) -> None:

@@ -21,7 +21,7 @@ from nxdt_nemo.megatron.optimizer.norms import copy_marks
 from nxdt_nemo.runtime.rounding import copy_rounded_
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["MainParamsOptimizerWrapper"]
+__all__ = ["MainParamsOptimizerWrapper", "add_to_main_grad"]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -72,7 +72,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
                 continue
             main = _main_param(param)
             param.main_grad = main.grad
-            param.register_post_accumulate_grad_hook(_accumulate)
+            param.register_post_accumulate_grad_hook(add_to_main_grad)
             group["params"][index] = main
             if param in self.optimizer.state:
                 self.optimizer.state[main] = self.optimizer.state.pop(param)
@@ -99,8 +99,7 @@ class MainParamsOptimizerWrapper(torch.optim.Optimizer):
     def copy_model_grads_to_main_grads(self) -> None:
         """Move gradients that did not come by way of backward into the main gradients."""
         for param in (param for halves in self.float16_groups for param in halves):
-            if param.grad is not None:
-                _accumulate(param)
+            add_to_main_grad(param)
 
     def allreduce_main_grads(self) -> None:
         """Average the gradients over the data-parallel ranks (context-parallel ones summed), in fp32."""
@@ -234,9 +233,14 @@ def _main_param(param: nn.Parameter) -> Tensor:
     return main
 
 
-def _accumulate(param: Tensor) -> None:
-    param.main_grad.add_(param.grad)  # type: ignore[attr-defined]
-    param.grad = None
+def add_to_main_grad(param: Tensor) -> None:
+    """After backward: add a half precision gradient to its float32 sum, and drop it.
+
+    Nothing where the optimizer of an earlier fit, whose hook is on the parameter as well, has done it.
+    """
+    if param.grad is not None:
+        param.main_grad.add_(param.grad)  # type: ignore[attr-defined]
+        param.grad = None
 
 
 def _reduce(grads: list[Tensor], group: Any, chunk: int) -> None:
