@@ -40,8 +40,8 @@ def newest_strategy() -> NeuronStrategyMixin | None:
 class NeuronStrategyMixin:
     """Ranks before the model, complete checkpoints, random states that survive a restart.
 
-    Order of calls: _configure_launcher (Trainer's construction), bring_up_ranks (the model's construction;
-    each rank), then Lightning's own hooks.
+    Order of calls: _configure_launcher (Trainer's construction), start_ranks and bring_up_ranks (the model's
+    construction; each rank), then Lightning's own hooks.
     """
 
     def _configure_launcher(self) -> None:
@@ -51,11 +51,16 @@ class NeuronStrategyMixin:
         if environment is not None and not environment.creates_processes_externally:
             self._launcher = EarlyScriptLauncher(environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
 
-    def bring_up_ranks(self) -> None:
-        """Start the ranks and join the process group: layers take their groups when they are built."""
+    def start_ranks(self, rank: int, world: int) -> None:
+        """Start this host's other ranks, and let the lane know which one this is: NeMo seeds the device before they
+        have joined."""
         launcher = getattr(self, "_launcher", None)
         if isinstance(launcher, EarlyScriptLauncher):
             launcher.start()
+        current().ranks_are_coming(rank, world)
+
+    def bring_up_ranks(self) -> None:
+        """Join the process group: layers take their groups when they are built."""
         self.setup_distributed()  # type: ignore[attr-defined]
         current().ranks_are_up()
 

@@ -162,6 +162,9 @@ class Lane(ABC):
         WORLD_SIZE say otherwise.
         """
 
+    def ranks_are_coming(self, rank: int, world: int) -> None:  # noqa: B027 - most lanes hear it in time in init_ranks
+        """Which rank this process is going to be, before anything uses its device."""
+
     def ranks_are_up(self) -> None:  # noqa: B027 - most lanes have nothing to look at
         """Called on each rank once torch.distributed is up, whoever brought it up: what a lane then has to check."""
 

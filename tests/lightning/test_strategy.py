@@ -364,3 +364,16 @@ def test_the_lane_looks_at_ranks_once_they_are_up(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(current()), "ranks_are_up", lambda _: done.append("looked"))
     Strategy().bring_up_ranks()
     assert done == ["distributed", "looked"]
+
+
+def test_the_lane_knows_its_rank_before_the_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nxdt_nemo.nemo.collections.nlp.modules.common.megatron import megatron_init
+    from nxdt_nemo.runtime import current
+
+    done: list[Any] = []
+    strategy = Strategy()
+    monkeypatch.setattr(megatron_init, "newest_strategy", lambda: strategy)
+    monkeypatch.setattr(type(current()), "ranks_are_coming", lambda _, *place: done.append(place))
+    monkeypatch.setattr(Strategy, "bring_up_ranks", lambda _: done.append("joined"))
+    megatron_init.initialize_model_parallel_for_nemo(lambda **_: done.append("seeded"), global_rank=1, world_size=2)
+    assert done == [(1, 2), "seeded", "joined"]

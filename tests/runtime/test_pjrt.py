@@ -25,8 +25,10 @@ SCRIPT = f"""
 import os
 from nxdt_nemo.runtime.xla import lane
 lane.neuron_devices = lambda: 2
-undo = lane.XlaLane().enter_process()
+here = lane.XlaLane()
+here.enter_process()
 import torch_xla
+assert here.device().type == "xla" and not torch_xla._XLAC._xla_runtime_is_initialized()
 print([os.environ.get(name) for name in {TOLD}])
 """
 

@@ -89,9 +89,11 @@ class XlaLane(RanksLane):
         return undo.close
 
     def device(self, local_rank: int = 0) -> torch.device:
-        import torch_xla
+        """The one device of this process. Not torch_xla.device(), which makes the client: it has to know the ranks."""
+        import torch
+        import torch_xla  # noqa: F401 - the backend of that name
 
-        return torch_xla.device()  # type: ignore[no-any-return]
+        return torch.device("xla", 0)
 
     def device_count(self) -> int:
         return ranks_placed_here() or 1
@@ -156,6 +158,10 @@ class XlaLane(RanksLane):
         from nxdt_nemo.runtime.xla.process_group import register
 
         register(self.backend)
+
+    def ranks_are_coming(self, rank: int, world: int) -> None:
+        if not self._on_host and not self.alone:
+            tell(rank, world)
 
     def ranks_are_up(self) -> None:
         """On a device: raises LaneError unless PJRT has the same ranks, and all of them answer. NeuronRT sets its

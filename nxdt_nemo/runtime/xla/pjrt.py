@@ -1,8 +1,9 @@
 """Which rank this process is, for Neuron's PJRT client.
 
 Room runtime/. Beside torch_xla/_internal/neuron.py (2.9), which tells the client under torchrun only: without a word
-each rank of another launcher would be a world of its own, and all of them on one core. The client reads the variables
-when the device is first used. Imports the standard library only; `check` imports torch_xla. NOT RUN on a device.
+each rank of another launcher would be a world of its own, and all of them on one core. The client is made when the
+device is first used, and taken to read the variables then. Imports the standard library only; `check` imports
+torch_xla. NOT RUN on a device.
 Proof: tests/runtime/test_pjrt.py.
 """
 

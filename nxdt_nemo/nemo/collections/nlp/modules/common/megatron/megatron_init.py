@@ -23,7 +23,7 @@ SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_
 
 
 def initialize_model_parallel_for_nemo(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Upstream's bookkeeping, then the real groups, by way of the Trainer's strategy.
+    """The ranks, upstream's bookkeeping, then the real groups, by way of the Trainer's strategy.
 
     Raises ConfigError for a size below 1: megatron_gpt_eval.py's configuration has -1, which NeMo takes from the
     checkpoint of a legacy model only.
@@ -31,7 +31,10 @@ def initialize_model_parallel_for_nemo(original: Callable[..., None], *args: Any
     for name in SIZES:
         if (size := kwargs.get(name)) is not None and size < 1:
             raise ConfigError(f"{size} ranks cannot share a model", place=name, fix="say how many should")
+    pretended = os.environ.get(PRETENDED_RANKS, "false").lower() == "true"
+    strategy = None if pretended else newest_strategy()
+    if strategy is not None:
+        strategy.start_ranks(kwargs["global_rank"], kwargs["world_size"])
     original(*args, **kwargs)
-    strategy = newest_strategy()
-    if strategy is not None and os.environ.get(PRETENDED_RANKS, "false").lower() != "true":
+    if strategy is not None:
         strategy.bring_up_ranks()
