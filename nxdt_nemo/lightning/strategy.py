@@ -159,7 +159,8 @@ class NeuronStrategyMixin:
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning; and the step's graph ends here."""
-        result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
+        with current().step_goes_on():
+            result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
         if current().traced:
             gc.collect()  # frames that a caught exception keeps hold the loss: omegaconf raises one in most steps
         current().step_boundary()

@@ -7,8 +7,8 @@ type checking only, so that a lane can be probed before torch is loaded. Proof: 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Lane(ABC):
     """A tensor's memory is there when the tensor is, and can be given back while the tensor lives on."""
     has_inference_mode: ClassVar[bool] = True
     """torch.inference_mode takes views of tensors that were made outside it."""
+    _steps_going_on: int = 0
 
     @classmethod
     @abstractmethod
@@ -244,6 +245,20 @@ class Lane(ABC):
 
     def step_boundary(self) -> None:  # noqa: B027 - an eager lane has traced nothing
         """The end of a training step: a traced lane cuts its graph here."""
+
+    def optimizer_stepped(self) -> None:
+        """megatron-core's optimizer has stepped: a step_boundary, but in a loop that calls step_boundary itself."""
+        if not self._steps_going_on:
+            self.step_boundary()
+
+    @contextmanager
+    def step_goes_on(self) -> Iterator[None]:
+        """Within it an optimizer's step is not yet the end of the training step: the caller says where that is."""
+        self._steps_going_on += 1
+        try:
+            yield
+        finally:
+            self._steps_going_on -= 1
 
     def cut(self) -> None:  # noqa: B027 - an eager lane has nothing traced
         """Hand over what was traced, in a graph of its own: before and after what is no part of a step.

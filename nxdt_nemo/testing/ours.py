@@ -172,11 +172,15 @@ def gradients_of(training: Training, recipe: Recipe, layout: Layout, step: int, 
 
 
 def update(optimizer: Any, recipe: Recipe, step: int, read: Read = float) -> Any:
-    """The optimizer's step; returns the gradients' norm, as `read` makes it of upstream's."""
+    """The optimizer's step; returns the gradients' norm, as `read` makes it of upstream's.
+
+    The training step ends where the caller says, on a lane that traces.
+    """
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr_at(step)
         group["weight_decay"] = recipe.weight_decay * group["wd_mult"]
-    return read(optimizer.step()[1])
+    with current().step_goes_on():
+        return read(optimizer.step()[1])
 
 
 def _model_parallel(recipe: Recipe, layout: Layout, instances: int = 1) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nxdt_nemo.audit.compile.short_run import read_counts
 from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV, Part, assemble
 from nxdt_nemo.testing.parity import Errors, errors
 
@@ -91,15 +93,21 @@ def test_a_mistake_shows(gloo, name: str, fault: str) -> None:
     assert max(found.loss, found.norm, found.grad) > 100 * TOLERANCE, found
 
 
+def printed(*words: str, ranks: int = 1, **environ: str) -> list[float]:
+    """The losses that the script prints."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    run = ["-m", "nxdt_nemo", "run"] if environ else []
+    command = [sys.executable, *launcher, *run, str(CORE / "training.py"), *words]
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(loss) for loss in re.findall(r"step \d+ loss (\S+)", done.stdout)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt", "mixer"])
 def test_the_script_goes_on_from_one_ranks_checkpoint_in_every_layout(tmp_path: Path, model: str) -> None:
     def run(*words: str, ranks: int = 1) -> list[float]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launcher, str(CORE / "training.py"), "--model", model, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [float(loss) for loss in re.findall(r"step \d+ loss (\S+)", done.stdout)]
+        return printed("--model", model, *words, ranks=ranks)
 
     begun = str(tmp_path / "begun")
     whole, _ = run(), run("--steps", "2", "--save", begun)
@@ -109,3 +117,20 @@ def test_the_script_goes_on_from_one_ranks_checkpoint_in_every_layout(tmp_path: 
         ["--zero"],
     ):
         assert run("--load", begun, *words, ranks=2) == pytest.approx(whole[2:], rel=1e-6), words
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("with_torch_xla")
+def test_the_script_compiles_nothing_after_two_steps_where_steps_are_traced(tmp_path: Path) -> None:
+    begun = str(tmp_path / "begun")
+    printed("--steps", "1", "--save", begun)
+
+    def graphs(steps: int) -> int:
+        words, report = ["--load", begun, "--steps", str(1 + steps)], tmp_path / f"{steps}"
+        report.mkdir()
+        traced = {"NXDT_NEMO_RUNTIME": "xla", "NXDT_NEMO_COMPILE_REPORT": str(report)}
+        assert printed(*words, **traced) == pytest.approx(printed(*words), rel=1e-6)
+        return read_counts(report).graphs
+
+    assert graphs(2) == graphs(7) > 1

@@ -344,3 +344,20 @@ def test_a_reading_hands_over_all(pools: Callable[..., list[Any]]) -> None:
     """One graph for both; without it the product is computed again in a second one."""
     assert pools(1, looked_at, True) == [{"compiled": 1, "read": 1}]
     assert pools(1, looked_at, False) == [{"compiled": 2, "read": 1}]
+
+
+def stepped(ended_by_caller: bool) -> list[float]:
+    """What has arrived after three steps of megatron-core's optimizer, in a loop that ends its steps itself or not."""
+    lane, arrived = lane_here(), []
+    with lane.step_goes_on() if ended_by_caller else contextlib.nullcontext():
+        for step in range(3):
+            lane.defer(lambda value: arrived.append(float(value)), torch.tensor(float(step)).to(lane.device()))
+            lane.optimizer_stepped()
+    found = list(arrived)
+    lane.settle()
+    return found
+
+
+def test_an_optimizers_step_ends_that_of_a_loop_that_says_nothing(pools: Callable[..., list[Any]]) -> None:
+    assert pools(1, stepped, False) == [[0.0, 1.0]]
+    assert pools(1, stepped, True) == [[]]

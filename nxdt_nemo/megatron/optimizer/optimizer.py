@@ -1,16 +1,16 @@
 """megatron-core's bf16 optimizer with float32 main parameters, without CUDA's type names; and chains of optimizers.
 
 Room megatron/. Stands in for the constructor of megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params;
-everything else of that class is upstream's. Wraps ChainedOptimizer.load_state_dict, which counts optimizers: with
-expert parallelism there are two, without it one. Proof: tests/megatron/test_zero.py.
+everything else of that class is upstream's. ChainedOptimizer is a subclass of upstream's, put in its place because
+get_megatron_optimizer constructs it by name. Proof: tests/megatron/test_zero.py, tests/megatron/test_core_examples.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer as _ChainedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
 from nxdt_nemo.errors import UserError
@@ -20,7 +20,7 @@ from nxdt_nemo.megatron.optimizer.sharded_state import groups_of, states_of
 from nxdt_nemo.runtime.rounding import SWITCH
 from nxdt_nemo.runtime.select import current
 
-__all__ = ["init_float16_optimizer", "load_chained_state_dict"]
+__all__ = ["ChainedOptimizer", "init_float16_optimizer"]
 
 
 def init_float16_optimizer(self: Any, optimizer: Any, config: Any, grad_scaler: Any, init_state_fn: Any) -> None:
@@ -59,23 +59,32 @@ def init_float16_optimizer(self: Any, optimizer: Any, config: Any, grad_scaler: 
         self.fp32_from_fp32_groups.append(fulls)
 
 
-def load_chained_state_dict(upstream: Callable[..., None], self: Any, state_dict: Any) -> None:
-    """As upstream; and what one optimizer has saved into several, or several into one, where they are sharded ones.
+class ChainedOptimizer(_ChainedOptimizer):
+    """What get_megatron_optimizer gives: one optimizer, with expert parallelism two. Signature: upstream's."""
 
-    Each takes the hyper-parameters of the saved group of its kind, see DistributedOptimizer.load_state_dict.
-    Raises UserError for optimizers that are not sharded.
-    """
-    several = len(self.chained_optimizers) > 1
-    numbers = [key for key in state_dict if isinstance(key, int)] if isinstance(state_dict, dict) else []
-    others = {key: value for key, value in state_dict.items() if key not in numbers} if numbers else {}
-    saved_by_one, saved_by_several = bool(others), any(groups_of(state_dict[number]) for number in numbers)
-    if (several and not saved_by_one) or (not several and not saved_by_several):
-        upstream(self, state_dict)
-        return
-    if not all(isinstance(one, DistributedOptimizer) for one in self.chained_optimizers):
-        reason = "the checkpoint was saved with another expert_model_parallel_size, and the optimizer is not sharded"
-        raise UserError(reason, fix="use optim.name=mcore_distributed_optim, or the size that it was saved with")
-    parts = [state_dict[number] for number in sorted(numbers)]
-    groups = groups_of(others) if several else [group for part in parts for group in groups_of(part)]
-    for one, part in zip(self.chained_optimizers, parts if several else [others], strict=True):
-        one.load_state_dict({"state": states_of(part), "param_groups": groups})
+    def step(self) -> tuple[bool, Any, Any]:
+        """As upstream; and a loop that knows no lanes has done a training step."""
+        result: tuple[bool, Any, Any] = super().step()
+        current().optimizer_stepped()
+        return result
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As upstream; and what one optimizer has saved into several, or several into one, where they are sharded ones.
+
+        Each takes the hyper-parameters of the saved group of its kind, see DistributedOptimizer.load_state_dict.
+        Raises UserError for optimizers that are not sharded.
+        """
+        several = len(self.chained_optimizers) > 1
+        numbers = [key for key in state_dict if isinstance(key, int)] if isinstance(state_dict, dict) else []
+        others = {key: value for key, value in state_dict.items() if key not in numbers} if numbers else {}
+        saved_by_one, saved_by_several = bool(others), any(groups_of(state_dict[number]) for number in numbers)
+        if (several and not saved_by_one) or (not several and not saved_by_several):
+            super().load_state_dict(state_dict)
+            return
+        if not all(isinstance(one, DistributedOptimizer) for one in self.chained_optimizers):
+            text = "the checkpoint was saved with another expert_model_parallel_size, and the optimizer is not sharded"
+            raise UserError(text, fix="use optim.name=mcore_distributed_optim, or the size that it was saved with")
+        parts = [state_dict[number] for number in sorted(numbers)]
+        groups = groups_of(others) if several else [group for part in parts for group in groups_of(part)]
+        for one, part in zip(self.chained_optimizers, parts if several else [others], strict=True):
+            one.load_state_dict({"state": states_of(part), "param_groups": groups})
