@@ -10,7 +10,7 @@ product or a collective reads. An elementwise operation with one reader is fused
 transpositions are made where they are read; gradients that add up do so one by one. Elementwise results take the place
 of what they read last. Parameters live all along; results of the graph take the places of parameters of their shapes,
 as far as there are any, and the others have places of their own from the beginning, as buffers of a result have.
-Proof: tests/audit/test_schedule.py, which also has what XLA:CPU assigns.
+Proof: tests/audit/test_schedule.py, which also has the bytes of XLA:CPU's own schedule.
 """
 
 from __future__ import annotations

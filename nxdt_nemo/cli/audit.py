@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["audit"]
 
 NUMBERS = ("trainer.devices", "model.num_layers", "model.micro_batch_size", "model.global_batch_size")
+OTHERWISE = ("neuron.alignment", "model.peft", "model.data.train_ds", "model.mcore_bert", "model.mcore_t5")
 
 
 def audit(
@@ -45,18 +46,18 @@ def audit(
 ) -> None:
     """Lower the training step of chosen ranks of a world, in one process, and run none of it.
 
-    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads the device.
+    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads the device; 2 for what is
+    not lowered.
     """
     import os
     import sys
 
     import nxdt_nemo
 
-    found = _composed(config, overrides or [])
-    own = _own_world(found, config.name)
-    world = world or own
+    found, world = _checked(config, overrides or [], world)
     elsewhere = {
-        number: _composed(config, [*(overrides or []), *said]) for number, said in _said(otherwise or []).items()
+        number: _checked(config, [*(overrides or []), *said], world)[0]
+        for number, said in _said(otherwise or []).items()
     }
     chosen = _numbers(rank or ranks, world)
     if hlo is not None:
@@ -74,25 +75,25 @@ def audit(
         raise typer.Exit(1)
 
 
-def _own_world(config: Any, place: str) -> int:
-    """Devices x nodes. Raises ConfigError for a configuration without the numbers that a step is sized by."""
+def _checked(path: Path, overrides: Sequence[str], world: int) -> tuple[Any, int]:
+    """The configuration, and the world; 0: devices x nodes. Raises ConfigError for what a run would refuse, for a
+    configuration without the numbers that a step is sized by, and for one that trains otherwise than is lowered."""
     from nxdt_nemo.config.report import shown
-    from nxdt_nemo.config.validate import sections
+    from nxdt_nemo.config.validate import read, validate_config
     from nxdt_nemo.config.view import View
 
-    view = View(config, place=place)
-    for error in sections(view):
+    config = read(path, list(overrides))
+    announced = {"WORLD_SIZE": str(world), "LOCAL_RANK": "0"} if world else {}
+    for error in validate_config(config, place=path.name, environ=announced).errors:
         raise error
+    view = View(config, place=path.name)
+    for key in OTHERWISE:
+        if view.get(key):
+            raise view.error(f"{key}: an audit lowers the pretraining of a GPT only", f"leave {key} out")
     for key in NUMBERS:
         if (view.number(key) or 0) < 1:
             raise view.error(f"{key}={shown(view.raw(key))} is no number to size a step by", f"set {key}")
-    return view.size("trainer.devices") * view.size("trainer.num_nodes")
-
-
-def _composed(path: Path, overrides: Sequence[str]) -> Any:
-    from nxdt_nemo.config.validate import read
-
-    return read(path, list(overrides))
+    return config, world or view.size("trainer.devices") * view.size("trainer.num_nodes")
 
 
 def _numbers(text: str, world: int) -> list[int] | None:

@@ -220,6 +220,12 @@ def sequence_parallel(view: View) -> Errors:
         )
 
 
+def sequence_parallel_alone(view: View) -> Errors:
+    """NeMo would turn it off, and builds megatron-core's configuration, which refuses it, before that."""
+    if view.training and view.get("model.sequence_parallel", False) and view.size(TP) == 1:
+        yield view.error(f"model.sequence_parallel=True needs {TP} above 1", "use model.sequence_parallel=False")
+
+
 def context_parallel(view: View) -> Errors:
     """Each context-parallel rank takes two pieces of the sequence, one from each end."""
     cp, length = view.size(CP), view.number("model.encoder_seq_length")
@@ -444,6 +450,7 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
     interleaved,
     experts,
     sequence_parallel,
+    sequence_parallel_alone,
     context_parallel,
     world,
     *batches.ERRORS,
@@ -456,14 +463,6 @@ ERRORS: tuple[Callable[[View], Errors], ...] = (
 
 
 # --- what NeMo settles by itself, without a word or with one in a log that is long
-
-
-def sequence_parallel_alone(view: View) -> Errors:
-    """Sequence parallelism cuts what tensor parallelism leaves whole."""
-    if view.get("model.sequence_parallel", False) and view.size(TP) == 1:
-        yield view.error(
-            f"model.sequence_parallel=True with {TP}=1, where NeMo turns it off", "use False, or more ranks"
-        )
 
 
 def head_size(view: View) -> Errors:
@@ -505,7 +504,6 @@ def dangling(view: View) -> Errors:
 
 
 DOUBTS: tuple[Callable[[View], Errors], ...] = (
-    sequence_parallel_alone,
     head_size,
     warm_up,
     lengths,

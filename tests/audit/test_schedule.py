@@ -1,4 +1,4 @@
-"""Bytes that live at once: by hand on small graphs, and beside what XLA:CPU assigns to a step."""
+"""Bytes that live at once: by hand on small graphs, and beside those of XLA:CPU's own schedule of a step."""
 
 from __future__ import annotations
 
@@ -72,11 +72,14 @@ def test_elementwise_operations_take_the_place_of_what_they_read_or_none() -> No
 # --- beside XLA:CPU ---------------------------------------------------------------------------------------------------
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-NEAR = 0.2  # of what XLA:CPU assigns
+NEAR = 0.15
+# Loops cut for as many threads as the machine has cores are other operations, and are scheduled otherwise.
+DISABLED = "--xla_disable_hlo_passes=cse_barrier_expander,cpu-parallel-task-assigner"
 
 
-def lowered_and_assigned(recipe: Recipe, fields: dict[str, Any], dump: str) -> tuple[str, int]:
-    """A step's text, and the bytes of all buffers that XLA:CPU gives it."""
+def lowered_and_live(recipe: Recipe, fields: dict[str, Any], dump: str) -> tuple[str, int]:
+    """A step's text, and the most bytes that live at once in XLA:CPU's schedule of it. Not those of its buffers: they
+    have gaps, by where they happen to be packed."""
     import gc
 
     import torch
@@ -97,9 +100,9 @@ def lowered_and_assigned(recipe: Recipe, fields: dict[str, Any], dump: str) -> t
         text = torch_xla._XLAC._get_xla_tensors_hlo(sorted(live, key=torch_xla._XLAC._xla_get_tensor_id))
         lane.step_boundary()
         lane.synchronize()
-    reports = sorted(Path(dump).glob("*memory-usage-report.txt"), key=os.path.getmtime)
-    found = max(int(re.findall(r"Total bytes used: (\d+)", one.read_text())[0]) for one in reports)
-    return text, found
+    last = max(Path(dump).glob("*buffer-assignment.txt"), key=os.path.getmtime)
+    peak = last.read_text().partition("(peak):")[2].partition("Stack trace")[0]
+    return text, int(re.findall(r"cumulative: (\d+) bytes", peak)[-1])
 
 
 @pytest.mark.slow
@@ -108,12 +111,12 @@ def lowered_and_assigned(recipe: Recipe, fields: dict[str, Any], dump: str) -> t
     ("micro_batches", "fields"),
     [(1, {}), (2, FULL), (4, FULL)],
 )
-def test_it_is_near_what_xla_assigns(
+def test_it_is_near_what_lives_in_xlas_schedule(
     with_torch_xla: None, tmp_path: Path, micro_batches: int, fields: dict[str, Any]
 ) -> None:
     sizes = {"layers": 3, "hidden": 128, "seq": 256, "heads": 4, "kv_groups": 2, "ffn": 352, "vocab": 1024}
     recipe = Recipe.of("llama", micro_batch=1, micro_batches=micro_batches, **sizes)
-    flags = f"--xla_dump_to={tmp_path} --xla_disable_hlo_passes=cse_barrier_expander"
+    flags = f"--xla_dump_to={tmp_path} {DISABLED}"
     with RankPool(1, env=TRACED_ENV | {"XLA_FLAGS": flags}, init=ACTIVE, group=False, timeout=300) as pool:
-        [(text, assigned)] = pool.run(lowered_and_assigned, recipe, fields, str(tmp_path))
-    assert peak_bytes(Graph(text).operations) == pytest.approx(assigned, rel=NEAR)
+        [(text, live)] = pool.run(lowered_and_live, recipe, fields, str(tmp_path))
+    assert peak_bytes(Graph(text).operations) == pytest.approx(live, rel=NEAR)

@@ -66,6 +66,11 @@ WRONG = [  # overrides, ranks, the line
         f"model.sequence_parallel=True needs {TP}=2 to divide model.encoder_seq_length=63; use a multiple of 2",
     ),
     (
+        ["model.sequence_parallel=True"],
+        1,
+        f"model.sequence_parallel=True needs {TP} above 1; use model.sequence_parallel=False",
+    ),
+    (
         [f"+{CP}=2", "model.encoder_seq_length=66"],
         2,
         f"{CP}=2 cuts the sequence into 4 pieces, which do not divide model.encoder_seq_length=66; use a multiple of 4",

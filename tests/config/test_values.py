@@ -82,9 +82,9 @@ def test_keys_that_are_not_written_are_listed_with_what_they_are(gpt):
 
 
 def test_doubts_are_warnings_and_errors_when_strict(gpt):
-    doubtful = ("model.sequence_parallel=True", "model.tensor_model_parallel_size=1")
+    doubtful = ("model.hidden_size=66", "model.num_attention_heads=4")
     cfg = gpt(*doubtful)
-    line = "model.sequence_parallel=True with model.tensor_model_parallel_size=1"
+    line = "model.num_attention_heads=4 does not divide model.hidden_size=66"
     assert any(line in warning for warning in check(cfg).warnings)
     assert check(cfg).errors == []
     assert any(line in str(error) for error in check(cfg, strict=True).errors)
