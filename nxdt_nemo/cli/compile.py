@@ -56,7 +56,17 @@ def compile_graphs(
         return
     if config is None:
         raise UserError("which configuration?", place="nxdt-nemo compile", fix="name a YAML file, or use --list")
+    _needs_a_device()
     raise typer.Exit(_compile(config, overrides or [], script, cache, as_json=as_json))
+
+
+def _needs_a_device() -> None:
+    """Raises UserError for Neuron's compiler on a host without a device: its wrapper runs the job to extract graphs."""
+    from nxdt_nemo.runtime.machine import neuron_devices
+
+    if shutil.which("neuron_parallel_compile") and not neuron_devices():
+        reason = "neuron_parallel_compile extracts graphs on a Neuron device, and this host has none"
+        raise UserError(reason, place="nxdt-nemo compile", fix="compile on an instance with Trainium")
 
 
 def _asked(config: Path | None, overrides: Sequence[str]) -> str:
@@ -76,15 +86,11 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
     from nxdt_nemo.config.validate import asked, find
     from nxdt_nemo.runtime.machine import neuron_devices
 
-    neuron = bool(neuron_devices())
-    if not neuron and shutil.which("neuron_parallel_compile"):
-        reason = "neuron_parallel_compile extracts graphs on a Neuron device, and this host has none"
-        raise UserError(reason, place="nxdt-nemo compile", fix="compile on an instance with Trainium")
     if script is not None and not Path(script).is_file():
         raise UserError("no such script", place=f"--script {script}")
     config = find(config)
     job, view = asked(config, overrides)
-    ranks = ranks_of(view)
+    ranks, neuron = ranks_of(view), neuron_devices() > 0
     url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
     if not neuron and "://" in url:
         raise UserError(f"{url} is not a folder", place="cache", fix="on XLA:CPU use a folder: --cache FOLDER")
