@@ -46,13 +46,14 @@ def audit(
 ) -> None:
     """Lower the training step of chosen ranks of a world, in one process, and run none of it.
 
-    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads the device; 2 for what is
-    not lowered.
+    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads what the host gave the
+    device; 2 for what cannot be lowered.
     """
     import os
     import sys
 
     import nxdt_nemo
+    from nxdt_nemo.audit.apart import go_on_in_a_child
 
     found, world = _checked(config, overrides or [], world)
     elsewhere = {
@@ -62,6 +63,7 @@ def audit(
     chosen = _numbers(rank or ranks, world)
     if hlo is not None:
         into(hlo, "--hlo")
+    go_on_in_a_child()
     os.environ["NXDT_NEMO_RUNTIME"] = "xla"
     out = sys.stdout
     try:
