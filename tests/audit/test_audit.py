@@ -114,7 +114,7 @@ def test_copies_of_kv_heads_sequence_parallelism_and_sharded_optimizer(audited: 
     assert found["flops"] == pytest.approx(rank["analytic"]["hardware"], rel=1e-9)
     assert rank["sent_bytes"] / rank["least_bytes"] == pytest.approx(1, abs=0.02)
     assert found["host_transfers"] == {} and found["fallbacks"] == {}
-    assert found["mismatch"] is None
+    assert found["mismatch"] is None and found["compared"] == 0
     groups = {tuple(row["ranks"]) for row in found["collectives"]}
     assert groups == {(0, 1), (0, 1, 2, 3), (0, 4), tuple(range(8))}
     assert 0 < found["mfu_bound"] < 1 and 0 < found["peak_bytes"] < found["hbm_bytes"]
@@ -243,7 +243,20 @@ def test_a_sequence_cut_among_ranks(audited: Callable[..., dict[str, Any]]) -> N
     cut = ["model.tensor_model_parallel_size=2", "model.context_parallel_size=2", "model.global_batch_size=2"]
     found = audited([*cut, "model.pipeline_model_parallel_size=1", "model.num_layers=1"], 4, ranks=[0, 1, 2])
     assert found["fallbacks"] == {} and found["host_transfers"] == {} and found["mismatch"] is None
+    assert found["compared"] == 3
     assert (0, 2) in {tuple(row["ranks"]) for row in found["collectives"]}
+
+
+@pytest.mark.slow
+def test_a_rank_with_other_sizes_parts_though_small_steps_are_alike(audited: Callable[..., dict[str, Any]]) -> None:
+    """Named by --except alone it is lowered too."""
+    few = ["model.num_layers=3", "model.global_batch_size=2"]
+    found = audited([*TP4, *few], 8, ranks=[0], on={1: ["model.num_layers=4"]})
+    assert "rank 1 has 4 layers and 1 micro-batches, the others have 3 layers and 1 micro-batches" in found["mismatch"]
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1] and found["compared"] == 1
+    few = ["model.num_layers=1", "model.global_batch_size=8"]
+    found = audited([*TP4, *few], 8, ranks=[0], on={1: ["model.global_batch_size=16"]})
+    assert "rank 1 has 1 layers and 8 micro-batches" in found["mismatch"]
 
 
 @pytest.mark.slow
