@@ -34,7 +34,7 @@ class Lowered:
     parameters  numbers in the model's parameters on this rank
     vocab       rows of the vocabulary that are this rank's
     fallbacks   operations of the last step that fall off XLA, by name
-    reads       where the last step reads a device's tensor on the host: file:line, how often
+    reads       where the last step reads a tensor of the device that the host gave it: file:line, how often
     """
 
     rank: int
@@ -58,7 +58,8 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
     config   a NeMo configuration, resolved (omegaconf)
     steps    that are traced; the last is read
     Needs the xla lane, torch_xla and NeMo, and a process without ranks. Raises UserError for what a run would refuse,
-    and for a tensor that a step reads on the host, by file and line.
+    and for a tensor that a step computes and reads on the host, by file and line. torch_xla ends the process by a
+    signal where an operation falls off XLA that needs what a step computes: see apart.py.
     """
     from nxdt_nemo.runtime.xla.in_graph import Replicas
     from nxdt_nemo.runtime.xla.metrics import counters
@@ -70,13 +71,15 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
     lane: Any = current()
 
     with _as_rank(config, rank, world), pretend(lane, rank, world, Replicas(), recorder.cut), _reads() as reads:
-        model, trainer = _build(config)
-        trainer.callbacks.append(_counting(steps, recorder, seen, reads))
-        with suppress(_Enough):
-            trainer.fit(model)
-        stage, count = _stage(), sum(one.numel() for one in model.parameters())
-        vocab = int(model.padded_vocab_size) // int(config.model.get("tensor_model_parallel_size") or 1)
-        _forget()
+        try:
+            model, trainer = _build(config)
+            trainer.callbacks.append(_counting(steps, recorder, seen, reads))
+            with suppress(_Enough):
+                trainer.fit(model)
+            stage, count = _stage(), sum(one.numel() for one in model.parameters())
+            vocab = int(model.padded_vocab_size) // int(config.model.get("tensor_model_parallel_size") or 1)
+        finally:
+            _forget()
     fell = {name: number - seen.before.get(name, 0) for name, number in counters().items() if name.startswith("aten::")}
     return Lowered(
         rank,
@@ -87,7 +90,7 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
         count,
         vocab,
         {name: number for name, number in fell.items() if number},
-        dict(reads),
+        dict(reads.found),
     )
 
 
@@ -126,7 +129,7 @@ def _shortened(config: Any, steps: int) -> Any:
     return short
 
 
-def _counting(steps: int, recorder: Any, seen: _Seen, reads: Counter[str]) -> Any:
+def _counting(steps: int, recorder: Any, seen: _Seen, reads: _Reads) -> Any:
     """A callback that leaves out what is before the first step, reads the last one, and ends there."""
     from lightning.pytorch import Callback
 
@@ -138,9 +141,10 @@ def _counting(steps: int, recorder: Any, seen: _Seen, reads: Counter[str]) -> An
         def on_train_batch_start(self, *_: Any) -> None:
             if self.done == 0:
                 recorder.forget()  # weights and moments: contents that nobody needs
+                reads.in_step = True
             if self.done == steps - 1:
                 recorder.reading, seen.first, seen.before = True, len(recorder.keys), counters()
-                reads.clear()
+                reads.found.clear()
 
         def on_train_batch_end(self, *_: Any) -> None:
             self.done += 1
@@ -159,46 +163,75 @@ def _filled(value: Any) -> Any:
     return "none given" if value == "???" else value
 
 
-READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "equal", "nonzero")
+
+
+@dataclass
+class _Reads:
+    """Where tensors of the device were read, and whether it is a step that reads."""
+
+    found: Counter[str] = field(default_factory=Counter)
+    in_step: bool = False
+
+    def note(self, name: str, tensor: Any) -> None:
+        """Raises UserError by file and line for what a step computes: a run would cut its graph there."""
+        from nxdt_nemo.runtime.xla.world import is_given
+
+        place = _caller()
+        self.found[place] += 1
+        if self.in_step and not is_given(tensor):
+            reason = f"a step reads a tensor of the device there ({name}), which ends its graph"
+            raise UserError(reason, place=place, fix="keep it on the device")
 
 
 @contextmanager
-def _reads() -> Iterator[Counter[str]]:
-    """Count where tensors of the device are read. Raises UserError by file and line for one that the step computes:
-    a run would cut its graph there."""
+def _reads() -> Iterator[_Reads]:
+    """Note where tensors of the device are read."""
     import torch
 
-    found: Counter[str] = Counter()
-    saved = {name: getattr(torch.Tensor, name) for name in READS}
+    from nxdt_nemo.runtime.xla.reading import names_host
 
-    def counting(name: str) -> Any:
-        def read(self: Any, *arguments: Any, **named: Any) -> Any:
-            if self.device.type != "xla":
-                return saved[name](self, *arguments, **named)
-            place = _caller()
-            found[place] += 1
-            try:
-                return saved[name](self, *arguments, **named)
-            except RuntimeError as error:
-                raise UserError(
-                    f"{place} reads a tensor of the device ({name}): the step's graph ends there"
-                ) from error
+    reads = _Reads()
+
+    def there(one: Any) -> bool:
+        return isinstance(one, torch.Tensor) and one.device.type == "xla"
+
+    def noting(name: str, method: Any) -> Any:
+        def read(self: Any, *args: Any, **named: Any) -> Any:
+            if there(self):
+                reads.note(name, self)
+            return method(self, *args, **named)
 
         return read
 
-    for name in READS:
-        setattr(torch.Tensor, name, counting(name))
+    def to(self: Any, *args: Any, **named: Any) -> Any:
+        if there(self) and names_host(args, named):
+            reads.note("to", self)
+        return saved[torch.Tensor, "to"](self, *args, **named)
+
+    def copy_(self: Any, src: Any, *args: Any, **named: Any) -> Any:
+        if there(src) and not there(self):
+            reads.note("copy_", src)
+        return saved[torch.Tensor, "copy_"](self, src, *args, **named)
+
+    places: list[tuple[Any, str]] = [*((torch.Tensor, name) for name in READS), (torch, "equal"), (torch, "nonzero")]
+    moves: list[tuple[Any, str]] = [(torch.Tensor, "to"), (torch.Tensor, "copy_")]
+    saved = {(where, name): getattr(where, name) for where, name in places + moves}
+    for where, name in places:
+        setattr(where, name, noting(name, saved[where, name]))
+    for (where, name), method in zip(moves, (to, copy_), strict=True):
+        setattr(where, name, method)
     try:
-        yield found
+        yield reads
     finally:
-        for name, method in saved.items():
-            setattr(torch.Tensor, name, method)
+        for (where, name), method in saved.items():
+            setattr(where, name, method)
 
 
 def _caller() -> str:
     """The line outside torch and this file that asked."""
-    frames = reversed(traceback.extract_stack(limit=12)[:-2])
-    frame = next((one for one in frames if "/torch/" not in one.filename), None)
+    frames = reversed(traceback.extract_stack(limit=16))
+    frame = next((one for one in frames if "/torch/" not in one.filename and one.filename != __file__), None)
     return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}" if frame else "?"
 
 

@@ -7,6 +7,7 @@ report says. Proof: tests/audit/test_audit.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdt_nemo.audit.bounds import Bounds, bounds
-from nxdt_nemo.audit.deadlock import mismatches
+from nxdt_nemo.audit.deadlock import compared, mismatches
 from nxdt_nemo.audit.formula import Count, Decoder, count
 from nxdt_nemo.audit.hlo import Collective, Graph
 from nxdt_nemo.audit.lowering import STEPS, Lowered, lower
@@ -83,7 +84,8 @@ class Rank:
 class Audit:
     """What was found. `mismatch` is the first place where ranks part, "" where they agree.
 
-    points   what was lowered, and what the figures are of
+    points     what was lowered, and what the figures are of
+    compared   pairs of lowered ranks that are both in some collective
     """
 
     world: int
@@ -92,6 +94,7 @@ class Audit:
     hbm: int
     ranks: tuple[Rank, ...]
     mismatch: str
+    compared: int
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -116,6 +119,7 @@ class Audit:
             "host_transfers": dict(sum((Counter(rank.host_transfers) for rank in self.ranks), Counter())),
             "fallbacks": dict(sum((Counter(rank.fallbacks) for rank in self.ranks), Counter())),
             "mismatch": self.mismatch or None,
+            "compared": self.compared,
             "seconds": self.seconds,
             "ranks": [_plain(rank) for rank in self.ranks],
         }
@@ -150,62 +154,101 @@ def audit(
     config      a NeMo configuration, resolved
     keep        called with each rank's largest lowered step
     whole       lower all layers and micro-batches
-    elsewhere   ranks that were started with another configuration, and that
+    elsewhere   ranks that were started with another configuration, and that; they are lowered too
     Raises UserError for what a run would refuse.
     """
     began = time.monotonic()
-    model = config.model
-    stages = int(model.get("pipeline_model_parallel_size") or 1)
-    width = int(model.get("tensor_model_parallel_size") or 1) * stages * int(model.get("context_parallel_size") or 1)
-    if world % width:
-        raise ConfigError(f"a world of {world} cannot be cut into {width} ranks of one replica", place="--world")
-    ranks = chosen(world, stages) if ranks is None else ranks
-    if outside := [rank for rank in ranks if not 0 <= rank < world]:
-        raise ConfigError(f"rank {outside[0]} is not in a world of {world}", place="--rank")
-    micro, whole_batch = int(model.micro_batch_size), int(model.global_batch_size)
-    replicas = world // width
-    count_of, rest = divmod(whole_batch, micro * replicas)
-    if rest or not count_of:
-        reason = f"global_batch_size={whole_batch} is no multiple of micro_batch_size={micro} x {replicas} replicas"
-        raise ConfigError(reason, place="model.global_batch_size")
+    elsewhere = elsewhere or {}
+    ranks = chosen(world, int(config.model.get("pipeline_model_parallel_size") or 1)) if ranks is None else ranks
+    for named, option in ((ranks, "--rank"), (elsewhere, "--except")):
+        if outside := [rank for rank in named if not 0 <= rank < world]:
+            raise ConfigError(f"rank {outside[0]} is not in a world of {world}", place=option)
+    base = _Job.of(config, world, whole=whole)
+    others = {rank: _Job.of(one, world, whole=whole) for rank, one in elsewhere.items()}
+    sizes = next((_sizes(rank, job, base) for rank, job in others.items() if job.wanted != base.wanted), "")
+    if not sizes and any(job.points != base.points for job in others.values()):
+        base = _Job.of(config, world, whole=True)  # small steps are compared with small steps of the same size only
+        others = {rank: _Job.of(one, world, whole=True) for rank, one in elsewhere.items()}
+    jobs = {rank: others.get(rank, base) for rank in dict.fromkeys([*ranks, *others])}
     lnc = job_of(View(config), neuron_section(config), on=target).cores_a_rank if target else None
-    wanted = points(model, count_of, whole=whole)
-    found: dict[int, dict[Point, Lowered]] = {rank: {} for rank in ranks}
-    for rank in ranks:
-        of_rank = (elsewhere or {}).get(rank, config)
-        for place, point in enumerate(wanted.all):
-            # Three steps of the smallest: does the third have the graph of the second?
-            steps = STEPS if place else STEPS + 1
-            found[rank][point] = lower(_resized(of_rank, point, micro * replicas, world), rank, world, steps)
+    found: dict[int, dict[Point, Lowered]] = {}
+    for rank, job in jobs.items():
+        found[rank] = job.lowered(rank)
         if keep is not None:
-            keep(rank, found[rank][wanted.all[-1]].step[-1])
-    largest = {rank: lowered[wanted.all[-1]].step for rank, lowered in found.items()}
-    steps_of = {rank: [one for graph in step for one in graph.collectives] for rank, step in largest.items()}
+            keep(rank, found[rank][job.points.all[-1]].step[-1])
+    steps_of = {
+        rank: [one for graph in found[rank][job.points.all[-1]].step for one in graph.collectives]
+        for rank, job in jobs.items()
+    }
     return Audit(
         world,
-        wanted,
+        base.points,
         target.name if target else "",
         target.core(lnc).hbm if target else 0,
-        tuple(
-            _rank((elsewhere or {}).get(rank, config), lowered, wanted, target, lnc) for rank, lowered in found.items()
-        ),
-        next((str(one) for one in mismatches(steps_of)), ""),
+        tuple(_rank(jobs[rank].config, lowered, jobs[rank].points, target, lnc) for rank, lowered in found.items()),
+        sizes or next((str(one) for one in mismatches(steps_of)), ""),
+        compared(steps_of),
         time.monotonic() - began,
     )
 
 
-def _resized(config: Any, point: Point, one_each: int, world: int) -> Any:
-    """The config of a smaller step; one_each is the global batch of one micro-batch."""
-    from omegaconf import OmegaConf
+@dataclass(frozen=True)
+class _Job:
+    """What a rank was started with.
 
-    short = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    stages = int(short.model.get("pipeline_model_parallel_size") or 1)
-    chunks = int(short.model.get("virtual_pipeline_model_parallel_size") or 1)
-    if int(short.model.num_layers) % (stages * chunks) == 0:
-        short.model.num_layers = point[0] * stages * chunks
-    short.model.global_batch_size = point[1] * one_each
-    short.trainer.num_nodes = max(1, world // int(short.trainer.devices))
-    return short
+    points     what to lower of it
+    one_each   the global batch of one micro-batch
+    """
+
+    config: Any
+    world: int
+    points: Points
+    one_each: int
+
+    @classmethod
+    def of(cls, config: Any, world: int, *, whole: bool) -> _Job:
+        """Raises ConfigError for a world or a batch that cannot be divided."""
+        model = config.model
+        parts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        width = math.prod(int(model.get(part) or 1) for part in parts)
+        if world % width:
+            raise ConfigError(f"a world of {world} cannot be cut into {width} ranks of one replica", place="--world")
+        micro, whole_batch, replicas = int(model.micro_batch_size), int(model.global_batch_size), world // width
+        count_of, rest = divmod(whole_batch, micro * replicas)
+        if rest or not count_of:
+            reason = f"global_batch_size={whole_batch} is no multiple of micro_batch_size={micro} x {replicas} replicas"
+            raise ConfigError(reason, place="model.global_batch_size")
+        return cls(config, world, points(model, count_of, whole=whole), micro * replicas)
+
+    @property
+    def wanted(self) -> Point:
+        return self.points.wanted
+
+    def lowered(self, rank: int) -> dict[Point, Lowered]:
+        """The steps of a rank. Three steps of the smallest: does the third have the graph of the second?"""
+        return {
+            point: lower(self._resized(point), rank, self.world, STEPS if place else STEPS + 1)
+            for place, point in enumerate(self.points.all)
+        }
+
+    def _resized(self, point: Point) -> Any:
+        """The config of a smaller step."""
+        from omegaconf import OmegaConf
+
+        short = OmegaConf.create(OmegaConf.to_container(self.config, resolve=True))
+        stages = int(short.model.get("pipeline_model_parallel_size") or 1)
+        chunks = int(short.model.get("virtual_pipeline_model_parallel_size") or 1)
+        if int(short.model.num_layers) % (stages * chunks) == 0:
+            short.model.num_layers = point[0] * stages * chunks
+        short.model.global_batch_size = point[1] * self.one_each
+        short.trainer.num_nodes = max(1, self.world // int(short.trainer.devices))
+        return short
+
+
+def _sizes(rank: int, job: _Job, base: _Job) -> str:
+    """What small steps, which have as many layers and micro-batches on all ranks, would not show."""
+    own, common = (f"{layers} layers and {micro} micro-batches" for layers, micro in (job.wanted, base.wanted))
+    return f"of a stage and chunk, and in a step, rank {rank} has {own}, the others have {common}"
 
 
 def _rank(

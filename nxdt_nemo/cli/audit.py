@@ -46,13 +46,14 @@ def audit(
 ) -> None:
     """Lower the training step of chosen ranks of a world, in one process, and run none of it.
 
-    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads the device; 2 for what is
-    not lowered.
+    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads what the host gave the
+    device; 2 for what cannot be lowered.
     """
     import os
     import sys
 
     import nxdt_nemo
+    from nxdt_nemo.audit.apart import go_on_in_a_child
 
     found, world = _checked(config, overrides or [], world)
     elsewhere = {
@@ -62,6 +63,7 @@ def audit(
     chosen = _numbers(rank or ranks, world)
     if hlo is not None:
         into(hlo, "--hlo")
+    go_on_in_a_child()
     os.environ["NXDT_NEMO_RUNTIME"] = "xla"
     out = sys.stdout
     try:
@@ -217,5 +219,17 @@ def _verdicts(found: Audit) -> Iterator[str]:
     yield f"- operations that fall off XLA: {', '.join(sorted(fell)) or 'none'}"
     reads = sorted({place for one in found.ranks for place in one.host_transfers})
     yield f"- tensors of the device read by the host in a step: {', '.join(reads) or 'none'}"
-    yield f"- deadlock check: {found.mismatch or 'ranks that wait for each other lower the same collectives'}"
+    yield f"- deadlock check: {found.mismatch or agreement(found.compared)}"
     yield f"- {found.seconds:.0f} s"
+
+
+def agreement(pairs: int) -> str:
+    """What a deadlock check says that found nothing among so many pairs of ranks."""
+    if not pairs:
+        return "nothing compared: no two of the lowered ranks wait for each other; name some of one group"
+    many = (
+        f"{pairs} pairs of lowered ranks that wait for each other lower"
+        if pairs > 1
+        else "the one pair that waits for each other lowers"
+    )
+    return f"{many} the same collectives"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nxdt_nemo.config.instances import GIB, instance
-from nxdt_nemo.testing.pool import RankPool
+from nxdt_nemo.testing.pool import RankError, RankPool
 from nxdt_nemo.testing.traced import TRACED_ENV
 
 pytestmark = pytest.mark.ranks
@@ -35,10 +40,20 @@ PP2 = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size
 
 
 @pytest.fixture(scope="module")
-def audited(with_torch_xla: None) -> Iterator[Callable[..., dict[str, Any]]]:
-    """audited(overrides, world, **more): the JSON, from a process on the xla lane."""
-    with RankPool(1, env=TRACED_ENV, init="nxdt_nemo:activate", group=False, timeout=600) as pool:
-        yield lambda *args, **more: pool.run(_audited, args, more)[0]
+def pool(with_torch_xla: None) -> Iterator[RankPool]:
+    """A process on the xla lane."""
+    with RankPool(1, env=TRACED_ENV, init="nxdt_nemo:activate", group=False, timeout=600) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def audited(pool: RankPool) -> Callable[..., dict[str, Any]]:
+    """audited(overrides, world, **more): the JSON.
+
+    on         overrides of ranks that were started otherwise
+    meanwhile  a function of this module, which each training step calls with its loss
+    """
+    return lambda *args, **more: pool.run(_audited, args, more)[0]
 
 
 def _audited(args: tuple[list[str], int], more: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +66,40 @@ def _audited(args: tuple[list[str], int], more: dict[str, Any]) -> dict[str, Any
     }
     config = read(Path("train.yaml"), [*TINY, *overrides])
     chip = instance("trn2.48xlarge", place="--target")
-    found: dict[str, Any] = audit(config, world, target=chip, elsewhere=elsewhere, **more).as_json()
+    with _calling(more.pop("meanwhile", "")):
+        found: dict[str, Any] = audit(config, world, target=chip, elsewhere=elsewhere, **more).as_json()
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _calling(name: str) -> Iterator[None]:
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+    stock = MegatronGPTModel.training_step
+
+    def training_step(self: Any, dataloader_iter: Any) -> Any:  # Lightning looks at the name
+        loss = stock(self, dataloader_iter)
+        globals()[name](loss)
+        return loss
+
+    MegatronGPTModel.training_step = training_step if name else stock
+    try:
+        yield
+    finally:
+        MegatronGPTModel.training_step = stock
+
+
+def reads_the_loss(loss: Any) -> None:
+    loss.item()
+
+
+def reads_and_falls_off(loss: Any) -> None:
+    """Of what the host gave the device, so that both can be done."""
+    import torch
+
+    given = torch.ones(2).to(loss.device)
+    given.to("cpu")
+    torch.logaddexp(given, given)
 
 
 SMALL = ["model.num_layers=2", "model.global_batch_size=4"]  # 2 micro-batches: nothing is left out
@@ -66,7 +113,8 @@ def test_copies_of_kv_heads_sequence_parallelism_and_sharded_optimizer(audited: 
     assert found["graphs"] == 2  # the first step's, and that of the second and the third
     assert found["flops"] == pytest.approx(rank["analytic"]["hardware"], rel=1e-9)
     assert rank["sent_bytes"] / rank["least_bytes"] == pytest.approx(1, abs=0.02)
-    assert found["host_transfers"] == {} and found["fallbacks"] == {} and found["mismatch"] is None
+    assert found["host_transfers"] == {} and found["fallbacks"] == {}
+    assert found["mismatch"] is None and found["compared"] == 0
     groups = {tuple(row["ranks"]) for row in found["collectives"]}
     assert groups == {(0, 1), (0, 1, 2, 3), (0, 4), tuple(range(8))}
     assert 0 < found["mfu_bound"] < 1 and 0 < found["peak_bytes"] < found["hbm_bytes"]
@@ -113,6 +161,119 @@ def test_long_sequences_have_the_formulas_flops(audited: Callable[..., dict[str,
 def test_what_has_no_formula_has_no_mfu(audited: Callable[..., dict[str, Any]]) -> None:
     found = audited([*TP4, *SMALL, "++model.num_moe_experts=4", "++model.moe_router_topk=2"], 4, ranks=[0])
     assert found["mfu_bound"] is None and found["ranks"][0]["bounds"]["step"] > 0
+
+
+def reads_of_a_step() -> dict[str, str]:
+    """What is said of each way to read a tensor that a step computes, and of those that a step may read."""
+    import torch
+    import torch_xla
+    from torch_xla.core.xla_builder import create_placeholder_tensor
+
+    from nxdt_nemo.audit.lowering import _reads
+    from nxdt_nemo.errors import UserError
+
+    there, here = create_placeholder_tensor([1], torch.float32), torch.zeros(1)
+    ways: dict[str, Callable[[], object]] = {
+        "item": lambda: (there + 1).item(),
+        "tolist": lambda: there.tolist(),
+        "cpu": lambda: there.cpu(),
+        "to": lambda: there.to("cpu"),
+        "to a dtype too": lambda: there.to(device="cpu", dtype=torch.float64),
+        "copy_": lambda: here.copy_(there),
+        "bool": lambda: bool(there > 0),
+        "float": lambda: float(there),
+        "equal": lambda: torch.equal(there, there + 1),
+        "nonzero": lambda: torch.nonzero(there),
+        "none": lambda: there.to(torch.float64) + here.to(torch_xla.device()).copy_(there),
+    }
+    said = {}
+    with _reads() as reads:
+        reads.in_step = True
+        for name, read in ways.items():
+            try:
+                read()
+            except UserError as error:
+                said[name] = str(error)
+        reads.found.clear()
+        given = torch.ones(1).to(torch_xla.device())
+        assert given.cpu() == given.to("cpu") == 1
+        assert reads.found.total() == 2
+    return said
+
+
+def test_a_tensor_that_a_step_computes_is_not_read(pool: RankPool) -> None:
+    [said] = pool.run(reads_of_a_step)
+    wanted = {"item", "tolist", "cpu", "to", "to a dtype too", "copy_", "bool", "float", "equal", "nonzero"}
+    assert said.keys() == wanted
+    assert all(re.match(r"\S*test_audit.py:\d+: a step reads a tensor of the device", line) for line in said.values())
+
+
+@pytest.mark.slow
+def test_what_a_step_reads_and_what_falls_off_xla_is_listed(audited: Callable[..., dict[str, Any]]) -> None:
+    one = [*TP4, "model.num_layers=1", "model.global_batch_size=2"]
+    found = audited(one, 8, ranks=[0], meanwhile="reads_and_falls_off")
+    assert found["fallbacks"] == {"aten::logaddexp": 1}
+    [(place, times)] = found["host_transfers"].items()
+    assert times == 1 and "test_audit.py:" in place
+    with pytest.raises(RankError, match=r"test_audit.py:\d+: a step reads a tensor of the device there \(item\)"):
+        audited(one, 8, ranks=[0], meanwhile="reads_the_loss")
+
+
+FALLS_OFF = """
+from nxdt_nemo.audit import lowering
+from nxdt_nemo.cli.main import main
+
+build = lowering._build
+
+def falling(config):
+    model, trainer = build(config)
+    step = model.training_step
+
+    def training_step(dataloader_iter):
+        import torch
+
+        loss = step(dataloader_iter)
+        return torch.logaddexp(loss, loss)
+
+    model.training_step = training_step
+    return model, trainer
+
+lowering._build = falling
+main()
+"""
+
+
+@pytest.mark.slow
+def test_an_operation_that_falls_off_xla_ends_an_audit_with_its_line(with_torch_xla: None) -> None:
+    """torch_xla crashes there; -c code has no file."""
+    audit = ["audit", "train.yaml", *TINY, *TP4, "model.num_layers=1", "model.global_batch_size=2", "--world=8"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "NXDT_NEMO": "0"}
+    command = [sys.executable, "-c", FALLS_OFF, *audit, "--rank=0"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1].startswith("nxdt-nemo: <string>:15: an operation there falls off XLA")
+
+
+@pytest.mark.slow
+def test_a_sequence_cut_among_ranks(audited: Callable[..., dict[str, Any]]) -> None:
+    """TP 2 x CP 2: parts of attention add up in operations that XLA has."""
+    cut = ["model.tensor_model_parallel_size=2", "model.context_parallel_size=2", "model.global_batch_size=2"]
+    found = audited([*cut, "model.pipeline_model_parallel_size=1", "model.num_layers=1"], 4, ranks=[0, 1, 2])
+    assert found["fallbacks"] == {} and found["host_transfers"] == {} and found["mismatch"] is None
+    assert found["compared"] == 3
+    assert (0, 2) in {tuple(row["ranks"]) for row in found["collectives"]}
+
+
+@pytest.mark.slow
+def test_a_rank_with_other_sizes_parts_though_small_steps_are_alike(audited: Callable[..., dict[str, Any]]) -> None:
+    """Named by --except alone it is lowered too."""
+    few = ["model.num_layers=3", "model.global_batch_size=2"]
+    found = audited([*TP4, *few], 8, ranks=[0], on={1: ["model.num_layers=4"]})
+    assert "rank 1 has 4 layers and 1 micro-batches, the others have 3 layers and 1 micro-batches" in found["mismatch"]
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1] and found["compared"] == 1
+    few = ["model.num_layers=1", "model.global_batch_size=8"]
+    found = audited([*TP4, *few], 8, ranks=[0], on={1: ["model.global_batch_size=16"]})
+    assert "rank 1 has 1 layers and 8 micro-batches" in found["mismatch"]
 
 
 @pytest.mark.slow

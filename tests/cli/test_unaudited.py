@@ -25,3 +25,10 @@ def test_what_is_not_lowered_is_refused(arguments: list[str], line: str) -> None
     with pytest.raises(ConfigError) as raised:
         parsed(["audit", "train", *arguments])
     assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_deadlock_check_without_pairs_does_not_say_that_all_is_well() -> None:
+    from nxdt_nemo.cli.audit import agreement
+
+    assert "nothing compared" in agreement(0)
+    assert agreement(1).startswith("the one pair") and agreement(3).startswith("3 pairs")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from nxdt_nemo.runtime.xla.ops import cut
 
-__all__ = ["Reading"]
+__all__ = ["Reading", "names_host"]
 
 READS = frozenset(
     getattr(torch.Tensor, name) for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu")
@@ -27,7 +27,7 @@ class Reading(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in READS or _to_host(function, args, kwargs):
+        if function in READS or (function is torch.Tensor.to and names_host(args[1:], kwargs)):
             cut_for(args[0])
         elif function is torch.tensor and isinstance(args[0], list | tuple):
             cut_for(*args[0])
@@ -39,8 +39,7 @@ def cut_for(*tensors: Any) -> None:
         cut()
 
 
-def _to_host(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    if function is not torch.Tensor.to:
-        return False
-    target = kwargs.get("device", args[1] if len(args) > 1 else None)
+def names_host(args: Any, kwargs: Any) -> bool:
+    """Whether these arguments of Tensor.to ask for the host."""
+    target = kwargs.get("device", args[0] if args else None)
     return isinstance(target, str | torch.device) and torch.device(target).type == "cpu"

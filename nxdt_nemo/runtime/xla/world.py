@@ -24,7 +24,7 @@ from nxdt_nemo.runtime.xla.process_group import done
 if TYPE_CHECKING:
     from nxdt_nemo.runtime.xla.lane import XlaLane
 
-__all__ = ["Alone", "Recorder", "blank", "pretend"]
+__all__ = ["Alone", "Recorder", "blank", "is_given", "pretend"]
 
 
 @contextmanager
@@ -96,6 +96,12 @@ def _subclasses(kind: type) -> Iterator[type]:
 def blank(tensor: torch.Tensor) -> None:
     """Take a tensor's contents away; its shape and dtype stay, and a graph has it as a parameter."""
     tensor.data = create_placeholder_tensor(list(tensor.shape), tensor.dtype)
+
+
+def is_given(tensor: torch.Tensor) -> bool:
+    """Whether the host gave a tensor of the device its contents, and nothing is to be computed for it."""
+    node = torch_xla._XLAC._get_xla_tensor_debug_info(tensor).partition("\nIR: ")[2].partition("\n")[0]
+    return not torch_xla._XLAC._is_placecholder(tensor) and (node == "None" or "xla::device_data" in node)
 
 
 class Alone:

@@ -1,0 +1,49 @@
+"""What may end its process without a word, in a child.
+
+Room audit/. Standard library only. torch_xla crashes where something needs the contents of a tensor that has none: an
+operation that falls off XLA is computed on the host, in C++, where nobody is asked first.
+Proof: tests/audit/test_apart.py.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import sys
+import tempfile
+from typing import IO
+
+from nxdt_nemo.errors import UserError
+
+__all__ = ["go_on_in_a_child"]
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def go_on_in_a_child() -> None:
+    """Return in a child process. The parent ends as the child does: with its exit code or, if a signal ended it, with a
+    UserError that names the signal and the line. Of a process with one thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile("w+") as stack:
+        child = os.fork()
+        if child == 0:
+            # The file stays open for as long as faulthandler has it.
+            faulthandler.enable(os.dup(stack.fileno()), all_threads=False)
+            return
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            raise SystemExit(os.WEXITSTATUS(status))
+        raise _ended(signal.Signals(os.WTERMSIG(status)), stack)
+
+
+def _ended(by: signal.Signals, stack: IO[str]) -> UserError:
+    stack.seek(0)
+    frames = [found for found in _FRAME.findall(stack.read()) if not re.search("/(torch|torch_xla)/", found[0])]
+    place = f"{frames[0][0].rpartition('site-packages/')[2]}:{frames[0][1]}" if frames else ""
+    if by != signal.SIGSEGV:
+        return UserError(f"the process that lowers the step was ended by {by.name}", place=place)
+    reason = "an operation there falls off XLA, or reads a tensor of the device, whose contents an audit does not have"
+    return UserError(f"{reason} ({by.name})", place=place, fix="write it in operations that XLA has")
