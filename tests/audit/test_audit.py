@@ -133,19 +133,6 @@ def test_a_rank_that_was_started_otherwise_parts_and_the_others_run_one_program(
     assert found["ranks"][0]["bounds"]["compute"] == pytest.approx(found["flops"] / core.flops["bfloat16"], rel=1e-9)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "world"), [(TP4, 8), (PP2, 8)])
-def test_lines_through_small_steps_are_the_whole_step(
-    audited: Callable[..., dict[str, Any]], layout: list[str], world: int
-) -> None:
-    small, whole = audited(layout, world), audited(layout, world, whole=True)
-    for one, all_of_it in zip(small["ranks"], whole["ranks"], strict=True):
-        for name in ("flops", "parameters", "sent_bytes", "state_bytes"):
-            assert one[name] == pytest.approx(all_of_it[name], rel=1e-3), name
-        assert one["peak_bytes"] == pytest.approx(all_of_it["peak_bytes"], rel=0.1)
-    assert small["mismatch"] is None and whole["mismatch"] is None
-
-
 LONG = [*TP4, *SMALL, "model.encoder_seq_length=2048", "model.max_position_embeddings=2048", "model.num_layers=1"]
 
 
@@ -274,6 +261,19 @@ def test_a_rank_with_other_sizes_parts_though_small_steps_are_alike(audited: Cal
     few = ["model.num_layers=1", "model.global_batch_size=8"]
     found = audited([*TP4, *few], 8, ranks=[0], on={1: ["model.global_batch_size=16"]})
     assert "rank 1 has 1 layers and 8 micro-batches" in found["mismatch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "world"), [(TP4, 8), (PP2, 8)])
+def test_lines_through_small_steps_are_the_whole_step(
+    audited: Callable[..., dict[str, Any]], layout: list[str], world: int
+) -> None:
+    small, whole = audited(layout, world), audited(layout, world, whole=True)
+    for one, all_of_it in zip(small["ranks"], whole["ranks"], strict=True):
+        for name in ("flops", "parameters", "sent_bytes", "state_bytes"):
+            assert one[name] == pytest.approx(all_of_it[name], rel=1e-3), name
+        assert one["peak_bytes"] == pytest.approx(all_of_it["peak_bytes"], rel=0.1)
+    assert small["mismatch"] is None and whole["mismatch"] is None
 
 
 @pytest.mark.slow
