@@ -31,7 +31,7 @@ def go_on_in_a_child() -> None:
         child = os.fork()
         if child == 0:
             # The file stays open for as long as faulthandler has it.
-            faulthandler.enable(os.dup(stack.fileno()), all_threads=False)
+            faulthandler.enable(os.dup(stack.fileno()))
             return
         status = os.waitpid(child, 0)[1]
         if not os.WIFSIGNALED(status):
@@ -41,7 +41,10 @@ def go_on_in_a_child() -> None:
 
 def _ended(by: signal.Signals, stack: IO[str]) -> UserError:
     stack.seek(0)
-    frames = [found for found in _FRAME.findall(stack.read()) if not re.search("/(torch|torch_xla)/", found[0])]
+    told = stack.read()
+    # XLA's own threads have no frames: the main one, which is the last, waits for them.
+    told = told.partition("Current thread")[2].partition("\n\n")[0] or told.rpartition("Thread 0x")[2]
+    frames = [found for found in _FRAME.findall(told) if not re.search("/(torch|torch_xla)/", found[0])]
     place = f"{frames[0][0].rpartition('site-packages/')[2]}:{frames[0][1]}" if frames else ""
     if by != signal.SIGSEGV:
         return UserError(f"the process that lowers the step was ended by {by.name}", place=place)
