@@ -110,6 +110,13 @@ def test_the_short_run_leaves_nothing_behind(tmp_path, limit, batches):
     assert int(words["trainer.val_check_interval"]) < int(words["trainer.max_steps"]) <= 10
 
 
+@pytest.mark.parametrize("asked, logs", [(None, 2), (10, 2), (1, 1)])
+def test_the_short_run_has_logged_steps_and_others(tmp_path, asked, logs):
+    """A job whose every step is logged has no others."""
+    view = View(OmegaConf.create({"trainer": {"log_every_n_steps": asked}}))
+    assert f"++trainer.log_every_n_steps={logs}" in overrides(view, tmp_path)
+
+
 def test_a_list_of_devices_is_as_many_ranks():
     assert ranks(View(OmegaConf.create({"trainer": {"devices": [0, 1]}}))) == 2
 

@@ -19,8 +19,9 @@ from nxdt_nemo.config.view import View
 
 __all__ = ["STEPS", "Counts", "command", "overrides", "ranks", "read_counts"]
 
-STEPS, VALIDATES = 6, 3
-"""Steps of the run, and after how many of them it validates: the first step, the second, one after a validation."""
+STEPS, VALIDATES, LOGS = 6, 3, 2
+"""Steps of the run, after how many of them it validates, and which are logged: the first step, the second, one after a
+validation, and where exp_manager logs norms, which are computed in logged steps only, steps with and without them."""
 
 LOGGERS = ("tensorboard", "wandb", "mlflow", "dllogger", "clearml", "neptune")
 
@@ -58,11 +59,12 @@ def ranks(view: View) -> int:
 def overrides(view: View, folder: Path) -> list[str]:
     """hydra's, after the user's own: few steps with a validation, nothing written but into `folder`."""
     validates = bool(view.get("trainer.limit_val_batches", 1.0))
+    logs = 1 if view.number("trainer.log_every_n_steps") == 1 else LOGS
     return [
         f"++trainer.max_steps={STEPS}",
         f"++trainer.val_check_interval={VALIDATES}",
         f"++trainer.limit_val_batches={2 if validates else 0}",
-        "++trainer.log_every_n_steps=1",
+        f"++trainer.log_every_n_steps={logs}",
         *(f"++exp_manager.create_{name}_logger=false" for name in LOGGERS),
         "++exp_manager.create_checkpoint_callback=false",
         "++exp_manager.resume_if_exists=false",
