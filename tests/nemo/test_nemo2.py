@@ -67,6 +67,8 @@ def test_one_rank_on_the_xla_lane(losses: Callable[..., Losses], tmp_path: Path)
         parts = json.loads(counts.read_text())
         assert len(parts) == LAST
         assert [part["compiled"] for part in parts[5:]] == [0] * (LAST - 5)
+        saved = [{path.name for path in (lane / "default" / "checkpoints").iterdir()} for lane in lanes]
+        assert saved[0] == saved[1] and any("val_loss=" in name for name in saved[0])
     assert expected[-1] < first[0] - 0.1, "a model that learned nothing would agree"
 
 
