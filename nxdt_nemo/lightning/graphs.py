@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import Strategy
 
 from nxdt_nemo.lightning.logger_connector import log_when_there
 from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.runtime import current
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy as _Base
-else:  # Strategy's own base: without it an instance of a strategy could not become one of these
-    from abc import ABC as _Base  # noqa: N811
-
 __all__ = ["GraphsMixin", "give_graphs"]
 
+# Strategy's own base: without it an instance of a strategy could not become one of these.
+_Base = Strategy if TYPE_CHECKING else ABC
 
-class GraphsMixin(_Base):  # noqa: B024
+
+class GraphsMixin(_Base):
     """Lightning's hooks of a strategy, each as it was, with what a lane that traces steps needs beside it.
 
     A boundary hands over every tensor that is alive and not computed yet. All steps are one graph if each leaves the
