@@ -3,7 +3,7 @@
 Room lightning/. Wraps lightning.pytorch.trainer.connectors.accelerator_connector._AcceleratorConnector:
 61 upstream recipes and scripts name "gpu", and the registry cannot rename an accelerator. Lightning's choice of a
 strategy, changed by instance, is the host for any accelerator that it does not know.
-Proof: tests/lightning/test_accelerators.py, tests/lightning/test_single_device.py.
+Proof: tests/lightning/test_accelerators.py, tests/lightning/test_single_device.py, tests/nemo/test_nemo2.py.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def init(original: Callable[..., None], self: Any, devices: Any = "auto", *args:
     self._choose_strategy = functools.partial(_choose_strategy, self, self._choose_strategy)
     original(self, devices, *args, **kwargs)
     _refuse(self)
+    if _has_devices(self):
+        from nxdt_nemo.lightning.graphs import give_graphs
+
+        give_graphs(self.strategy)
 
 
 def _choose_strategy(self: Any, original: Callable[[], Strategy | str]) -> Strategy | str:

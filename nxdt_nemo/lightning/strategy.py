@@ -6,19 +6,15 @@ that it enters as a Strategy instance, Lightning's own seam. Proof: tests/nemo/t
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import glob
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nxdt_nemo import folders
+from nxdt_nemo.lightning.graphs import GraphsMixin
 from nxdt_nemo.lightning.launcher import EarlyScriptLauncher
-from nxdt_nemo.lightning.logger_connector import log_when_there
-from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.lightning.rng import RngSnapshot, global_seed
 from nxdt_nemo.lightning.samplers import give_streams
 from nxdt_nemo.runtime import current
@@ -37,7 +33,7 @@ def newest_strategy() -> NeuronStrategyMixin | None:
     return _newest() if _newest is not None else None
 
 
-class NeuronStrategyMixin:
+class NeuronStrategyMixin(GraphsMixin):
     """Ranks before the model, complete checkpoints, random states that survive a restart.
 
     Order of calls: _configure_launcher (Trainer's construction), start_ranks and bring_up_ranks (the model's
@@ -47,9 +43,9 @@ class NeuronStrategyMixin:
     def _configure_launcher(self) -> None:
         global _newest
         _newest = weakref.ref(self)
-        environment = self.cluster_environment  # type: ignore[attr-defined]
+        environment = self.cluster_environment
         if environment is not None and not environment.creates_processes_externally:
-            self._launcher = EarlyScriptLauncher(environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
+            self._launcher = EarlyScriptLauncher(environment, self.num_processes, self.num_nodes)
 
     def start_ranks(self, rank: int, world: int) -> None:
         """Start this host's other ranks, and let the lane know which one this is: NeMo seeds the device before they
@@ -61,17 +57,12 @@ class NeuronStrategyMixin:
 
     def bring_up_ranks(self) -> None:
         """Join the process group: layers take their groups when they are built."""
-        self.setup_distributed()  # type: ignore[attr-defined]
+        self.setup_distributed()
         current().ranks_are_up()
-
-    def _get_process_group_backend(self) -> str:
-        lane = current()
-        lane.register_backend()
-        return lane.backend
 
     def model_to_device(self) -> None:
         """As Lightning, keeping what upstream noted on the parameters."""
-        current().place(self.model)  # type: ignore[attr-defined]
+        current().place(self.model)
 
     # --- random states -------------------------------------------------------------------------------
 
@@ -83,95 +74,35 @@ class NeuronStrategyMixin:
 
     def process_dataloader(self, dataloader: object) -> object:
         """As Lightning; what it draws is the same on ranks of one model, and in an epoch that is begun again."""
-        loader: object = super().process_dataloader(dataloader)  # type: ignore[misc]
-        rank = self.distributed_sampler_kwargs["rank"]  # type: ignore[attr-defined]
+        loader: object = super().process_dataloader(dataloader)
+        rank = self.distributed_sampler_kwargs["rank"]
         give_streams(loader, global_seed(), rank)
         return loader
 
     def on_train_start(self) -> None:
-        """Let loggers go on counting where the optimizer stands, and draw the progress bar less often.
+        """Let loggers go on counting where the optimizer stands.
 
         A checkpoint that was saved in a validation holds Lightning's logging step from before it, one short,
         so that a resumed curve would be drawn one step to the left.
         """
-        super().on_train_start()  # type: ignore[misc]
-        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        super().on_train_start()
+        trainer = self.lightning_module.trainer
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-        slow_down(trainer.progress_bar_callback)
-        log_when_there(trainer._logger_connector)
-        self._begin_graphs()
         if self._loaded is not None:
             self._loaded.restore()
         self._before = self._loaded = None
 
-    def on_train_end(self) -> None:
-        """What the last steps deferred is answered before callbacks go on."""
-        current().settle()
-        super().on_train_end()  # type: ignore[misc]
-
-    def on_exception(self, exception: BaseException) -> None:
-        """As Lightning; and what was deferred in whole steps is answered, if the device and whoever asked still can."""
-        super().on_exception(exception)  # type: ignore[misc]
-        with contextlib.suppress(Exception):  # any other error would keep Lightning from its teardown
-            current().salvage()
-
-    def teardown(self) -> None:
-        gc.unfreeze()
-        super().teardown()  # type: ignore[misc]
-
-    # --- graphs of a traced lane -----------------------------------------------------------------------
-    # A boundary hands over every tensor that is alive and not computed yet. All steps are one graph if each leaves the
-    # same ones: nothing of a validation, and no garbage.
-
-    _between = False
-
-    def _begin_graphs(self) -> None:
-        """What set-up left is no part of the first step; and what is there now is left out when garbage is sought."""
-        if current().traced:
-            gc.collect()
-            gc.freeze()
-        current().cut()
-
     def on_validation_start(self) -> None:
         """As Lightning; and note where this rank's random streams stand."""
         self._before = RngSnapshot.take()
-        super().on_validation_start()  # type: ignore[misc]
-        current().cut()
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning: one graph, or as many as it reads values."""
-        return _own_graph(super().validation_step, *args, **kwargs)  # type: ignore[misc]
+        super().on_validation_start()
 
     def on_validation_end(self) -> None:
         """As Lightning; and what the validation drew leaves no trace."""
-        super().on_validation_end()  # type: ignore[misc]
+        super().on_validation_end()
         if self._before is not None:
             self._before.restore()
-        self._before, self._between = None, True
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As validation_step."""
-        return _own_graph(super().test_step, *args, **kwargs)  # type: ignore[misc]
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As validation_step."""
-        return _own_graph(super().predict_step, *args, **kwargs)  # type: ignore[misc]
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning; and the step's graph ends here."""
-        with current().step_goes_on():
-            result = super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        if current().traced:
-            gc.collect()  # frames that a caught exception keeps hold the loss: omegaconf raises one in most steps
-        current().step_boundary()
-        return result
-
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning; what a validation left is no part of the step."""
-        if self._between:  # Lightning resets what a validation has logged after on_validation_end
-            current().cut()
-            self._between = False
-        super().on_train_batch_start(*args, **kwargs)  # type: ignore[misc]
+        self._before = None
 
     # --- checkpoints ---------------------------------------------------------------------------------
 
@@ -190,47 +121,40 @@ class NeuronStrategyMixin:
         """The first half of save_complete, on each rank; what `write` leaves to other processes may go on after it."""
         partial, mark = _partial(folder)
         current().settle()
-        if self.is_global_zero:  # type: ignore[attr-defined]
+        if self.is_global_zero:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folders.recover(folder.parent.glob(f"*{folders.REPLACED}"))
             mark.touch()
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir()
-        self.barrier("checkpoint folder")  # type: ignore[attr-defined]
+        self.barrier("checkpoint folder")
         before = self._before or RngSnapshot.take()
         with current().reading():
             write(partial)
-        before.save(partial, self.global_rank, self.world_size)  # type: ignore[attr-defined]
+        before.save(partial, self.global_rank, self.world_size)
         before.restore()
 
     def commit_checkpoint(self, folder: Path) -> None:
         """The second half, on each rank when it has written all of its part."""
         partial, mark = _partial(folder)
-        self.barrier("checkpoint written")  # type: ignore[attr-defined]
-        if self.is_global_zero:  # type: ignore[attr-defined]
+        self.barrier("checkpoint written")
+        if self.is_global_zero:
             # NeMo's own mark goes first: under its name a folder is whole, and after a kill must not look otherwise.
             _mark(folder).unlink(missing_ok=True)
             _commit(partial, folder)
             mark.unlink()
-        self.barrier("checkpoint committed")  # type: ignore[attr-defined]
+        self.barrier("checkpoint committed")
 
     def recover(self, folder: Path) -> None:
         """Give a checkpoint its name back before it is read, if a kill while it was replaced left it without."""
-        if self.is_global_zero:  # type: ignore[attr-defined]
+        if self.is_global_zero:
             folders.recover(folder.parent.glob(f"{glob.escape(folder.name)}{folders.REPLACED}"))
-        self.barrier("checkpoint recovered")  # type: ignore[attr-defined]
+        self.barrier("checkpoint recovered")
 
     def restore_rng(self, folder: Path) -> None:
         """Let training begin with this rank's random states of a checkpoint that was saved with as many ranks."""
-        self._loaded = RngSnapshot.load(folder, self.global_rank, self.world_size)  # type: ignore[attr-defined]
-
-
-def _own_graph(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with current().reading():
-        result = step(*args, **kwargs)
-    current().cut()
-    return result
+        self._loaded = RngSnapshot.load(folder, self.global_rank, self.world_size)
 
 
 def _partial(folder: Path) -> tuple[Path, Path]:

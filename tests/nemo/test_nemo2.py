@@ -23,6 +23,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 pytestmark = pytest.mark.ranks
 
 SCRIPT = TOOLS / "nemo2_lib" / "pretraining.py"
+COUNTS = Path(__file__).with_name("counts_nemo2.py")
 FIRST, LAST = 4, 8
 Losses = list[float]
 
@@ -31,11 +32,10 @@ Losses = list[float]
 def losses(train: Callable[..., Run], tmp_path: Path) -> Callable[..., Losses]:
     """Losses of a run in a folder, which goes on from what is in there."""
 
-    def job(folder: Path, *words: str, **named: Any) -> Losses:
+    def job(folder: Path, *words: str, script: Path = SCRIPT, seconds: int = 240, **named: Any) -> Losses:
         folder.mkdir(exist_ok=True)
-        done = train(
-            name=f"{folder.name}_run", script=SCRIPT, arguments=[f"folder={folder}", *words], seconds=240, **named
-        )
+        given = [f"folder={folder}", *words]
+        done = train(name=f"{folder.name}_run", script=script, arguments=given, seconds=seconds, **named)
         assert done.code == 0, done.output[-3000:]
         found: Losses = json.loads((folder / "losses.json").read_text())
         return found
@@ -48,6 +48,28 @@ def test_one_rank_trains_and_saves(losses: Callable[..., Losses], tmp_path: Path
     assert len(found) == 2 and all(6.8 < loss < 7.1 for loss in found)  # ln 1000 = 6.9
     (saved,) = (tmp_path / "one" / "default" / "checkpoints").glob("*-last")
     assert (saved / "weights" / ".metadata").is_file() and (saved / "context" / "io.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_torch_xla")
+def test_one_rank_on_the_xla_lane(losses: Callable[..., Losses], tmp_path: Path) -> None:
+    """Goes on from the cpu lane's checkpoint, validates, saves and goes on again as the cpu lane does; compiles nothing
+    after its second validation."""
+    lanes, counts = [tmp_path / "cpu", tmp_path / "xla"], tmp_path / "counts.json"
+    traced = {"NXDT_NEMO_RUNTIME": "xla", "COUNTS": str(counts)}
+    first = losses(lanes[0], f"steps={FIRST}", "layers=1")
+    shutil.copytree(*lanes)
+    for steps in (FIRST + LAST, FIRST + 2 * LAST):
+        words = (f"steps={steps}", "layers=1")
+        expected = losses(lanes[0], *words)
+        found = losses(lanes[1], *words, script=COUNTS, environment=traced, seconds=420)
+        assert len(found) == LAST and found == pytest.approx(expected, rel=1e-5)
+        parts = json.loads(counts.read_text())
+        assert len(parts) == LAST
+        assert [part["compiled"] for part in parts[5:]] == [0] * (LAST - 5)
+        saved = [{path.name for path in (lane / "default" / "checkpoints").iterdir()} for lane in lanes]
+        assert saved[0] == saved[1] and any("val_loss=" in name for name in saved[0])
+    assert expected[-1] < first[0] - 0.1, "a model that learned nothing would agree"
 
 
 LAYOUTS = {

@@ -34,6 +34,7 @@ class Asked:
     steps: int = 0
     devices: int = 1
     family: str = "gpt"
+    layers: int = 4
     precision: str = "32"
     zero: bool = False
     clip: float = 1.0

@@ -18,7 +18,7 @@ class Numbers(IOMixin):
 
 def main() -> None:
     asked = Asked.here()
-    sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": SEQUENCE}
+    sizes = {"num_layers": asked.layers, "hidden_size": 64, "num_attention_heads": 4, "seq_length": SEQUENCE}
     if asked.family == "gpt":
         config = llm.GPTConfig(**sizes, ffn_hidden_size=256, hidden_dropout=0.0, attention_dropout=0.0)
         model = llm.GPTModel(config, tokenizer=Numbers())
