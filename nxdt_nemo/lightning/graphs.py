@@ -22,8 +22,11 @@ from nxdt_nemo.runtime import current
 
 __all__ = ["GraphsMixin", "give_graphs"]
 
-# Strategy's own base: without it an instance of a strategy could not become one of these.
-_Base = Strategy if TYPE_CHECKING else ABC
+if TYPE_CHECKING:
+
+    class _Base(Strategy): ...
+else:  # Strategy's own base: without it an instance of a strategy could not become one of these
+    _Base = ABC
 
 
 class GraphsMixin(_Base):
