@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["give_back_freed_memory", "keep_freed_memory"]
 
 # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX. Other threads' arenas give memory back whatever the threshold is.
 _KEEP = {-4: 0, -1: -1, -8: 1}
@@ -20,18 +20,18 @@ _DEFAULT = {-4: 65536, -1: 128 * 1024, -8: 0}
 
 def keep_freed_memory() -> Callable[[], None]:
     """From now on this process gives no freed memory back to the kernel; returns what puts glibc's defaults back."""
+    _set(_KEEP)
+    return give_back_freed_memory
+
+
+def give_back_freed_memory() -> None:
+    """glibc's defaults again: where no step is run, kept memory only adds up (8 GB for the audit of 9 ranks, not 2)."""
+    _set(_DEFAULT)
+
+
+def _set(parameters: dict[int, int]) -> None:
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        return lambda: None
-
-    def restore() -> None:
-        _set(library, _DEFAULT)
+    if hasattr(library, "mallopt"):
+        for parameter, value in parameters.items():
+            library.mallopt(parameter, value)
         library.malloc_trim(0)
-
-    _set(library, _KEEP)
-    return restore
-
-
-def _set(library: ctypes.CDLL, parameters: dict[int, int]) -> None:
-    for parameter, value in parameters.items():
-        library.mallopt(parameter, value)

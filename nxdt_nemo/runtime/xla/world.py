@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
 from nxdt_nemo.errors import LaneError
+from nxdt_nemo.runtime.xla.freed_memory import give_back_freed_memory
 from nxdt_nemo.runtime.xla.in_graph import Dialect, in_graph
 from nxdt_nemo.runtime.xla.process_group import done
 
@@ -39,6 +40,7 @@ def pretend(
         raise LaneError("ranks are up: a world can be pretended in a process of its own only", place="pretend")
     if not 0 <= rank < world:
         raise LaneError(f"rank {rank} is not in a world of {world}", place="pretend")
+    give_back_freed_memory()
     lane.alone, lane.ops, lane.on_cut = True, in_graph(dialect), cut
     lane.register_backend()
     try:
