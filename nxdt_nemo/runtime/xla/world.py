@@ -47,6 +47,7 @@ def pretend(
         dist.init_process_group(lane.backend, store=FakeStore(), rank=rank, world_size=world)
         yield
     finally:
+        _end_collectives()
         lane.forget_ranks()
         lane.alone, lane.on_cut = False, None
         del lane.ops
@@ -84,7 +85,7 @@ class Recorder:
         for tensor in pending:
             blank(tensor)
         # Collectives follow each other by a token, which would lead back into the graph that is done.
-        torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)
+        _end_collectives()
 
 
 def _subclasses(kind: type) -> Iterator[type]:
@@ -95,6 +96,11 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 
 @torch.no_grad()
+def _end_collectives() -> None:
+    """The next collective follows none: torch_xla orders them, those of a step that was cut short by an error too."""
+    torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)
+
+
 def blank(tensor: torch.Tensor) -> None:
     """Take a tensor's contents away; its shape and dtype stay, and a graph has it as a parameter."""
     tensor.data = create_placeholder_tensor(list(tensor.shape), tensor.dtype)
