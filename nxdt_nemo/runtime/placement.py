@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from nxdt_nemo.errors import LayoutError
 
-__all__ = ["NAMES", "VARIABLE", "Placement", "asked", "from_environment", "placement"]
+__all__ = ["LNC", "NAMES", "VARIABLE", "Placement", "asked", "from_environment", "placement"]
 
 VARIABLE = "NXDT_NEMO_PLACEMENT"
 LNC = "NEURON_LOGICAL_NC_CONFIG"

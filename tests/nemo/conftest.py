@@ -9,9 +9,10 @@ import pytest
 
 from nxdt_nemo.testing.script_run import OURS, Run, hugging_face_llama, run, tiny, write_corpus
 
-__all__ = ["Run", "corpus", "hugging_face_llama", "train"]
+__all__ = ["O2", "Run", "corpus", "hugging_face_llama", "train"]
 
 SCRIPT = Path(__file__).with_name("gpt_pretraining.py")
+O2 = ("trainer.precision=bf16", "model.megatron_amp_O2=True")
 
 
 @pytest.fixture(scope="session")

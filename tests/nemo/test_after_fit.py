@@ -13,11 +13,10 @@ import torch
 
 from nxdt_nemo.testing.script_run import read_tensors
 
-from .conftest import Run
+from .conftest import O2, Run
 
 SCRIPT = Path(__file__).with_name("after_fit.py")
 STEPS = ("trainer.max_steps=4", "trainer.val_check_interval=2", "exp_manager.create_checkpoint_callback=True")
-O2 = ("trainer.precision=bf16", "model.megatron_amp_O2=True")
 
 
 @pytest.mark.slow

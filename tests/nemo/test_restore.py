@@ -20,13 +20,12 @@ from nxdt_nemo.checkpoint.formats.base import Options, Source, Target
 from nxdt_nemo.checkpoint.layout import Layout
 from nxdt_nemo.checkpoint.tensors import KINDS, logical_of
 
-from .conftest import Run, hugging_face_llama
+from .conftest import O2, Run, hugging_face_llama
 
 FIXTURES = Path(__file__).parents[1] / "checkpoint" / "data"
 RESTORES = Path(__file__).with_name("restores.py")
 TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 PP2 = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")
-O2 = ("trainer.precision=bf16", "model.megatron_amp_O2=true")
 # The Llama of tests/checkpoint/data, whose rows beyond the run's tokenizer stay behind.
 MEGATRON = tuple(
     f"model.{key}={value}"

@@ -8,10 +8,9 @@ import pytest
 
 from nxdt_nemo.testing.parity import relative
 
-from .conftest import Run
+from .conftest import O2, Run
 
 STEPS = ("trainer.max_steps=6", "trainer.val_check_interval=6", "exp_manager.create_checkpoint_callback=false")
-O2 = ("trainer.precision=bf16", "model.megatron_amp_O2=True")
 
 
 @pytest.mark.slow

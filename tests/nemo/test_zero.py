@@ -14,7 +14,7 @@ from nxdt_nemo.testing.ours import ACTIVE, ACTIVE_ENV
 from nxdt_nemo.testing.parity import relative
 from nxdt_nemo.testing.recipe import Recipe, layout
 
-from .conftest import Run
+from .conftest import O2, Run
 
 pytestmark = pytest.mark.ranks
 
@@ -23,7 +23,6 @@ SHARDED = ("distributed_fused_adam", "mcore_distributed_optim")
 DP2 = ("trainer.devices=2",)
 TP2 = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 PP2 = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")
-O2 = ("trainer.precision=bf16", "model.megatron_amp_O2=True")
 STEPS = (
     "trainer.max_steps=8",
     "trainer.val_check_interval=4",

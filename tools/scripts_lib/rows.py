@@ -370,12 +370,7 @@ ROWS: tuple[Row, ...] = (
     Row("tuning/megatron_gpt_finetuning", shown.losses(), (*TUNE, *LORA, ALPHA, BASE)),
     *(
         Row("tuning/megatron_gpt_finetuning", shown.losses(), (*TUNE, f"model.peft.peft_scheme={scheme}", BASE), layout)
-        for layout, scheme in (
-            ("all weights", "none"),
-            ("p-tuning", "ptuning"),
-            ("adapters", "adapter"),
-            ("IA3", "ia3"),
-        )
+        for layout, scheme in SCHEMES.items()
     ),
     Row(
         "tuning/megatron_gpt_generate",

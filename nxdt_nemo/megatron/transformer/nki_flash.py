@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from nxdt_nemo.config.instances import INSTANCES
 from nxdt_nemo.runtime.machine import product_name
+from nxdt_nemo.runtime.placement import LNC
 
 __all__ = ["Kernels", "flash_attention", "kernels", "misfit"]
 
@@ -110,7 +111,7 @@ def _launch(kernel: Any, query: Tensor) -> Callable[..., Any]:
 def _cores() -> int:
     """Physical cores of this rank's logical one: 2 on trn2, if nothing else is said."""
     here = INSTANCES.get(product_name())
-    return int(os.environ.get("NEURON_LOGICAL_NC_CONFIG") or (here.default_lnc if here else 1))
+    return int(os.environ.get(LNC) or (here.default_lnc if here else 1))
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ def keep_freed_memory() -> Callable[[], None]:
 
 def give_back_freed_memory() -> None:
     """glibc's defaults again: where no step is run, kept memory only adds up (8 GB for the audit of 9 ranks, not 2)."""
-    _set(_DEFAULT)
-
-
-def _set(parameters: dict[int, int]) -> None:
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        for parameter, value in parameters.items():
-            library.mallopt(parameter, value)
+    if (library := _set(_DEFAULT)) is not None:
         library.malloc_trim(0)
+
+
+def _set(parameters: dict[int, int]) -> ctypes.CDLL | None:
+    """Returns glibc, None under another C library."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return None
+    for parameter, value in parameters.items():
+        library.mallopt(parameter, value)
+    return library
