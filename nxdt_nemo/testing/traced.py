@@ -50,16 +50,18 @@ def train(
     resume: Path | None = None,
     save: Path | None = None,
     fields: Mapping[str, Any] | None = None,
+    ddp: Mapping[str, Any] | None = None,
 ) -> Traced:
     """One rank's part of some steps, counted from 0 or these; losses on a last stage only.
 
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     fields         further ones of the TransformerConfig
+    ddp            further ones of the DistributedDataParallelConfig
     """
     from nxdt_nemo.runtime.xla.metrics import counters, wait
 
     lane = lane_here()
-    training = set_up(recipe, weights, layout, fields=fields)
+    training = set_up(recipe, weights, layout, ddp, fields)
     if resume is not None:
         load_checkpoint(training.model, training.optimizer, resume, "")
     lane.cut()

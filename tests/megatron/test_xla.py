@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -174,3 +176,64 @@ def test_recomputation_is_not_undone(parity: Parity, with_torch_xla: None, tmp_p
         assert dots > kept[1] and memory < 0.9 * kept[2], found
     assert undone[1] == kept[1] and undone[2] > 0.9 * kept[2], found
     assert "layernorm, moe_act and mla_up_proj are not recomputed on the xla lane" in said
+
+
+def inputs_copied(recipe: Recipe, weights: Any, folder: str, as_made: bool) -> tuple[list[float], int]:
+    """Losses of three steps in this rank, and how many matrices the graph of the last is given and copies first.
+
+    as_made  moments in the order in which a model has its parameters, and those as they were made
+    """
+    from nxdt_nemo.apex.optimizers.fused_adam import FusedAdam, FusedOptimizer
+    from nxdt_nemo.testing.traced import train
+
+    def add_param_group(self: Any, group: dict[str, Any]) -> None:
+        FusedOptimizer.add_param_group(self, group)
+        self.moments(self.param_groups[-1]["params"])
+
+    before = set(Path(folder).glob("*cpu_after_optimizations.txt"))
+    with mock.patch.object(FusedAdam, "add_param_group", add_param_group) if as_made else nullcontext():
+        losses = train(recipe, weights, Layout(), 3).losses
+    step = max(set(Path(folder).glob("*cpu_after_optimizations.txt")) - before)
+    return losses, len(re.findall(r"f32\[\d+,\d+\]\S* copy\(%p\d", step.read_text()))
+
+
+@pytest.mark.slow
+def test_what_a_step_makes_takes_the_place_of_what_it_was_made_from(
+    parity: Parity, with_torch_xla: None, tmp_path: Path
+) -> None:
+    """XLA pairs results and inputs of a size in their order, and copies an input first that is not its result's own."""
+    recipe = Recipe.of("llama", layers=4)
+    env = TRACED_ENV | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+    with RankPool(1, env=env, init=ACTIVE, group=False, timeout=600) as pool:
+        arguments = recipe, parity.weights(recipe), str(tmp_path)
+        [(losses, copied)] = pool.run(inputs_copied, *arguments, False)
+        [(others, others_copied)] = pool.run(inputs_copied, *arguments, True)
+    assert losses == others
+    assert copied <= 4 and others_copied >= 16, (copied, others_copied)  # two weights of one size cross
+
+
+CHECKED = {"check_for_nan_in_grad": True}
+
+
+def train_with_a_number_that_is_none(recipe: Recipe, weights: Any) -> str:
+    from nxdt_nemo.testing.traced import train
+
+    name = min(weights)
+    try:
+        train(recipe, weights | {name: weights[name] * float("nan")}, Layout(), 3, ddp=CHECKED)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_gradients_are_checked_without_a_graph_more(parity: Parity, with_torch_xla: None) -> None:
+    """As NeMo 2.0 asks for: their norm is read when the step is done, and one that is no number is upstream's error."""
+    recipe = Recipe.of("gpt", layers=1)
+    weights = parity.weights(recipe)
+    with RankPool(1, env=TRACED_ENV, init=ACTIVE, group=False, timeout=600) as pool:
+        arguments = (recipe, weights, Layout(), STEPS, "", None, None, None, CHECKED)
+        [found] = pool.run("nxdt_nemo.testing.traced:train", *arguments)
+        [error] = pool.run(train_with_a_number_that_is_none, recipe, weights)
+    assert [(step["executed"], "read" in step) for step in found.steps] == [(1, False)] + [(1, True)] * (STEPS - 1)
+    assert "found NaN in local grad norm for bucket #0 in backward pass" in error

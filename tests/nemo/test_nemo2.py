@@ -51,16 +51,18 @@ def test_one_rank_trains_and_saves(losses: Callable[..., Losses], tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt", "llama"])
 @pytest.mark.usefixtures("with_torch_xla")
-def test_one_rank_on_the_xla_lane(losses: Callable[..., Losses], tmp_path: Path) -> None:
+def test_one_rank_on_the_xla_lane(losses: Callable[..., Losses], tmp_path: Path, family: str) -> None:
     """Goes on from the cpu lane's checkpoint, validates, saves and goes on again as the cpu lane does; compiles nothing
     after its second validation."""
     lanes, counts = [tmp_path / "cpu", tmp_path / "xla"], tmp_path / "counts.json"
     traced = {"NXDT_NEMO_RUNTIME": "xla", "COUNTS": str(counts)}
-    first = losses(lanes[0], f"steps={FIRST}", "layers=1")
+    model = ("layers=1", f"family={family}")
+    first = losses(lanes[0], f"steps={FIRST}", *model)
     shutil.copytree(*lanes)
     for steps in (FIRST + LAST, FIRST + 2 * LAST):
-        words = (f"steps={steps}", "layers=1")
+        words = (f"steps={steps}", *model)
         expected = losses(lanes[0], *words)
         found = losses(lanes[1], *words, script=COUNTS, environment=traced, seconds=420)
         assert len(found) == LAST and found == pytest.approx(expected, rel=1e-5)

@@ -4,17 +4,22 @@ Room megatron/. Stands in for two classes of megatron.core.distributed.param_and
 main_grad is a view of one flat tensor: traced, each write to a view is a copy of the flat tensor (430 to 820 ms a step
 against 122). Here a bucket is put together when it is reduced, and taken apart again; a group of one rank does neither.
 With a distributed optimizer that optimizer does both (optimizer/traced_zero.py), and parameters stay as they are too.
-Proof: tests/megatron/test_xla.py, test_xla_zero.py.
+Proof: tests/megatron/test_xla.py, test_xla_zero.py, tests/nemo/test_nemo2.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core.distributed import param_and_grad_buffer as upstream
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as _UpstreamGroup
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from torch import Tensor
+
+from nxdt_nemo.runtime.select import current
 
 __all__ = ["_ParamAndGradBucketGroup", "_ParamAndGradBuffer"]
 
@@ -48,26 +53,38 @@ class _ParamAndGradBuffer(upstream._ParamAndGradBuffer):
             param.main_grad.zero_()
 
 
-class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
+class _ParamAndGradBucketGroup(_UpstreamGroup):
     """Reduces what upstream reduces; with a distributed optimizer nothing, and gathers nothing, which that does."""
 
     def start_grad_sync(self) -> None:
         asked = self.ddp_config
-        checked = asked.check_for_nan_in_grad or asked.check_for_large_grads
-        if asked.use_distributed_optimizer:
-            if checked:
-                self._check()
+        sharded = asked.use_distributed_optimizer
+        if not sharded and (self.data_parallel_group.size() > 1 or asked.overlap_grad_reduce):
+            self._put_together()
+            super().start_grad_sync()
+            for bucket in self.buckets:
+                _take_apart(bucket)
             return
-        if self.data_parallel_group.size() == 1 and not (checked or asked.overlap_grad_reduce):
+        if asked.check_for_nan_in_grad or asked.check_for_large_grads:
+            self.check_grads(asked.check_for_nan_in_grad, asked.check_for_large_grads)
+        if not sharded:
             for bucket in self.buckets:
                 if bucket.gradient_scaling_factor != 1.0:
                     torch._foreach_mul_([p.main_grad for p in bucket.params_list], bucket.gradient_scaling_factor)
             self.grad_reduce_handle = None
+
+    def check_grads(self, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
+        """Answered after the step, which stays one graph: its RuntimeError comes a step later, before anything is
+        saved. At once where the step may run again for the answer (rerun_state_machine) or norms are compared."""
+        if check_for_large or get_rerun_state_machine().mode != RerunMode.DISABLED:
+            before = [bucket.grad_data for bucket in self.buckets]
+            self._put_together()
+            super().check_grads(check_for_nan_or_inf, check_for_large)
+            for bucket, data in zip(self.buckets, before, strict=True):
+                bucket.grad_data = data
             return
-        self._put_together()
-        super().start_grad_sync()
-        for bucket in self.buckets:
-            _take_apart(bucket)
+        grads = [[param.main_grad for param in bucket.params_list] for bucket in self.buckets]
+        current().defer(_check_norms, *(torch.stack(torch._foreach_norm(of_one)).norm() for of_one in grads))
 
     def finish_grad_sync(self) -> None:
         if not self.ddp_config.use_distributed_optimizer:
@@ -81,15 +98,15 @@ class _ParamAndGradBucketGroup(upstream._ParamAndGradBucketGroup):
     def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
         """Nothing, as start_param_sync."""
 
-    def _check(self) -> None:
-        self._put_together()
-        self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
-        for bucket in self.buckets:
-            bucket.grad_data = bucket.grad_data.new_empty(0)
-
     def _put_together(self) -> None:
         for bucket in self.buckets:
             bucket.grad_data = torch.cat([param.main_grad.flatten() for param in _ordered(bucket)])
+
+
+def _check_norms(*norms: Tensor) -> None:
+    """Upstream's check of buckets with these norms, which are theirs."""
+    stand_in = SimpleNamespace(buckets=[SimpleNamespace(grad_data=norm) for norm in norms])
+    _UpstreamGroup.check_grads(stand_in, check_for_nan_or_inf=True, check_for_large=False)
 
 
 def _ordered(bucket: Any) -> list[Any]:
