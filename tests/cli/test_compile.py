@@ -1,4 +1,4 @@
-"""`nxdt-nemo compile`: a second start meets no graph that the cache has not; Neuron's compiler wants a device."""
+"""`nxdt-nemo compile`: a later start meets no graph that the cache has not; Neuron's compiler wants a device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nxdt_nemo._resources import folder
+from nxdt_nemo.audit.compile.short_run import read_counts
 from nxdt_nemo.cli.compile import compile_graphs
 from nxdt_nemo.errors import UserError
 from nxdt_nemo.testing.script_run import tiny, write_corpus
@@ -32,30 +33,58 @@ def test_neurons_compiler_without_a_device_is_refused(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("with_torch_xla")
-def test_a_second_start_misses_nothing(tmp_path):
+def on_the_xla_lane(test):
+    return pytest.mark.slow(pytest.mark.timeout(1800)(pytest.mark.usefixtures("with_torch_xla")(test)))
+
+
+def words(tmp_path: Path) -> list[str]:
+    """Overrides of a tiny job."""
     corpus = write_corpus(tmp_path / "corpus")
-    words = [word for word in tiny(corpus, tmp_path / "unused") if not word.startswith("--")]
+    return [word for word in tiny(corpus, tmp_path / "unused") if not word.startswith("--")]
 
-    def compiled(*more: str) -> dict[str, int]:
-        config = str(folder("configs") / "demo_llama.yaml")
-        options = ["--script", str(SCRIPT), "--cache", str(tmp_path / "cache"), "--json"]
-        done = subprocess.run(
-            [sys.executable, "-m", "nxdt_nemo", "compile", config, *words, *more, *options],
-            env=os.environ | {"NXDT_NEMO_RUNTIME": "xla"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
 
-    first, second = compiled(), compiled()
+def started(tmp_path: Path, command: list[str], **environ: str) -> str:
+    """What a command of ours printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nxdt_nemo", *command],
+        env=os.environ | {"NXDT_NEMO_RUNTIME": "xla"} | environ,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def compiled(tmp_path: Path, *more: str) -> dict[str, int]:
+    """The counts of `nxdt-nemo compile`, into a cache in tmp_path."""
+    options = ["--script", str(SCRIPT), "--cache", str(tmp_path / "cache"), "--json"]
+    config = str(folder("configs") / "demo_llama.yaml")
+    return json.loads(started(tmp_path, ["compile", config, *more, *options]))
+
+
+@on_the_xla_lane
+def test_a_second_start_misses_nothing(tmp_path):
+    job = words(tmp_path)
+    first, second = compiled(tmp_path, *job), compiled(tmp_path, *job)
     assert first["graphs"] == first["missed"] > 1
     assert (second["graphs"], second["missed"]) == (first["graphs"], 0)
-    assert compiled("model.hidden_size=64")["missed"] > 1  # the counter can count
+    assert compiled(tmp_path, *job, "model.hidden_size=64")["missed"] > 1  # the counter can count
     assert [entry.name for entry in (tmp_path / "unused").iterdir()] == ["index"]  # the data's
     assert not list(tmp_path.rglob("*.ckpt")) + list(tmp_path.rglob("events*"))
+
+
+@on_the_xla_lane
+def test_a_job_that_logs_norms_now_and_then_misses_nothing(tmp_path):
+    """Norms are computed in logged steps: two kinds of step, of which the short run has to meet those that follow a
+    validation as well."""
+    job = [*words(tmp_path), "trainer.max_steps=9", "trainer.log_every_n_steps=4", "trainer.val_check_interval=4"]
+    job += [f"+exp_manager.{key}=true" for key in ("log_gradient_norm", "log_parameter_norm")]
+    compiled(tmp_path, *job)
+    job += [f"exp_manager.create_{key}=false" for key in ("checkpoint_callback", "tensorboard_logger")]
+    config = [f"--config-path={folder('configs')}", "--config-name=demo_llama"]
+    environ = {"XLA_PERSISTENT_CACHE_PATH": str(tmp_path / "cache"), "NXDT_NEMO_COMPILE_REPORT": str(tmp_path)}
+    started(tmp_path, ["run", str(SCRIPT), *config, *job], **environ)
+    found = read_counts(tmp_path)
+    assert found.graphs > 1 and found.missed == 0

@@ -19,9 +19,9 @@ from nxdt_nemo.config.view import View
 
 __all__ = ["STEPS", "Counts", "command", "overrides", "ranks", "read_counts"]
 
-STEPS, VALIDATES, LOGS = 6, 3, 2
-"""Steps of the run, after how many of them it validates, and which are logged: the first step, the second, one after a
-validation, and where exp_manager logs norms, which are computed in logged steps only, steps with and without them."""
+STEPS = 9
+"""Of the run. Where exp_manager logs norms, it computes them in logged steps only, so that there are graphs with and
+without them: of the first step, of the second, of those after a validation, and of all others."""
 
 LOGGERS = ("tensorboard", "wandb", "mlflow", "dllogger", "clearml", "neptune")
 
@@ -58,12 +58,14 @@ def ranks(view: View) -> int:
 
 def overrides(view: View, folder: Path) -> list[str]:
     """hydra's, after the user's own: few steps with a validation, nothing written but into `folder`."""
-    validates = bool(view.get("trainer.limit_val_batches", 1.0))
-    logs = 1 if view.number("trainer.log_every_n_steps") == 1 else LOGS
+    asked = "trainer.limit_val_batches"
+    batches = min(2, view.number(asked, 2) or 0) if view.get(asked, 1.0) else 0
+    logs = min(int(view.number("trainer.log_every_n_steps") or 3), 3)
+    interval = 4 if logs == 3 else 3  # the steps after the two validations are one that is logged and one that is not
     return [
         f"++trainer.max_steps={STEPS}",
-        f"++trainer.val_check_interval={VALIDATES}",
-        f"++trainer.limit_val_batches={2 if validates else 0}",
+        f"++trainer.val_check_interval={interval}",
+        f"++trainer.limit_val_batches={batches}",
         f"++trainer.log_every_n_steps={logs}",
         *(f"++exp_manager.create_{name}_logger=false" for name in LOGGERS),
         "++exp_manager.create_checkpoint_callback=false",
