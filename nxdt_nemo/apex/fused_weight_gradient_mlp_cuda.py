@@ -6,7 +6,10 @@ is not written to a tensor of its own first, which then would be read again. Pro
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from ._kernels.lists import TRACED_DEVICES
 
 __all__ = ["wgrad_gemm_accum_fp16", "wgrad_gemm_accum_fp32"]
 
@@ -16,8 +19,11 @@ def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: T
 
     Where that dtype is not main_grad's, the product is rounded to it before it is added, as it is without the fusion.
     """
-    gradient = grad_output.t()
-    if grad_output.dtype == main_grad.dtype:
+    gradient, same = grad_output.t(), grad_output.dtype == main_grad.dtype
+    if main_grad.device.type in TRACED_DEVICES:
+        total = torch.addmm(main_grad, gradient, total_input) if same else main_grad + gradient.matmul(total_input)
+        main_grad.copy_(total)
+    elif same:
         main_grad.addmm_(gradient, total_input)
     else:
         main_grad.add_(gradient.matmul(total_input))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nxdt_nemo.apex import amp_C
+from nxdt_nemo.apex._kernels import scale_norm
 from nxdt_nemo.apex.multi_tensor_apply import MultiTensorApply, multi_tensor_applier
 
 SHAPES = [(3,), (4, 5), (1,), (2, 3, 4), ()]
@@ -35,7 +36,10 @@ def test_the_applier_passes_chunk_size_first() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_l2norm(dtype: torch.dtype, per_tensor: bool) -> None:
+@pytest.mark.parametrize("traced", [False, True])
+def test_l2norm(dtype: torch.dtype, per_tensor: bool, traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if traced:
+        monkeypatch.setattr(scale_norm, "TRACED_DEVICES", frozenset({"cpu"}))
     tensors, overflow = some(dtype), flag(())
     total, each = multi_tensor_applier(amp_C.multi_tensor_l2norm, overflow, [tensors], per_tensor)
     assert (total.dtype, total.shape, overflow.item()) == (torch.float32, (1,), 0)

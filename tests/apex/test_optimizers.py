@@ -51,7 +51,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param != "one pass":
         monkeypatch.setattr(adam_kernels, "_ONE_PASS_DEVICES", frozenset())
     if request.param == "traced":
-        monkeypatch.setattr(adam_kernels, "_TRACED_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(adam_kernels, "TRACED_DEVICES", frozenset({"cpu"}))
     return str(request.param)
 
 

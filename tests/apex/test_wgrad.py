@@ -19,12 +19,20 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 AssertWithin = Callable[..., None]
 
 
+@pytest.fixture(params=["in place", "traced"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's own way, and that of one that traces."""
+    if request.param == "traced":
+        monkeypatch.setattr(fused_weight_gradient_mlp_cuda, "TRACED_DEVICES", frozenset({"cpu"}))
+
+
 def inputs(dtype: torch.dtype, main_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """total_input [ROWS, IN], grad_output [ROWS, OUT] and a main_grad [OUT, IN] that is not zero."""
     x, g, main = torch.randn(ROWS, IN), torch.randn(ROWS, OUT), 3 * torch.randn(OUT, IN)
     return x.to(dtype), g.to(dtype), main.to(main_dtype)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "dtype, main_dtype, tolerance",
     [
@@ -58,6 +66,7 @@ def test_gradients_add_up(assert_within: AssertWithin) -> None:
     assert_within(main, expected, 5e-7)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_a_narrower_product_is_rounded_before_it_is_added_as_without_the_fusion(dtype: torch.dtype) -> None:
     """Without it autograd's gradient has the weight's type, and a hook adds it to main_grad. To the bit."""
@@ -69,6 +78,7 @@ def test_a_narrower_product_is_rounded_before_it_is_added_as_without_the_fusion(
     assert not torch.equal(main, whole)
 
 
+@pytest.mark.usefixtures("way")
 def test_main_grad_may_be_a_part_of_a_buffer(assert_within: AssertWithin) -> None:
     x, g, main = inputs(F32, F32)
     buffer = torch.full((OUT * IN + 10,), 7.0)

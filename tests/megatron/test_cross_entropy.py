@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -201,8 +202,8 @@ def test_a_transposed_target(on_ranks: OnRanks) -> None:
     assert torch.equal(turned["loss"], straight["loss"]) and torch.equal(turned["gradient"], straight["gradient"])
 
 
-def without_writes(*args: Any) -> Found:
-    """As a device that traces takes it; what the backward pass runs, too."""
+def without_writes(traced: bool, *args: Any) -> Found:
+    """As a device takes it, one that traces or not; what the backward pass runs, too."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from nxdt_nemo.megatron.tensor_parallel import cross_entropy
@@ -214,20 +215,29 @@ def without_writes(*args: Any) -> Found:
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    before, cross_entropy._BLOCKED_DEVICES = cross_entropy._BLOCKED_DEVICES, frozenset()
-    try:
-        with Names():
-            return computed("plain", *args) | {"operations": seen}
-    finally:
-        cross_entropy._BLOCKED_DEVICES = before
+    with (
+        mock.patch.object(cross_entropy, "_BLOCKED_DEVICES", frozenset()),
+        mock.patch.object(cross_entropy, "TRACED_DEVICES", frozenset({"cpu"} if traced else ())),
+        Names(),
+    ):
+        return computed("plain", *args) | {"operations": seen}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_mask_in_place_of_a_write_at_an_index(on_ranks: OnRanks, ranks: int) -> None:
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_mask_in_place_of_a_write_at_an_index(on_ranks: OnRanks, ranks: int, traced: bool) -> None:
     given = inputs(F32)
-    found, usual = on_ranks(ranks, without_writes, *given), on_ranks(ranks, computed, "plain", *given)
+    found, usual = on_ranks(ranks, without_writes, traced, *given), on_ranks(ranks, computed, "plain", *given)
     assert torch.equal(found["loss"], usual["loss"]) and torch.equal(found["gradient"], usual["gradient"])
     assert not [name for name in found["operations"] if "scatter" in name or "index_put" in name]
+
+
+def test_a_mask_of_a_large_vocabulary() -> None:
+    from nxdt_nemo.megatron.tensor_parallel.cross_entropy import _at
+
+    index, amount = torch.tensor([[0], [255], [256], [599]]), torch.arange(1.0, 5.0).unsqueeze(1)
+    expected = torch.zeros(4, 600).scatter_(1, index, amount)
+    assert torch.equal(_at(index, torch.zeros(4, 600), amount), expected)
 
 
 # --- blocks, memory, collectives ---------------------------------------------------------------------------------

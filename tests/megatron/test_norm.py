@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nxdt_nemo.megatron.fusions import fused_layer_norm
 from nxdt_nemo.megatron.fusions.fused_layer_norm import Norm, _RMSNorm
 from nxdt_nemo.testing.live_bytes import SavedBytes
 
@@ -79,8 +80,11 @@ def test_formula(kind, centred, dtype, y_error, grad_error):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_is_torchs_to_the_bit(dtype):
+@pytest.mark.parametrize("traced", [False, True])
+def test_rms_norm_is_torchs_to_the_bit(dtype, traced, monkeypatch):
     """And so are its gradients, up to the order of sums."""
+    if traced:
+        monkeypatch.setattr(fused_layer_norm, "TRACED_DEVICES", frozenset({"cpu"}))
     norm = made("RMSNorm", False, dtype)
     x = (3 * torch.randn(7, 5, H) + 1).to(dtype).requires_grad_()
     direction = torch.randn(7, 5, H).to(dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .lists import Tensors, in_float32, store, undone_if
+from .lists import TRACED_DEVICES, Tensors, in_float32, store, undone_if
 
 __all__ = ["AdamSettings", "adam_update", "multi_tensor_adam", "multi_tensor_adam_capturable"]
 
@@ -19,10 +19,6 @@ Scalar = float | torch.Tensor
 # torch has a one-pass kernel for these (10 to 25 times faster than the foreach formula on a 16M parameter model);
 # it takes the same step up to rounding. Where graphs are traced the compiler does the fusing.
 _ONE_PASS_DEVICES = frozenset({"cpu"})
-
-# What is written in place is checked first by a run on the meta device, which for some operations is Python: half of
-# the time that tracing a small model's step takes. Here nothing is written in place but each result, once.
-_TRACED_DEVICES = frozenset({"xla"})
 
 # Temporaries are twice the size of the parameters in hand; this bounds them.
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -176,7 +172,7 @@ def adam_update(grads: Tensors, params: Tensors, means: Tensors, squares: Tensor
         g, p, m, v = grads[run], params[run], means[run], squares[run]
         if not _one_pass(g, p, m, v, settings):
             numbers = numbers or settings.of_this_step(p[0])
-            traced = p[0].device.type in _TRACED_DEVICES
+            traced = p[0].device.type in TRACED_DEVICES
             (_traced if traced else _formula)(g, p, m, v, settings, numbers)
 
 

@@ -10,9 +10,13 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Tensors", "in_float32", "store", "undone_if"]
+__all__ = ["TRACED_DEVICES", "Tensors", "in_float32", "store", "undone_if"]
 
 Tensors = Sequence[torch.Tensor]
+
+# What is written in place is checked first by a run on the meta device, which for some operations is Python: half of
+# the time that tracing a small model's step takes. There nothing is written in place but each result, once, by copy_.
+TRACED_DEVICES = frozenset({"xla"})
 
 _HALF = (torch.float16, torch.bfloat16)
 

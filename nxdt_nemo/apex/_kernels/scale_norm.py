@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .lists import Tensors, in_float32, store
+from .lists import TRACED_DEVICES, Tensors, in_float32, store
 
 __all__ = [
     "multi_tensor_axpby",
@@ -83,10 +83,14 @@ _ROW = 1024
 
 def norms(tensors: Tensors) -> torch.Tensor:
     """The 2-norm of each tensor, float32, shape [len(tensors)]."""
-    return torch.stack([_sum_of_squares(t.float().reshape(-1)) for t in tensors]).sqrt()
+    return torch.stack([_sum_of_squares(t.float()) for t in tensors]).sqrt()
 
 
-def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
+def _sum_of_squares(t: torch.Tensor) -> torch.Tensor:
+    if t.device.type in TRACED_DEVICES:
+        # XLA:CPU takes 2.5 times as long for one sum over all, which is what it makes of two.
+        return (torch.linalg.vector_norm(t, dim=-1) if t.dim() > 1 else t).square().sum()
+    flat = t.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
     rest = flat[whole:].square().sum()
     if not whole:

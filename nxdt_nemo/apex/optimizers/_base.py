@@ -67,8 +67,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for param in params:
             state = self.state[param]
             if not state:
-                state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+                square = torch.zeros_like(param, dtype=torch.float32)  # first: see FusedAdam.add_param_group
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(square), square
         return [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params]
 
 

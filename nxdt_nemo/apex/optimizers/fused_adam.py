@@ -14,6 +14,7 @@ import torch
 from .. import amp_C
 from .._absent import refuse
 from .._kernels.adam import AdamSettings, adam_update
+from .._kernels.lists import TRACED_DEVICES
 from ._base import FusedOptimizer, run_closure
 
 __all__ = ["FusedAdam"]
@@ -66,10 +67,17 @@ class FusedAdam(FusedOptimizer):
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. On a device the moments are made here: they are no part of a step's graph."""
+        """As torch's. On a device the moments are made here: they are no part of a step's graph.
+
+        XLA writes a result over an input of its size, if they come at the same place: results in the order in which
+        their tensors were made, inputs as the graph comes by them, from the last layer's on. Hence the order here.
+        """
         super().add_param_group(param_group)
-        added = self.param_groups[-1]["params"]
-        self.moments([param for param in added if param.requires_grad and param.device.type != "cpu"])
+        added = [p for p in reversed(self.param_groups[-1]["params"]) if p.requires_grad and p.device.type != "cpu"]
+        for param in added:
+            if param.device.type in TRACED_DEVICES and isinstance(param, torch.nn.Parameter):
+                param.data = param.data.clone()
+        self.moments(added)
 
     def step(
         self,

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nxdt_nemo.apex._kernels.lists import TRACED_DEVICES
+
 __all__ = ["Norm", "normalized"]
 
 
@@ -104,5 +106,9 @@ class _RMSNorm(torch.autograd.Function):
         unit = x * scale
         of_weight = (grad * unit).flatten(0, -2).sum(0)
         slope = grad * weight.to(scale.dtype)
-        slope = slope.sub_(unit.mul_((slope * unit).mean(-1, keepdim=True))).mul_(scale)
+        mean = (slope * unit).mean(-1, keepdim=True)
+        if slope.device.type in TRACED_DEVICES:  # where writing in place costs time, and spares no memory
+            slope = (slope - unit * mean) * scale
+        else:
+            slope = slope.sub_(unit.mul_(mean)).mul_(scale)
         return slope.to(x.dtype), of_weight.to(weight.dtype), None

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nxdt_nemo.apex._kernels.lists import TRACED_DEVICES, store
 from nxdt_nemo.apex._kernels.scale_norm import norms
 from nxdt_nemo.runtime.select import current
 
@@ -59,6 +60,10 @@ def clip_grad_by_total_norm_fp32(
     if not grads:
         return
     if isinstance(scale, Tensor):
-        torch._foreach_mul_(grads, scale.clamp_max(1.0))
+        factor = scale.clamp_max(1.0)
+        if grads[0].device.type in TRACED_DEVICES:
+            store([grad * factor for grad in grads], grads)
+        else:
+            torch._foreach_mul_(grads, factor)
     elif scale < 1.0:
         torch._foreach_mul_(grads, scale)

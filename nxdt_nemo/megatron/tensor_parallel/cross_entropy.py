@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor
 
+from nxdt_nemo.apex._kernels.lists import TRACED_DEVICES
 from nxdt_nemo.megatron.tensor_parallel.vocab_embedding import first_id
 
 __all__ = ["fused_vocab_parallel_cross_entropy", "vocab_parallel_cross_entropy"]
@@ -45,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
     """log(sum(exp(logits))) - logits[target], for each token.
 
     S sequence, B micro-batch, V vocabulary, t tensor-parallel size.
-      logits   [S, B, V/t]  any float dtype; float32 ones are overwritten, as upstream does
+      logits   [S, B, V/t]  any float dtype; float32 ones are overwritten, as upstream does, unless steps are traced
       target   [S, B]       int64, global ids
       returns  [S, B]       float32
     Saves one float32 tensor of the logits' size, which becomes the gradient. All-reduces [S, B] three times.
@@ -61,9 +62,13 @@ class _CrossEntropy(torch.autograd.Function):
         elsewhere = (index < 0) | (index >= rows.shape[1])
         index = index.masked_fill(elsewhere, 0)
         chosen = (rows.gather(1, index) - largest).masked_fill(elsewhere, 0.0)
-        total = torch.empty_like(largest)
-        for block, shift, sums in _blocks(rows, largest, total):
-            torch.sum(block.sub_(shift).exp_(), -1, keepdim=True, out=sums)
+        if rows.device.type in TRACED_DEVICES:
+            rows = (rows - largest).exp()
+            logits, total = rows.view_as(logits), rows.sum(-1, keepdim=True)
+        else:
+            total = torch.empty_like(largest)
+            for block, shift, sums in _blocks(rows, largest, total):
+                torch.sum(block.sub_(shift).exp_(), -1, keepdim=True, out=sums)
         _reduce(chosen, dist.ReduceOp.SUM, group)
         _reduce(total, dist.ReduceOp.SUM, group)
         ctx.save_for_backward(logits, total, index, elsewhere)
@@ -75,18 +80,25 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         exponents, total, index, elsewhere = ctx.saved_tensors
         gradient = grad_outputs[0].reshape(-1, 1)
-        rows = exponents.view(-1, exponents.shape[-1]).mul_(gradient / total)
-        _take_from(rows, index, gradient.masked_fill(elsewhere, 0.0))
-        return exponents.to(ctx.dtype), None, None
+        rows, amount = exponents.view(-1, exponents.shape[-1]), gradient.masked_fill(elsewhere, 0.0)
+        if rows.device.type in TRACED_DEVICES:
+            rows = rows * (gradient / total) - _at(index, rows, amount)
+        elif rows.device.type in _BLOCKED_DEVICES:
+            rows.mul_(gradient / total).scatter_add_(1, index, amount.neg())
+        else:
+            rows.mul_(gradient / total).sub_(_at(index, rows, amount))
+        return rows.view_as(exponents).to(ctx.dtype), None, None
 
 
-def _take_from(rows: Tensor, index: Tensor, amount: Tensor) -> None:
-    """rows[i, index[i]] -= amount[i]. A compiler that traces gets a mask, which it fuses, and no write at an index."""
-    if rows.device.type in _BLOCKED_DEVICES:
-        rows.scatter_add_(1, index, amount.neg())
-    else:
-        chosen = torch.arange(rows.shape[1], device=rows.device) == index
-        rows.sub_(torch.where(chosen, amount, 0.0))
+def _at(index: Tensor, rows: Tensor, amount: Tensor) -> Tensor:
+    """amount[i] at [i, index[i]], else 0, like `rows`: a mask, which a compiler fuses, and no write at an index.
+
+    Places are numbered by 256: torch_xla makes a range on the host, number by number, and puts it into the graph.
+    """
+    count = rows.shape[1]
+    first, rest = (torch.arange(size, device=rows.device) for size in (-(-count // 256), 256))
+    places = (first.unsqueeze(1) * 256 + rest).flatten()[:count]
+    return torch.where(places == index, amount, 0.0)
 
 
 def _reduce(tensor: Tensor, op: Any, group: Any) -> None:

@@ -40,7 +40,7 @@ PJRT = "PJRT_DEVICE"
 FLAGS, DISABLED, EXPANDER = "XLA_FLAGS", "--xla_disable_hlo_passes", "cse_barrier_expander"
 
 # Elements of a matrix, and rows it is multiplied with, from which a copy takes less than it saves, as measured.
-LARGE, MANY = 1 << 20, 256
+LARGE, MANY = 1 << 18, 256
 
 
 class XlaLane(RanksLane):
