@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nxdt_nemo.runtime.select import current
+
 from ._kernels.lists import TRACED_DEVICES
 
 __all__ = ["wgrad_gemm_accum_fp16", "wgrad_gemm_accum_fp32"]
@@ -21,6 +23,7 @@ def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: T
     """
     gradient, same = grad_output.t(), grad_output.dtype == main_grad.dtype
     if main_grad.device.type in TRACED_DEVICES:
+        gradient = current().laid_out(gradient)
         total = torch.addmm(main_grad, gradient, total_input) if same else main_grad + gradient.matmul(total_input)
         main_grad.copy_(total)
     elif same:

@@ -243,6 +243,10 @@ class Lane(ABC):
 
         return torch.matmul(a, b)
 
+    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        """x, a transposed matrix [M, N]; or a copy, where a product with a matrix that is not transposed is faster."""
+        return x
+
     def step_boundary(self) -> None:  # noqa: B027 - an eager lane has traced nothing
         """The end of a training step: a traced lane cuts its graph here."""
 
