@@ -220,8 +220,8 @@ class XlaLane(RanksLane):
 
     def laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """XLA:CPU multiplies by a transposed matrix at down to half the speed where its rows lie a round number of
-        bytes apart, on the same lines of a cache, and takes a large one from a copy: the barrier keeps the transposition
-        out of the product. On a device, and in graphs that stand for one, as is."""
+        bytes apart, on the same lines of a cache, and takes a large one from a copy: the barrier keeps the
+        transposition out of the product. On a device, and in graphs that stand for one, as is."""
         if x.shape[0] % ROUND or x.numel() < LARGE or not self._on_host or self.alone:
             return x
         x = x.clone()
