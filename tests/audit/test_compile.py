@@ -99,7 +99,7 @@ def test_a_store_without_credentials():
         contents("locked://bucket/cache")
 
 
-@pytest.mark.parametrize("limit, batches", [(1.0, 2), (50, 2), (0, 0)])
+@pytest.mark.parametrize("limit, batches", [(1.0, 2), (50, 2), (1, 1), (0, 0), (0.0, 0)])
 def test_the_short_run_leaves_nothing_behind(tmp_path, limit, batches):
     view = View(OmegaConf.create({"trainer": {"limit_val_batches": limit}}))
     words = dict(word.removeprefix("++").split("=") for word in overrides(view, tmp_path))
@@ -110,11 +110,16 @@ def test_the_short_run_leaves_nothing_behind(tmp_path, limit, batches):
     assert int(words["trainer.val_check_interval"]) < int(words["trainer.max_steps"]) <= 10
 
 
-@pytest.mark.parametrize("asked, logs", [(None, 2), (10, 2), (1, 1)])
+@pytest.mark.parametrize("asked, logs", [(None, 3), (10, 3), (2, 2), (1, 1)])
 def test_the_short_run_has_logged_steps_and_others(tmp_path, asked, logs):
-    """A job whose every step is logged has no others."""
-    view = View(OmegaConf.create({"trainer": {"log_every_n_steps": asked}}))
-    assert f"++trainer.log_every_n_steps={logs}" in overrides(view, tmp_path)
+    """The first two, those after a validation, and more; a job whose every step is logged has no others."""
+    said = overrides(View(OmegaConf.create({"trainer": {"log_every_n_steps": asked}})), tmp_path)
+    found = dict(word.removeprefix("++trainer.").split("=") for word in said if word.startswith("++trainer."))
+    steps, every, interval = (int(found[key]) for key in ("max_steps", "log_every_n_steps", "val_check_interval"))
+    validated = [step + 1 for step in range(interval, steps, interval)]
+    plain = [step for step in range(3, steps + 1) if step not in validated]
+    assert every == logs and (logs > 2) == (2 % every != 0)
+    assert {step % every == 0 for step in validated} == {step % every == 0 for step in plain} == {True, logs == 1}
 
 
 def test_a_list_of_devices_is_as_many_ranks():
