@@ -19,6 +19,8 @@ scores     2 B q D pairs for each of the two products; pairs = S S, in causal bl
            window only from the first key that a block's first query sees
 head       2 T H v, v the rank's part of the vocabulary
 backward   twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
+experts    an MLP as often as a token has experts, and 2 T H E to choose them; a rank has its share of all tokens
+context    a rank has its share of the tokens, and of S (S + 1) / 2 pairs
 recompute  full: a layer's forward once more; selective: its attention's; but for a last product that nothing reads:
            full, the MLP's second; selective, of whole scores, theirs with V
 """
@@ -31,9 +33,11 @@ class Decoder:
     """A rank's part of a decoder; sizes of one micro-batch.
 
     layers     of this rank
-    experts    products of an MLP that a token has: 1, or the experts it is computed by
+    experts    MLPs of a token's: 1, or the experts that it is sent to
+    router     experts that are chosen from
     block      queries of a block of causal attention; 0 where scores are made whole
     window     keys before its own that a query sees in such a block; None: all
+    context    ranks that a sequence is divided among: parts of tokens and, on average, of pairs
     head       does it have the output layer?
     """
 
@@ -54,6 +58,7 @@ class Decoder:
     recomputed_layers: int = 0
     experts: float = 1.0
     router: int = 0
+    context: int = 1
 
     @property
     def pairs(self) -> int:
@@ -74,11 +79,11 @@ class Count:
 
 def count(part: Decoder) -> Count:
     """By FORMULA."""
-    tokens = part.seq * part.batch
+    tokens = part.seq * part.batch / part.context
     projections = 2 * tokens * part.hidden * part.features * (2 * part.queries + 2 * part.groups)
     mlp = 2 * tokens * part.hidden * part.ffn * (3 if part.gated else 2) * part.experts
     router = 2 * tokens * part.hidden * part.router
-    product = 2 * part.batch * part.queries * part.features * part.pairs
+    product = 2 * part.batch * part.queries * part.features * part.pairs / part.context
     head = 2 * tokens * part.hidden * part.vocab if part.head else 0
     linear, attention = projections + mlp + router, 2 * product
     model = part.layers * (3 * linear + 3 * attention) + 3 * head

@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nxdt_nemo.audit.bounds import Bounds, bounds
@@ -263,7 +263,7 @@ def _rank(
     flops_step = wanted.value(summed(lambda graph: graph.flops))
     moved = wanted.value(summed(lambda graph: graph.product_bytes))
     times = _times(lowered, wanted)
-    analytic = _analytic(config, last)
+    analytic, model_flops = _analytic(config, last), _model_flops(config, last)
     dtype: Dtype = "bfloat16" if any(graph.dtypes.get("bf16", 0) for graph in last.step) else "float32"
     found = None
     if target is not None:
@@ -272,7 +272,7 @@ def _rank(
             lnc,
             dtype=dtype,
             flops=flops_step,
-            model_flops=analytic.model * count_of if analytic else None,
+            model_flops=None if model_flops is None else model_flops * count_of,
             bytes_moved=moved,
             collectives=times,
             rank=last.rank,
@@ -336,7 +336,7 @@ def _least(config: Any, lowered: Lowered, count_of: int) -> float | None:
     stage, stages = lowered.stage
     if not _plain_decoder(model, stages):
         return None
-    tp, heads = int(model.get("tensor_model_parallel_size") or 1), int(model.num_attention_heads)
+    tp, heads = _tensor_parallel(model), int(model.num_attention_heads)
     groups, gated = int(model.get("num_query_groups") or heads), "glu" in str(model.get("activation", "gelu"))
     learned = model.get("position_embedding_type", "learned_absolute") == "learned_absolute"
     half = "bf16" in str(config.trainer.precision)
@@ -370,21 +370,50 @@ def _least(config: Any, lowered: Lowered, count_of: int) -> float | None:
 
 
 def _analytic(config: Any, lowered: Lowered) -> Count | None:
-    """By hand, for what the formula covers."""
-    model = config.model
-    block = _block(model)
-    if block is None or not _plain_decoder(model, lowered.stage[1]):
+    """By hand, for what the formula knows the hardware's part of."""
+    block = _block(config.model)
+    if block is None or not _plain_decoder(config.model, lowered.stage[1]):
         return None
+    return count(_part(config.model, lowered, block))
+
+
+def _model_flops(config: Any, lowered: Lowered) -> float | None:
+    """Of a micro-batch, what the model needs of this rank: experts and parts of a sequence too, a share of all ranks'.
+    None for uneven stages, layers of which some have experts, and scores of which the batch has the mask."""
+    model = config.model
+    context, experts = int(model.get("context_parallel_size") or 1), int(model.get("num_moe_experts") or 0)
+    block = _block(model) if context == 1 else 1 if model.get("get_attention_mask_from_fusion", True) else None
+    uneven = int(model.num_layers) % lowered.stage[1] or (experts and model.get("moe_layer_freq", 1) != 1)
+    if block is None or uneven:
+        return None
+    part = replace(_part(model, lowered, block), context=context)
+    if experts:
+        ffn = int(model.get("moe_ffn_hidden_size") or model.ffn_hidden_size)
+        shared = int(model.get("moe_shared_expert_intermediate_size") or 0)
+        part = replace(
+            part,
+            ffn=ffn // _tensor_parallel(model),
+            experts=int(model.get("moe_router_topk", 2)) + shared / ffn,
+            router=experts,
+        )
+    return count(part).model
+
+
+def _tensor_parallel(model: Any) -> int:
+    return int(model.get("tensor_model_parallel_size") or 1)
+
+
+def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
+    """This rank's part of a model without experts whose sequence is whole."""
     stage, stages = lowered.stage
-    tp = int(model.get("tensor_model_parallel_size") or 1)
-    heads = int(model.num_attention_heads)
+    tp, heads = _tensor_parallel(model), int(model.num_attention_heads)
     groups = int(model.get("num_query_groups") or heads)
     layers, seq = int(model.num_layers) // stages, int(model.encoder_seq_length)
     asked = str(model.get("activations_checkpoint_granularity") or "")
     some = int(model.get("activations_checkpoint_num_layers") or layers)
     every = asked == "selective" or model.get("activations_checkpoint_method") == "uniform"
     seen = int((model.get("window_size") or (-1,))[0])
-    part = Decoder(
+    return Decoder(
         layers=layers,
         hidden=int(model.hidden_size),
         seq=seq,
@@ -401,7 +430,6 @@ def _analytic(config: Any, lowered: Lowered) -> Count | None:
         recompute="full" if asked == "full" else "selective" if asked == "selective" else "",
         recomputed_layers=(layers if every else min(some, layers)) if asked else 0,
     )
-    return count(part)
 
 
 def _block(model: Any) -> int | None:

@@ -142,8 +142,34 @@ def test_long_sequences_have_the_formulas_flops(audited: Callable[..., dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("special", "experts", "parts"),
+    [
+        (["model.tensor_model_parallel_size=4", "++model.num_moe_experts=4", "++model.moe_router_topk=2"], 4, 1),
+        (["model.tensor_model_parallel_size=2", "model.context_parallel_size=2"], 0, 2),
+    ],
+)
+def test_experts_and_parts_of_a_sequence_have_an_mfu(
+    audited: Callable[..., dict[str, Any]], special: list[str], experts: int, parts: int
+) -> None:
+    """Of the model's FLOPs, counted here, at SMALL's sizes; what the hardware does is not known by hand."""
+    found = audited([*TP4[1:], *SMALL, *special], 4, ranks=[0])
+    bounds, core = found["ranks"][0]["bounds"], instance("trn2.48xlarge").core()
+    tp, tokens, hidden, queries, groups, features, seq = 4 // parts, 64 // parts, 64, 8, 2, 8, 64
+    mlp = 3 * 2 * tokens * hidden * 96 / tp * (2 if experts else 1) + 2 * tokens * hidden * experts
+    layer = 2 * tokens * hidden * features * (2 * queries / tp + 2 * max(groups / tp, 1)) + mlp
+    pairs = seq * seq if parts == 1 else seq * (seq + 1) / 2 / parts
+    scores = 2 * 2 * queries / tp * features * pairs
+    model = 4 * 3 * (2 * (layer + scores) + 2 * tokens * hidden * 512 / tp)  # 4 micro-batches, 2 layers
+    assert bounds["mfu"] * bounds["step"] * core.flops["bfloat16"] == pytest.approx(model, rel=1e-9)
+    assert found["mfu_bound"] == bounds["mfu"] and found["ranks"][0]["analytic"] is None
+
+
+@pytest.mark.slow
 def test_what_has_no_formula_has_no_mfu(audited: Callable[..., dict[str, Any]]) -> None:
-    found = audited([*TP4, *SMALL, "++model.num_moe_experts=4", "++model.moe_router_topk=2"], 4, ranks=[0])
+    """Of some layers the MLP is experts."""
+    few = ["++model.num_moe_experts=4", "++model.moe_router_topk=2", "++model.moe_layer_freq=2"]
+    found = audited([*TP4, *SMALL, *few], 4, ranks=[0])
     assert found["mfu_bound"] is None and found["ranks"][0]["bounds"]["step"] > 0
 
 

@@ -44,6 +44,15 @@ def test_a_window_leaves_out_keys_before_a_blocks_first_query_sees_any() -> None
     assert Decoder(**{**vars(GPT3), "seq": 700, "block": 512}).pairs == 512 * 512 + 188 * 700
 
 
+def test_experts_and_parts_of_a_sequence() -> None:
+    """Two experts of eight, and a shared one of half their size; four ranks that divide a sequence."""
+    tokens, h = 2048, 12288
+    experts = count(Decoder(**{**vars(GPT3), "experts": 2.5, "router": 8}))
+    added = 96 * 3 * 2 * tokens * h * (1.5 * 2 * 49152 + 8)
+    assert experts.model - count(GPT3).model == pytest.approx(added)
+    assert count(Decoder(**{**vars(GPT3), "context": 4})).model == pytest.approx(count(GPT3).model / 4)
+
+
 def test_without_a_formula_there_is_no_mfu() -> None:
     found = bounds(
         instance("trn2.48xlarge"), None, dtype="bfloat16", flops=1.0, model_flops=None, bytes_moved=1.0, rank=0,
