@@ -7,6 +7,7 @@ tokenizer that is not there is replaced by its size. Proof: tests/audit/test_aud
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections import Counter
@@ -265,9 +266,10 @@ def _build(config: Any) -> tuple[Any, Any]:
     vocabulary = (config.get("neuron") or {}).get("vocab_size")
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-    from nemo.utils import logging
+    from nemo.utils import logging as nemo_logging
 
-    logging.set_verbosity(logging.ERROR)
+    nemo_logging.set_verbosity(nemo_logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else GPU, TPU and HPU for each rank and size
 
     class Model(MegatronGPTModel):
         def _build_tokenizer(self) -> None:
