@@ -19,7 +19,7 @@ scores     2 B q D pairs for each of the two products; pairs = S S, in causal bl
            window only from the first key that a block's first query sees
 head       2 T H v, v the rank's part of the vocabulary
 backward   twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
-experts    an MLP as often as a token has experts, and 2 T H E to choose them; a rank has its share of all tokens
+experts    an MLP as often as a token has experts, and 2 T H E to choose them; a rank has its share of both
 context    a rank has its share of the tokens, and of S (S + 1) / 2 pairs
 recompute  full: a layer's forward once more; selective: its attention's; but for a last product that nothing reads:
            full, the MLP's second; selective, of whole scores, theirs with V
@@ -34,7 +34,7 @@ class Decoder:
 
     layers     of this rank
     experts    MLPs of a token's: 1, or the experts that it is sent to
-    router     experts that are chosen from
+    router     experts that are chosen from, over the ranks that divide the tokens that choose
     block      queries of a block of causal attention; 0 where scores are made whole
     window     keys before its own that a query sees in such a block; None: all
     context    ranks that a sequence is divided among: parts of tokens and, on average, of pairs
@@ -57,7 +57,7 @@ class Decoder:
     recompute: Recompute = ""
     recomputed_layers: int = 0
     experts: float = 1.0
-    router: int = 0
+    router: float = 0.0
     context: int = 1
 
     @property

@@ -394,7 +394,7 @@ def _model_flops(config: Any, lowered: Lowered) -> float | None:
             part,
             ffn=ffn // _tensor_parallel(model),
             experts=int(model.get("moe_router_topk", 2)) + shared / ffn,
-            router=experts,
+            router=experts / _tensor_parallel(model),  # with experts a sequence is always divided
         )
     return count(part).model
 

@@ -157,7 +157,7 @@ def report(found: Audit) -> Iterator[str]:
         yield f"| {row.kind} | {row.dtype} | {_ranks(row.ranks)} | {row.times:.0f} | {row.received / 1e9:.3f} |"
     yield ""
     yield from _verdicts(found)
-    if first.analytic:
+    if first.analytic or (first.bounds and first.bounds.mfu is not None):
         from nxdt_nemo.audit.formula import FORMULA
 
         yield "\nFLOPs by hand, of a micro-batch on a rank:\n"

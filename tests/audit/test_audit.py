@@ -156,7 +156,7 @@ def test_experts_and_parts_of_a_sequence_have_an_mfu(
     found = audited([*TP4[1:], *SMALL, *special], 4, ranks=[0])
     bounds, core = found["ranks"][0]["bounds"], instance("trn2.48xlarge").core()
     tp, tokens, hidden, queries, groups, features, seq = 4 // parts, 64 // parts, 64, 8, 2, 8, 64
-    mlp = 3 * 2 * tokens * hidden * 96 / tp * (2 if experts else 1) + 2 * tokens * hidden * experts
+    mlp = 3 * 2 * tokens * hidden * 96 / tp * (2 if experts else 1) + 2 * tokens * hidden * experts / tp
     layer = 2 * tokens * hidden * features * (2 * queries / tp + 2 * max(groups / tp, 1)) + mlp
     pairs = seq * seq if parts == 1 else seq * (seq + 1) / 2 / parts
     scores = 2 * 2 * queries / tp * features * pairs

@@ -117,6 +117,42 @@ def test_a_large_transposed_matrix_is_copied(pools: Callable[..., list[Any]]) ->
     assert max(away for _, *both in found for away in both) < 1e-6
 
 
+def steps_after_loading() -> list[int]:
+    """Graphs that three steps compile before the moments are loaded, and three after it."""
+    import torch_xla.core.xla_model as xm
+
+    from nxdt_nemo.apex.optimizers import FusedAdam
+    from nxdt_nemo.runtime.xla.metrics import graphs_compiled
+
+    lane = lane_here()
+    layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    optimizer = FusedAdam(lane.place(layers).parameters())
+    lane.cut()
+    x, found = torch.ones(2, 8).to(lane.device()), []
+    for _ in range(2):
+        lane.cut()
+        before = graphs_compiled()
+        for _ in range(3):
+            layers(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lane.step_boundary()
+            xm.wait_device_ops()
+        found.append(graphs_compiled() - before)
+        saved = optimizer.state_dict()
+        saved["state"] = {
+            number: {key: moment.cpu().clone() for key, moment in state.items()}
+            for number, state in saved["state"].items()
+        }
+        optimizer.load_state_dict(saved)
+    return found
+
+
+def test_loaded_moments_are_no_other_graph(pools: Callable[..., list[Any]]) -> None:
+    [(first, loaded)] = pools(1, steps_after_loading)
+    assert first >= 1 and loaded == 0
+
+
 def draws() -> dict[str, list[float]]:
     """The same seed twice, a state put back, and a seed beyond 63 bits; with a boundary between."""
     lane = lane_here()

@@ -36,8 +36,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
+        for saved_id, param in reversed(list(zip(saved_ids, params, strict=True))):  # as FusedAdam.add_param_group
+            for key, value in reversed(state_dict["state"].get(saved_id, {}).items()):
                 if isinstance(value, torch.Tensor):
                     self.state[param][key] = value.to(param.device)
         own = {name: value for name, value in self.defaults.items() if name != "differentiable"}  # torch adds it here

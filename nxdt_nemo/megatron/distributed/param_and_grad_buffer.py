@@ -74,8 +74,9 @@ class _ParamAndGradBucketGroup(_UpstreamGroup):
             self.grad_reduce_handle = None
 
     def check_grads(self, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
-        """Answered after the step, which stays one graph: its RuntimeError comes a step later, before anything is
-        saved. At once where the step may run again for the answer (rerun_state_machine) or norms are compared."""
+        """Answered after the step, which stays one graph: its RuntimeError comes a step later, before NeMo saves; a
+        loop of one's own calls `settle` of the lane before it does. At once where the step may run again for the answer
+        (rerun_state_machine) or norms are compared."""
         if check_for_large or get_rerun_state_machine().mode != RerunMode.DISABLED:
             before = [bucket.grad_data for bucket in self.buckets]
             self._put_together()
