@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nxdt_nemo.apex.transformer.functional import fused_rope
 from nxdt_nemo.apex.transformer.functional.fused_rope import (
     fused_apply_rotary_pos_emb,
     fused_apply_rotary_pos_emb_cached,
@@ -97,12 +96,7 @@ def test_position_zero_is_not_turned_and_position_one_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotated", [8, 12])
-@pytest.mark.parametrize("traced", [False, True])
-def test_the_gradient_is_to_the_bit_that_of_the_products(
-    dtype: torch.dtype, rotated: int, traced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if traced:
-        monkeypatch.setattr(fused_rope, "TRACED_DEVICES", frozenset({"cpu"}))
+def test_the_gradient_is_to_the_bit_that_of_the_products(dtype: torch.dtype, rotated: int) -> None:
     freqs, t = angles(7, rotated), torch.randn(7, 2, 3, 12).to(dtype).requires_grad_()
     direction = torch.randn(t.shape).to(dtype)
     ours, products = (
@@ -112,15 +106,6 @@ def test_the_gradient_is_to_the_bit_that_of_the_products(
     assert torch.equal(ours, products)
     found, wanted = (torch.autograd.grad(y, t, direction)[0] for y in (ours, products))
     assert torch.equal(found, wanted)
-
-
-def test_one_cosine_is_taken_for_all_layers_where_steps_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_rope, "TRACED_DEVICES", frozenset({"cpu"}))
-    freqs, t, taken = angles(7, 8), torch.randn(7, 2, 3, 8, requires_grad=True), []
-    monkeypatch.setattr(torch.Tensor, "cos", lambda self, own=torch.Tensor.cos: taken.append(self.shape) or own(self))
-    for _ in range(3):
-        fused_apply_rotary_pos_emb(t, freqs).sum().backward()
-    assert taken == [freqs.shape]
 
 
 def test_the_angles_are_all_that_is_kept() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._absent import unavailable
-from ..._kernels.lists import TRACED_DEVICES
 
 __all__ = [
     "fused_apply_rotary_pos_emb",
@@ -50,34 +49,21 @@ def fused_apply_rotary_pos_emb(t: Tensor, freqs: Tensor, transpose_output_memory
     return rotated.transpose(0, 1).contiguous().transpose(0, 1) if transpose_output_memory else rotated
 
 
-def _tables(freqs: Any) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, which live as long as the angles do."""
-    if not hasattr(freqs, "cos_and_sin"):
-        freqs.cos_and_sin = (freqs.cos(), freqs.sin())
-    found: tuple[Tensor, Tensor] = freqs.cos_and_sin
-    return found
-
-
 class _Rotation(torch.autograd.Function):
-    """Keeps the angles, which are one tensor for all layers: products would keep a cosine and a sine of each call's.
-    Where steps are traced, their cosines and sines, once for that tensor: XLA computes in each loop, for each element
-    that is turned, what is not there before.
-    """
+    """Keeps the angles, which are one tensor for all layers: products would keep a cosine and a sine of each call's."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, freqs: Tensor) -> Tensor:
-        ctx.tables = _tables(freqs) if freqs.device.type in TRACED_DEVICES else None
-        if ctx.tables is None:
-            ctx.save_for_backward(freqs)
-        return _rotate(t, *(ctx.tables or (freqs.cos(), freqs.sin())))
+        ctx.save_for_backward(freqs)
+        return _rotate(t, freqs.cos(), freqs.sin())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        cos, sin = ctx.tables or [turn(*ctx.saved_tensors) for turn in (torch.cos, torch.sin)]
-        turned, kept = grad[..., : cos.shape[-1]], grad[..., cos.shape[-1] :]
-        left, right = (turned * sin.to(grad.dtype)).chunk(2, dim=-1)
-        turned = turned * cos.to(grad.dtype) + torch.cat((right, -left), dim=-1)
+        [freqs] = ctx.saved_tensors
+        turned, kept = grad[..., : freqs.shape[-1]], grad[..., freqs.shape[-1] :]
+        left, right = (turned * freqs.sin().to(grad.dtype)).chunk(2, dim=-1)
+        turned = turned * freqs.cos().to(grad.dtype) + torch.cat((right, -left), dim=-1)
         return (torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned), None
 
 
