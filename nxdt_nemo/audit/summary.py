@@ -324,7 +324,7 @@ def _transfers(times: Sequence[tuple[Collective, float]], rank: int) -> tuple[Tr
 
 def _plain_decoder(model: Any, stages: int) -> bool:
     """No context parallelism, no experts, even stages: what the formulas here are asked for."""
-    apart = int(model.get("context_parallel_size") or 1) > 1 or bool(model.get("num_moe_experts"))
+    apart = _context_parallel(model) > 1 or bool(model.get("num_moe_experts"))
     return not apart and int(model.num_layers) % stages == 0
 
 
@@ -381,7 +381,7 @@ def _model_flops(config: Any, lowered: Lowered) -> float | None:
     """Of a micro-batch, what the model needs of this rank: experts and parts of a sequence too, a share of all ranks'.
     None for uneven stages, layers of which some have experts, and scores of which the batch has the mask."""
     model = config.model
-    context, experts = int(model.get("context_parallel_size") or 1), int(model.get("num_moe_experts") or 0)
+    context, experts = _context_parallel(model), int(model.get("num_moe_experts") or 0)
     block = _block(model) if context == 1 else 1 if model.get("get_attention_mask_from_fusion", True) else None
     uneven = int(model.num_layers) % lowered.stage[1] or (experts and model.get("moe_layer_freq", 1) != 1)
     if block is None or uneven:
@@ -401,6 +401,10 @@ def _model_flops(config: Any, lowered: Lowered) -> float | None:
 
 def _tensor_parallel(model: Any) -> int:
     return int(model.get("tensor_model_parallel_size") or 1)
+
+
+def _context_parallel(model: Any) -> int:
+    return int(model.get("context_parallel_size") or 1)
 
 
 def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
@@ -458,7 +462,7 @@ def _block(model: Any) -> int | None:
             alibi=model.get("position_embedding_type") == "alibi",
             window=bool(model.get("window_size")),
             dropout=float(model.get("attention_dropout", 0.1)) > 0,
-            parts=int(model.get("context_parallel_size") or 1),
+            parts=_context_parallel(model),
         )
     ).name
     return {"upstream": 0, "sdpa": 0, "blocked": BLOCK if causal else None}.get(name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,48 +41,51 @@ def words(tmp_path: Path) -> list[str]:
     return [word for word in tiny(corpus, tmp_path / "unused") if not word.startswith("--")]
 
 
-def started(tmp_path: Path, command: list[str], **environ: str) -> str:
-    """What a command of ours printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nxdt_nemo", *command],
-        env=os.environ | {"NXDT_NEMO_RUNTIME": "xla"} | environ,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def started(ours):
+    """started(*arguments, **environment) is what `nxdt-nemo` prints on the xla lane."""
+
+    def run(*arguments: str, **environment: str) -> str:
+        done = ours(*arguments, timeout=900, **{"NXDT_NEMO_RUNTIME": "xla", **environment})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
-def compiled(tmp_path: Path, *more: str) -> dict[str, int]:
-    """The counts of `nxdt-nemo compile`, into a cache in tmp_path."""
-    options = ["--script", str(SCRIPT), "--cache", str(tmp_path / "cache"), "--json"]
-    config = str(folder("configs") / "demo_llama.yaml")
-    return json.loads(started(tmp_path, ["compile", config, *more, *options]))
+@pytest.fixture
+def compiled(started, tmp_path):
+    """compiled(*overrides) is the counts of `nxdt-nemo compile`, into a cache in tmp_path."""
+    config, cache = folder("configs") / "demo_llama.yaml", tmp_path / "cache"
+
+    def run(*overrides: str) -> dict[str, int]:
+        options = ["--script", str(SCRIPT), "--cache", str(cache), "--json"]
+        return json.loads(started("compile", str(config), *overrides, *options))
+
+    return run
 
 
 @on_the_xla_lane
-def test_a_second_start_misses_nothing(tmp_path):
+def test_a_second_start_misses_nothing(compiled, tmp_path):
     job = words(tmp_path)
-    first, second = compiled(tmp_path, *job), compiled(tmp_path, *job)
+    first, second = compiled(*job), compiled(*job)
     assert first["graphs"] == first["missed"] > 1
     assert (second["graphs"], second["missed"]) == (first["graphs"], 0)
-    assert compiled(tmp_path, *job, "model.hidden_size=64")["missed"] > 1  # the counter can count
+    assert compiled(*job, "model.hidden_size=64")["missed"] > 1  # the counter can count
     assert [entry.name for entry in (tmp_path / "unused").iterdir()] == ["index"]  # the data's
     assert not list(tmp_path.rglob("*.ckpt")) + list(tmp_path.rglob("events*"))
 
 
 @on_the_xla_lane
-def test_a_job_that_logs_norms_now_and_then_misses_nothing(tmp_path):
+def test_a_job_that_logs_norms_now_and_then_misses_nothing(compiled, started, tmp_path):
     """Norms are computed in logged steps: two kinds of step, of which the short run has to meet those that follow a
     validation as well."""
     job = [*words(tmp_path), "trainer.max_steps=9", "trainer.log_every_n_steps=4", "trainer.val_check_interval=4"]
     job += [f"+exp_manager.{key}=true" for key in ("log_gradient_norm", "log_parameter_norm")]
-    compiled(tmp_path, *job)
+    compiled(*job)
     job += [f"exp_manager.create_{key}=false" for key in ("checkpoint_callback", "tensorboard_logger")]
     config = [f"--config-path={folder('configs')}", "--config-name=demo_llama"]
     environ = {"XLA_PERSISTENT_CACHE_PATH": str(tmp_path / "cache"), "NXDT_NEMO_COMPILE_REPORT": str(tmp_path)}
-    started(tmp_path, ["run", str(SCRIPT), *config, *job], **environ)
+    started("run", str(SCRIPT), *config, *job, **environ)
     found = read_counts(tmp_path)
     assert found.graphs > 1 and found.missed == 0
