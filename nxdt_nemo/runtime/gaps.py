@@ -1,9 +1,10 @@
 """What gloo lacks of torch.distributed, in torch.distributed's own signatures, for upstream's direct calls.
 
 Room runtime/. Stands in for all_reduce with PREMUL_SUM (gloo 2.9 fails in the work's wait, which upstream
-never calls: gradients stay unreduced in silence), _coalescing_manager with a device (no startCoalescing), the list
-form of all_to_all, the list forms of all_gather and reduce_scatter where ranks have different sizes (experts'
-tokens), and isend of a tensor that gives its memory back while it is sent. Imports torch.
+never calls: gradients stay unreduced in silence) or with the mean of whole numbers (NCCL cuts it to one),
+_coalescing_manager with a device (no startCoalescing), the list form of all_to_all, the list forms of all_gather and
+reduce_scatter where ranks have different sizes (experts' tokens), and isend of a tensor that gives its memory back
+while it is sent. Imports torch.
 Proof: tests/runtime/test_gaps.py.
 """
 
@@ -40,9 +41,14 @@ def all_reduce(
         tensor.mul_(op.factor)
         op = None
     op = dist.ReduceOp.SUM if op is None else op
+    whole = op == dist.ReduceOp.AVG and not tensor.is_floating_point()
+    if whole:
+        op = dist.ReduceOp.SUM
     work: dist.Work | None = dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
     if work is not None:
         work.wait()
+    if whole:
+        tensor.div_(dist.get_world_size(group), rounding_mode="trunc")
     return work
 
 

@@ -53,6 +53,9 @@ def _all_reduce_(x: torch.Tensor, group: Group, op: Any = "sum") -> torch.Tensor
     if isinstance(op, PremulSum):
         x.mul_(op.factor)
         op = "sum"
+    if op == "avg" and not x.is_floating_point():  # NCCL cuts to whole numbers, gloo refuses them
+        dist.all_reduce(x, group=group.pg)
+        return x.div_(group.size, rounding_mode="trunc")
     dist.all_reduce(x, op=REDUCTIONS[op], group=group.pg)
     return x
 

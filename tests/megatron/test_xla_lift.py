@@ -55,6 +55,31 @@ def test_equals_the_cpu_lanes_ranks(parity: Parity, lifted: Callable[..., Lifted
     assert not any(found.compiled[1:])  # the first step's graph is what the others run
 
 
+def means() -> list[list[float]]:
+    """Each rank's result of a mean over the world, of whole numbers and of others."""
+    import torch
+
+    from nxdt_nemo.runtime import collectives, current
+    from nxdt_nemo.runtime.xla.lift import Lift
+    from nxdt_nemo.runtime.xla.world import pretend
+
+    lane: Any = current()
+    lift = Lift(4)
+    with pretend(lane, 0, 4, lift):
+        group = lane.groups([[0, 1], [2, 3]], "pairs")
+        inputs = [lift.stack([torch.tensor([rank * rank]).to(kind) for rank in range(4)]) for kind in (int, float)]
+        found = lift.step(
+            lambda: iter(()), inputs, lambda *mine: [collectives.all_reduce_(one.clone(), group, "avg") for one in mine]
+        )
+        return [one.flatten().tolist() for one in found]
+
+
+def test_means_in_the_graph(with_torch_xla: None) -> None:
+    with RankPool(1, env=lifted_env(layout("dp4+zero")), init=ACTIVE, group=False, timeout=300) as pool:
+        [found] = pool.run(means)
+    assert found == [[0, 0, 6, 6], [0.5, 0.5, 6.5, 6.5]]
+
+
 @pytest.mark.slow
 def test_thirty_two_ranks_run(parity: Parity, lifted: Callable[..., Lifted]) -> None:
     """TP 8 with sequence parallelism x DP 4, ZeRO-1: beside one rank of the cpu lane, which has no room for 32."""

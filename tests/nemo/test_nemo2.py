@@ -101,6 +101,22 @@ def test_another_layout_goes_on_as_one_rank(losses: Callable[..., Losses], tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2sp", "pp2", "dp2zero"])
+@pytest.mark.usefixtures("with_torch_xla")
+def test_two_ranks_on_the_xla_lane(losses: Callable[..., Losses], tmp_path: Path, layout: str) -> None:
+    """Processes: as one rank of the cpu lane, from its checkpoint."""
+    model = ("layers=2", "family=llama")
+    base, ranks = tmp_path / "base", tmp_path / "ranks"
+    first = losses(base, f"steps={FIRST}", *model)
+    shutil.copytree(base, ranks)
+    one = losses(base, f"steps={LAST}", *model)
+    traced = {"NXDT_NEMO_RUNTIME": "xla"}
+    found = losses(ranks, f"steps={LAST}", *model, *LAYOUTS[layout].split(), environment=traced, seconds=420)
+    assert len(found) == LAST - FIRST and found == pytest.approx(one, rel=1e-5)
+    assert abs(one[0] - first[-1]) > 1e-3, "a run that learned nothing would agree with any other"
+
+
+@pytest.mark.slow
 def test_bf16_by_tensor_parallel_ranks(losses: Callable[..., Losses], tmp_path: Path) -> None:
     """As many steps again are the same to the bit. (What goes on from a checkpoint reads mock data from its start
     again: upstream's MockDataModule keeps no count.)"""
@@ -156,3 +172,26 @@ def test_an_imported_model_is_tuned_in_every_layout(load_tool: Callable[..., Any
     lines = nemo2.lines_of(family, runs)
     assert len(lines) == len(family.layouts) > 5
     assert all(line.good for line in lines), [line.cells for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["tune-sft", "tune-lora"])
+@pytest.mark.usefixtures("with_torch_xla")
+def test_an_imported_model_is_tuned_on_the_xla_lane(
+    load_tool: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """One rank, as on the cpu lane: from the import, and going on from what it saved."""
+    nemo2 = load_tool("nemo2")
+    runs = nemo2.Runs(nemo2.make(tmp_path / "inputs", None), Path(), tmp_path / "runs")
+    nemo2.import_model(runs, "")
+    (family,) = (family for family in nemo2.FAMILIES if family.key == key)
+    found: dict[str, Losses] = {}
+    for lane in ("cpu", "xla"):
+        monkeypatch.setenv("NXDT_NEMO_RUNTIME", lane)
+        parts = [
+            runs.start(family.script, f"{family.words} {words}", runs.folder / lane).losses
+            for words in (family.first, family.then)
+        ]
+        found[lane] = [*parts[0], *parts[1]]
+    assert len(found["cpu"]) == LAST and found["xla"] == pytest.approx(found["cpu"], rel=1e-5)
+    assert found["cpu"][-1] < found["cpu"][0] - 0.05, "a model that learned nothing would agree"

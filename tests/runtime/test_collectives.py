@@ -293,6 +293,7 @@ def in_place(lane: CpuLane) -> dict[str, float]:
     group = whole_world(lane)
     mine = float(group.rank + 1)
     found = {op: float(c.all_reduce_(torch.tensor([mine]), group, op)) for op in ("sum", "avg", "max", "min")}
+    found["mean of whole numbers"] = int(c.all_reduce_(torch.tensor([int(mine)]), group, "avg"))
     found["premul"] = float(c.all_reduce_(torch.tensor([mine]), group, lane.premul_sum(0.25)))
     found["broadcast"] = float(c.broadcast_(torch.tensor([mine]), 2, group))
     return found
@@ -300,6 +301,7 @@ def in_place(lane: CpuLane) -> dict[str, float]:
 
 def test_in_place(ranks: Run) -> None:
     right = {"sum": 10.0, "avg": 2.5, "max": 4.0, "min": 1.0, "premul": 2.5, "broadcast": 3.0}
+    right["mean of whole numbers"] = 2
     assert ranks(4, in_place) == [right] * 4
 
 

@@ -27,12 +27,14 @@ def reduced(lane: CpuLane, async_op: bool) -> list[float]:
         found.append(float(x[-1]))
         if work is not None:
             assert work.wait()
-    return found
+    whole = torch.tensor([dist.get_rank() + 1])
+    lane.all_reduce(whole, op=dist.ReduceOp.AVG, async_op=async_op)
+    return [*found, int(whole)]
 
 
 @pytest.mark.parametrize("async_op", [False, True])
 def test_all_reduce_is_done_when_it_returns(ranks: Run, async_op: bool) -> None:
-    assert ranks(2, reduced, async_op) == [[3.0, 3.0, 2.0, 1.5]] * 2
+    assert ranks(2, reduced, async_op) == [[3.0, 3.0, 2.0, 1.5, 1]] * 2
 
 
 def torch_says(lane: CpuLane) -> str:

@@ -240,7 +240,9 @@ def collectives() -> dict[str, Any]:
     dist.all_to_all_single(swapped, x)
     dist.reduce_scatter_tensor(mean, torch.stack([x[:1].T, x[:1].T]), op=dist.ReduceOp.AVG)
     found |= {"dist.sum": ours, "dist.whole": whole, "dist.parts": torch.cat(parts), "dist.mine": mine}
-    found |= {"dist.swapped": swapped, "dist.mean": mean.T}
+    whole_numbers = torch.tensor([3 + dist.get_rank()], device=x.device)
+    dist.all_reduce(whole_numbers, op=dist.ReduceOp.AVG)
+    found |= {"dist.swapped": swapped, "dist.mean": mean.T, "dist.mean of whole numbers": whole_numbers}
     objects: list[Any] = [None, None]
     dist.all_gather_object(objects, {"rank": dist.get_rank()})
     dist.barrier()
@@ -252,6 +254,7 @@ def test_two_processes(pools: Callable[..., list[Any]]) -> None:
     total = [[10.0, 12.0], [14.0, 16.0]]
     alike = {
         "dist.mean": [[5.0, 6.0]],
+        "dist.mean of whole numbers": [3],
         "dist.sum": total,
         "dist.whole": zero + one,
         "dist.parts": zero + one,

@@ -108,6 +108,8 @@ def in_graph(dialect: Dialect) -> Ops:
             op = "sum"
         if group.size == 1:
             return x
+        if op == "avg" and not x.is_floating_point():  # a factor below 1 would be 0
+            return x.copy_(dialect.all_reduce(x, "sum", 1.0, _groups(group)).div(group.size, rounding_mode="trunc"))
         kind, scale = ("sum", 1.0 / group.size) if op == "avg" else (op, 1.0)
         return x.copy_(dialect.all_reduce(x, kind, scale, _groups(group)))
 
