@@ -8,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
+LOCK := requirements.lock
 STAMP := $(VENV)/.stamp
 NEED_GB := 10
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +20,7 @@ help: ## this list
 .PHONY: setup
 setup: $(STAMP) ## the pinned stack in .venv, about 8.6 GB: the registry's torch carries CUDA
 
-$(STAMP): requirements.lock pyproject.toml hatch_build.py nxdt_nemo_activate.pth
+$(STAMP): $(LOCK) pyproject.toml hatch_build.py nxdt_nemo_activate.pth
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	if [ ! -d $(VENV)/lib/python3.11/site-packages/torch ]; then
 	  free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}')
@@ -33,7 +34,7 @@ $(STAMP): requirements.lock pyproject.toml hatch_build.py nxdt_nemo_activate.pth
 	  uv=$(VENV)/bin/uv
 	  [ -x "$$uv" ] || { $(PY) -m ensurepip >/dev/null; $(PY) -m pip install --quiet uv; }
 	fi
-	"$$uv" pip install --python $(PY) --compile-bytecode -r requirements.lock
+	"$$uv" pip install --python $(PY) --compile-bytecode -r $(LOCK)
 	"$$uv" pip install --python $(PY) --no-deps --no-build-isolation -e .
 	env -u PYTHONDONTWRITEBYTECODE $(PY) -m compileall -q nxdt_nemo
 	touch $@
@@ -69,6 +70,14 @@ test-memory: $(STAMP) ## bytes of a step on each rank against the formula of doc
 .PHONY: test-neuron
 test-neuron: $(STAMP) ## the neuron lane on a stand-in for its device against the cpu lane; writes docs/results/neuron_torch2.9.md
 	@$(PY) tools/neuron.py
+
+.PHONY: test-neuron-lock
+test-neuron-lock: ## the same with torch 2.14 and fast tests of the cpu lane, in .venv-neuron; writes docs/results/neuron_torch2.14.md
+	@$(MAKE) --no-print-directory VENV=.venv-neuron LOCK=requirements-neuron.lock test-neuron test-on-lock
+
+.PHONY: test-on-lock
+test-on-lock: $(STAMP)
+	@$(PY) -m pytest -q tests/patching tests/apex tests/runtime tests/megatron/test_parity.py tests/nemo/test_stock_script.py tests/nemo/test_resume.py
 
 .PHONY: test-upstream
 test-upstream: $(STAMP) ## NVIDIA's own tests from the sdist of nemo_toolkit, without us and with us, 12 minutes

@@ -60,7 +60,7 @@ def _factory(function: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-class _StandIn(type):
+class _StandIn(type(torch.Generator)):  # type: ignore[misc]  # torch 2.14 gives classes of C++ a metaclass of its own
     """Stands in for torch's class `real`, which isinstance and issubclass answer for; as ever in a subclass."""
 
     def __instancecheck__(cls, instance: object) -> bool:

@@ -20,25 +20,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTROL", "Sent", "Traffic", "count_traffic"]
+__all__ = ["CONTROL", "Sent", "Traffic", "count_traffic", "methods"]
 
-# By method of ProcessGroup: the name in torch.distributed, and the place of the argument whose bytes count.
-METHODS = {
+# By method of ProcessGroup: the name in torch.distributed, and the place of the argument whose bytes count. Those in
+# `_single` are what torch 2.14 calls; 2.9 has none of them.
+_METHODS = {
     "allreduce": ("all_reduce", 0),
     "allreduce_coalesced": ("all_reduce", 0),
     "reduce": ("reduce", 0),
     "broadcast": ("broadcast", 0),
     "allgather": ("all_gather", 0),
     "_allgather_base": ("all_gather", 0),
+    "all_gather_single": ("all_gather", 0),
+    "all_gather_single_coalesced": ("all_gather", 0),
     "allgather_coalesced": ("all_gather", 0),
     "allgather_into_tensor_coalesced": ("all_gather", 0),
     "gather": ("gather", 1),
+    "gather_single": ("gather", 1),
+    "gather_into_tensor": ("gather", 1),
     "scatter": ("scatter", 0),
     "reduce_scatter": ("reduce_scatter", 1),
     "_reduce_scatter_base": ("reduce_scatter", 1),
+    "reduce_scatter_single": ("reduce_scatter", 1),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", 1),
     "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
     "alltoall": ("all_to_all", 1),
     "alltoall_base": ("all_to_all", 1),
+    "all_to_all_single": ("all_to_all", 1),
     "send": ("send", 0),
     "recv": ("recv", 0),
     "recv_anysource": ("recv", 0),
@@ -75,6 +83,13 @@ Traffic = dict[tuple[str, str], Sent]
 """By collective ("all_gather") and name of the group ("TENSOR_MODEL_PARALLEL_GROUP", or what lane.groups was told)."""
 
 
+def methods() -> dict[str, Any]:
+    """What this torch's ProcessGroup has of the methods that are counted, by name."""
+    from torch.distributed import ProcessGroup
+
+    return {name: ProcessGroup.__dict__[name] for name in _METHODS if name in ProcessGroup.__dict__}
+
+
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
     """Count what this process sends and receives inside the block, in groups of more than one rank."""
@@ -82,9 +97,9 @@ def count_traffic() -> Iterator[Traffic]:
 
     found: Traffic = {}
     lock = threading.Lock()
-    before = {name: ProcessGroup.__dict__[name] for name in METHODS}
+    before = methods()
     for name, method in before.items():
-        setattr(ProcessGroup, name, _counted(method, *METHODS[name], found, lock))
+        setattr(ProcessGroup, name, _counted(method, *_METHODS[name], found, lock))
     try:
         yield found
     finally:

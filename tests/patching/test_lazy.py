@@ -391,10 +391,15 @@ def test_a_script_s_imports_load_none_of_what_it_never_uses(plain_and_ours):
     assert ours.has("torchmetrics.metric") and ours.has("megatron.core.models.gpt")
 
 
+def installed(name: str) -> bool:
+    """torch_xla is not, with the neuron lane's lock."""
+    return importlib.util.find_spec(name.partition(".")[0]) is not None
+
+
 def test_plain_python_loads_all_of_it(plain_and_ours):
     """The control of the test above: it can fail."""
     plain, _ = plain_and_ours
-    assert [name for name in UNUSED if not plain.has(name)] == []
+    assert [name for name in UNUSED if installed(name) and not plain.has(name)] == []
 
 
 by_entry = pytest.mark.parametrize("entry", ENTRIES, ids=[entry["importer"] for entry in ENTRIES])
