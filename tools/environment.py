@@ -23,10 +23,10 @@ user has exported, and that before the table. `NEURON_CC_FLAGS` is appended to: 
 When: *process*, before torch_xla is imported, by `nxdt-nemo run`, by a plain start of a script and by launch scripts;
 *launch*, launch scripts only; *nodes*, launch scripts for several nodes; *compile*, `nxdt-nemo compile`.
 
-A plain start is `NXDT_NEMO=1 NXDT_NEMO_RUNTIME=xla python script.py`, under torchrun too; a plain `python -m` or `-c`
-sets nothing. A script without a YAML file (NeMo 2.0, megatron-core's own loop) gets what the table gives without a
-configuration, on the xla and the neuron lane. Its precision is not known before it runs (`unknown` below):
-`--auto-cast none` suits float32 and bf16, since nothing is cast but what the script casts;
+A plain start is `NXDT_NEMO=1 NXDT_NEMO_RUNTIME=xla python script.py`, under torchrun too, or NeMo 2.0's `nemo ...`; a
+plain `python -m` or `-c` sets nothing. A script without a YAML file (NeMo 2.0, megatron-core's own loop) gets what the
+table gives without a configuration, on the xla and the neuron lane. Its precision is not known before it runs
+(`unknown` below): `--auto-cast none` suits float32 and bf16, since nothing is cast but what the script casts;
 `--enable-mixed-precision-accumulation` and `NEURON_RT_STOCHASTIC_ROUNDING_EN` stay as exported, and a job with bf16
 weights without float32 main ones has to export the second. Its LNC is that of the ranks which torchrun places on the
 host, or `NEURON_LOGICAL_NC_CONFIG` as exported; without either, compiler and runtime keep the chip's own.

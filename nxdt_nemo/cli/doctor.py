@@ -106,6 +106,7 @@ def _target(
     job = dataclasses.replace(job, lane=job.lane_there, nodes=nodes or job.nodes, sdk=sdk or job.sdk)
     job.check_lane()
     job.check_ranks()
+    job.check_nodes()
     found: dict[str, Sequence[Any]] = {
         "target": list(figures(kind, job.cores_a_rank)),
         "environment": list(environment(job, all_modes=config is None)),

@@ -24,6 +24,8 @@ __all__ = ["plain_start", "prepare", "script_of"]
 # Options of python that take the next word, and those after which there is no script.
 _WITH_VALUE = ("W", "X", "-check-hash-based-pycs")
 _NO_SCRIPT = ("c", "m")
+# Console commands that train in their own process: NeMo 2.0's.
+_COMMANDS = ("nemo",)
 # A file without these words has no configuration that could be composed.
 _DECORATORS = (b"hydra_runner", b"hydra.main", b"from hydra")
 
@@ -104,13 +106,15 @@ def _on_a_device() -> bool:
 
 
 def script_of(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
-    """The script in a command line of python's, and its arguments; None for -c, -m, a prompt or a folder."""
+    """The script in a command line of python's, and its arguments; None for -c, -m, a prompt, a folder, other commands."""
     at = 1
     while at < len(words) and words[at].startswith("-") and words[at] != "-":
         letters = words[at][1:]
         if not letters.startswith("-") and any(letter in letters for letter in _NO_SCRIPT):
             return None, ()
         at += 2 if letters in _WITH_VALUE else 1
-    if at >= len(words) or not words[at].endswith(".py") or not os.path.isfile(words[at]):
+    if at >= len(words) or not os.path.isfile(words[at]):
+        return None, ()
+    if not words[at].endswith(".py") and os.path.basename(words[at]) not in _COMMANDS:
         return None, ()
     return Path(words[at]), words[at + 1 :]

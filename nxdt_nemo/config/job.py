@@ -100,23 +100,31 @@ class Job:
             raise self.error(reason, "name one of them: neuron.sdk, --sdk")
 
     def check_ranks(self) -> None:
-        """Raises ConfigError for ranks that a node has no cores for, and for nodes that cannot work together."""
-        kind, asked, lnc = self.instance, self.devices, self.keys.get("lnc")
-        if kind is None or self.lane == "cpu":
+        """Raises ConfigError for more ranks than a node has logical cores."""
+        has, at, fix = self._cores()
+        if self.instance is not None and has and (self.devices or 0) > max(has):
+            raise self.error(f"trainer.devices={self.devices}, and a {self.instance.name} has {max(has)}{at}", fix)
+
+    def check_nodes(self) -> None:
+        """Raises ConfigError for several nodes that cannot work together: without a network, or in part idle."""
+        has, at, fix = self._cores()
+        if self.instance is None or not has or self.nodes == 1:
             return
-        if self.nodes > 1 and not kind.efa_devices:
-            raise self.error(f"{self.nodes} nodes of {kind.name}, which has no EFA", "use one node")
-        if asked is None or asked < 1:
-            return
-        has, at, other = kind.ranks, "", None
-        if lnc is not None:
-            has, at, other = (kind.cores(self.cores_a_rank),), f" at neuron.lnc={lnc}", kind.lnc_of(asked)
-        fix = f"use {or_list(has)}" if other is None else f"set neuron.lnc={other}"
-        if asked > max(has):
-            raise self.error(f"trainer.devices={asked}, and a {kind.name} has {max(has)}{at}", fix)
-        if self.nodes > 1 and asked not in has:
-            reason = f"trainer.devices={asked} leaves a part of each {kind.name} idle{at}"
+        if not self.instance.efa_devices:
+            raise self.error(f"{self.nodes} nodes of {self.instance.name}, which has no EFA", "use one node")
+        if (self.devices or 0) > 0 and self.devices not in has:
+            reason = f"trainer.devices={self.devices} leaves a part of each {self.instance.name} idle{at}"
             raise self.error(f"{reason}, and collectives need whole nodes", fix)
+
+    def _cores(self) -> tuple[tuple[int, ...], str, str]:
+        """Logical cores that a node can have, none on the cpu lane; at which LNC, if a key says; what to do instead."""
+        kind, lnc = self.instance, self.keys.get("lnc")
+        if kind is None or self.lane == "cpu":
+            return (), "", ""
+        if lnc is None:
+            return kind.ranks, "", f"use {or_list(kind.ranks)}"
+        cores, other = kind.cores(self.cores_a_rank), kind.lnc_of(self.devices or 0)
+        return (cores,), f" at neuron.lnc={lnc}", f"set neuron.lnc={other}" if other else f"use {cores}"
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -146,6 +146,8 @@ WORDS = [  # what follows python; the script and its arguments
     ("-c pass script.py", (None, [])),
     ("-m script", (None, [])),
     ("-um script", (None, [])),
+    ("bin/nemo llm pretrain", ("bin/nemo", ["llm", "pretrain"])),
+    ("bin/torchrun script.py", (None, [])),
     ("absent.py", (None, [])),
     ("", (None, [])),
 ]
@@ -154,6 +156,8 @@ WORDS = [  # what follows python; the script and its arguments
 @pytest.mark.parametrize("line, expected", WORDS)
 def test_the_script_of_a_command_line(tmp_path, monkeypatch, line, expected):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "script.py").touch()
+    (tmp_path / "bin").mkdir()
+    for file in ("script.py", "bin/nemo", "bin/torchrun"):
+        (tmp_path / file).touch()
     script, arguments = script_of([sys.executable, *line.split()])
     assert (str(script) if script else None, list(arguments)) == expected

@@ -134,6 +134,7 @@ def test_the_same_lnc_twice_is_none():
 def check_host(job):
     job.check_lane()
     job.check_ranks()
+    job.check_nodes()
 
 
 THERE = [  # a job that no instance can run, the line

@@ -144,7 +144,7 @@ def test_devices_of_an_instance(gpt, instance, devices, says):
 CORES = [  # overrides, errors, warnings
     (("trainer.devices=128", "+neuron.lnc=2"),
      ["a.yaml: trainer.devices=128, and a trn2.48xlarge has 64 at neuron.lnc=2; set neuron.lnc=1"], []),
-    (("trainer.devices=64", "+neuron.lnc=1"), [],
+    (("trainer.devices=64", "trainer.num_nodes=2", "+neuron.lnc=1"), [],
      ["trainer.devices=64, but a trn2.48xlarge has 128 devices"]),
     (("trainer.devices=64", "+neuron.compiler_flags='--lnc 1'"),
      ["a.yaml: NEURON_CC_FLAGS has --logical-nc-config 1, and NEURON_LOGICAL_NC_CONFIG=2: compiler and runtime need "

@@ -117,6 +117,7 @@ def plan(
     ranks = _ranks(view, job)
     job = dataclasses.replace(job, devices=ranks)
     job.check_ranks()
+    job.check_nodes()
     notes = [*_checked(cfg, config.name, nodes * ranks), *_notes(view, job)]
     return Launch(
         command=command,
