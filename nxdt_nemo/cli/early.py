@@ -106,7 +106,7 @@ def _on_a_device() -> bool:
 
 
 def script_of(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
-    """The script in a command line of python's, and its arguments; None for -c, -m, a prompt, a folder, other commands."""
+    """The script in a command line of python's, and its arguments; None for -c, -m, a prompt or another command."""
     at = 1
     while at < len(words) and words[at].startswith("-") and words[at] != "-":
         letters = words[at][1:]
