@@ -7,6 +7,7 @@
 
 FROM ubuntu:22.04 AS trainium
 ARG NEURON_RUNTIME=2.31.24.0
+ARG NEURON_COLLECTIVES=2.31.24.0
 ARG TORCH_NEURONX=2.9.0.2.13.26312
 ARG NEURONX_CC=2.24.8799.0
 ARG LIBNEURONXLA=2.2.16408.0
@@ -20,7 +21,7 @@ RUN apt-get update \
        > /etc/apt/sources.list.d/neuron.list \
     && apt-get update \
     && apt-get install --yes --no-install-recommends \
-       "aws-neuronx-runtime-lib=${NEURON_RUNTIME}*" "aws-neuronx-collectives=${NEURON_RUNTIME}*" aws-neuronx-tools \
+       "aws-neuronx-runtime-lib=${NEURON_RUNTIME}*" "aws-neuronx-collectives=${NEURON_COLLECTIVES}*" aws-neuronx-tools \
     && rm -rf /var/lib/apt/lists/*
 # libfabric with EFA, without the kernel module.
 RUN curl -fsSLO https://efa-installer.amazonaws.com/aws-efa-installer-latest.tar.gz \
@@ -33,7 +34,7 @@ RUN pip install --no-cache-dir uv \
     && uv python install 3.11 \
     && make setup PYTHON="$(uv python find 3.11)" \
     && uv pip install --python .venv/bin/python --compile-bytecode --index-strategy unsafe-best-match \
-       --extra-index-url https://pip.repos.neuron.amazonaws.com \
+       --extra-index-url https://pip.repos.neuron.amazonaws.com --constraints requirements.lock \
        "torch-neuronx==${TORCH_NEURONX}" "neuronx-cc==${NEURONX_CC}" "libneuronxla==${LIBNEURONXLA}"
 ENV PATH=/opt/nxdt_nemo/.venv/bin:/opt/aws/neuron/bin:/opt/amazon/efa/bin:$PATH \
     LD_LIBRARY_PATH=/opt/aws/neuron/lib:/opt/amazon/efa/lib

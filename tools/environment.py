@@ -23,6 +23,14 @@ user has exported, and that before the table. `NEURON_CC_FLAGS` is appended to: 
 When: *process*, before torch_xla is imported, by `nxdt-nemo run`, by a plain start of a script and by launch scripts;
 *launch*, launch scripts only; *nodes*, launch scripts for several nodes; *compile*, `nxdt-nemo compile`.
 
+A plain start is `NXDT_NEMO=1 NXDT_NEMO_RUNTIME=xla python script.py`, under torchrun too, or NeMo 2.0's `nemo ...`; a
+plain `python -m` or `-c` sets nothing. A script without a YAML file (NeMo 2.0, megatron-core's own loop) gets what the
+table gives without a configuration, on the xla and the neuron lane. Its precision is not known before it runs
+(`unknown` below): `--auto-cast none` suits float32 and bf16, since nothing is cast but what the script casts;
+`--enable-mixed-precision-accumulation` and `NEURON_RT_STOCHASTIC_ROUNDING_EN` stay as exported, and a job with bf16
+weights without float32 main ones has to export the second. Its LNC is that of the ranks which torchrun places on the
+host, or `NEURON_LOGICAL_NC_CONFIG` as exported; without either, compiler and runtime keep the chip's own.
+
 | variable | value | when | key | NxD Training's | reason |
 |---|---|---|---|---|---|
 """
@@ -47,14 +55,11 @@ def lines() -> Iterator[str]:
     """The page."""
     yield HEAD.rstrip("\n")
     for row in variables():
-        limits = [f"SDK {row.sdk}"] if row.sdk else []
-        limits += [] if len(row.on) == 4 else [" and ".join(row.on)]
-        when = f"{row.where} ({', '.join(limits)})" if limits else row.where
         key = f"`neuron.{row.key}`" if row.key else ""
         nxdt = f"`{row.nxdt}`" if row.nxdt else ""
         said = "; ".join(value(row)) or "the key's"
         source = row.source if "://" in row.source else f"../{row.source}"
-        yield f"| [`{row.name}`]({source}) | {said} | {when} | {key} | {nxdt} | {row.reason} |"
+        yield f"| [`{row.name}`]({source}) | {said} | {row.when} | {key} | {nxdt} | {row.reason} |"
     yield FOOT.rstrip("\n")
     for wrong in refused():
         yield f"| [`{wrong.name}={wrong.when}`]({wrong.source}) | {wrong.reason} | {wrong.instead} |"

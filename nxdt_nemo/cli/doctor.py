@@ -43,7 +43,14 @@ def doctor(
         str | None,
         typer.Option(help="Print an instance type's figures and the environment of a run there.", show_default=False),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="With --target: how many.")] = 2,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --target: how many. Default: trainer.num_nodes; without CONFIG 2, or 1 without EFA.",
+            show_default=False,
+        ),
+    ] = None,
     sdk: Annotated[str | None, typer.Option(help="With --target: the Neuron SDK.", show_default=False)] = None,
     on_device: Annotated[
         bool, typer.Option("--on-device", help="Test this machine in stages: from its device to a resumed run.")
@@ -60,8 +67,9 @@ def doctor(
     if target is not None:
         _target(target, config, overrides or [], nodes, sdk, as_json=as_json)
         return
-    if config is not None:
-        raise UserError(f"{config} needs --target", place="nxdt-nemo doctor", fix="name an instance type")
+    for name, value in {"": config, "--nodes ": nodes, "--sdk ": sdk}.items():
+        if value is not None:
+            raise UserError(f"{name}{value} needs --target", place="nxdt-nemo doctor", fix="name an instance type")
     from nxdt_nemo.audit.doctor import examine
 
     rows = examine(__version__, with_probes=not no_probe)
@@ -82,19 +90,23 @@ def _self_test(output: Path) -> int:
 
 
 def _target(
-    name: str, config: Path | None, overrides: list[str], nodes: int, sdk: str | None, *, as_json: bool
+    name: str, config: Path | None, overrides: list[str], nodes: int | None, sdk: str | None, *, as_json: bool
 ) -> None:
     """Print the figures and the environment of an instance type, or of a configuration there."""
     from nxdt_nemo.audit.doctor.target import environment, figures
     from nxdt_nemo.config.instances import instance
     from nxdt_nemo.config.job import VERSION, Job
-    from nxdt_nemo.config.validate import asked
+    from nxdt_nemo.config.validate import asked_on
 
     kind = instance(name, place="--target")
     if sdk is not None and re.fullmatch(VERSION, sdk) is None:
         raise UserError("is no version of the SDK", place=f"--sdk {sdk}", fix="write it as in 2.29")
-    job = Job(instance=kind) if config is None else asked(config, overrides, on=kind)[0]
-    job = dataclasses.replace(job, nodes=nodes, sdk=sdk or job.sdk)
+    general = Job(instance=kind, nodes=2 if kind.efa_devices else 1)
+    job = general if config is None else asked_on(config, overrides, kind)
+    job = dataclasses.replace(job, lane=job.lane_there, nodes=nodes or job.nodes, sdk=sdk or job.sdk)
+    job.check_lane()
+    job.check_ranks()
+    job.check_nodes()
     found: dict[str, Sequence[Any]] = {
         "target": list(figures(kind, job.cores_a_rank)),
         "environment": list(environment(job, all_modes=config is None)),
@@ -102,7 +114,9 @@ def _target(
     if as_json:
         typer.echo(json.dumps({part: [row._asdict() for row in rows] for part, rows in found.items()}, indent=2))
         return
-    typer.echo(f"{kind.name}, {nodes} of them, Neuron SDK {job.sdk}. Published figures; nothing was measured.\n")
+    count = f"{job.nodes} of them" if job.nodes > 1 else "one"
+    there = f"{kind.name}, {count}, {job.lane} lane, Neuron SDK {job.neuron_sdk}"
+    typer.echo(f"{there}. Published figures; nothing was measured.\n")
     for rows in found.values():
         typer.echo("\n".join(_table(rows)) + "\n")
 

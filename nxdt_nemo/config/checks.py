@@ -20,7 +20,7 @@ from nxdt_nemo.config.targets import targets
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["ACCELERATORS", "CHANGES", "DOUBTS", "ERRORS", "trains"]
+__all__ = ["ACCELERATORS", "CHANGES", "DOUBTS", "ERRORS", "SHARDED", "trains"]
 
 Errors = Iterator[ConfigError]
 Changes = Iterator[Change]
@@ -35,6 +35,7 @@ OPTIMIZERS = (
     *("fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "adamw", "adamw_fp32OptState", "adam", "sgd"),
     *("adadelta", "adamax", "adagrad", "rmsprop", "rprop", "lamb", "adan", "megatron_fused_adam"),
 )
+SHARDED = ("mcore_distributed_optim", "distributed_fused_adam")
 UNSAVED = {"novograd": "one number a parameter", "adafactor": "rows and columns of its moments"}
 SCHEDULES = (
     *("CosineAnnealing", "LinearAnnealingWithWarmUp", "WarmupPolicy", "WarmupHoldPolicy", "WarmupAnnealing"),
@@ -48,6 +49,7 @@ PP = "model.pipeline_model_parallel_size"
 VPP = "model.virtual_pipeline_model_parallel_size"
 CP = "model.context_parallel_size"
 EP = "model.expert_model_parallel_size"
+BUCKET = "neuron.bucket_size_collectives"
 MICRO, GLOBAL = "model.micro_batch_size", "model.global_batch_size"
 SIZES = (TP, PP, CP, EP, MICRO, GLOBAL, "model.num_layers", "model.num_attention_heads")
 
@@ -557,7 +559,7 @@ def data_as_list(view: View) -> Changes:
 
 def bucket_bytes(view: View) -> Changes:
     """The size of a bucket in bytes, which megatron-core counts in elements; without overlap it makes one bucket."""
-    key, size = "model.optim.ddp_bucket_size", view.get("model.optim.bucket_cap_mb")
+    key, size = "model.optim.ddp_bucket_size", view.number(BUCKET) or view.get("model.optim.bucket_cap_mb")
     sharded = view.training and view.get("model.optim.name") == "mcore_distributed_optim"
     if not sharded or not view.get("model.optim.overlap_grad_sync", False) or view.get(key) is not None:
         return
@@ -565,6 +567,17 @@ def bucket_bytes(view: View) -> Changes:
         bytes_each = 4 if view.get("model.optim.grad_sync_dtype", "fp32") == "fp32" else 2
         elements = max(1, int(size * 2**20 / bytes_each))
         yield Change(key, None, elements, f"model.optim.bucket_cap_mb={size}, in elements of {bytes_each} bytes")
+
+
+def bucket_of_collectives(view: View) -> Changes:
+    """The key of `neuron:` for bytes of a reduction of gradients, as the optimizer's own key."""
+    size = view.number(BUCKET)
+    if size is None or not view.training:
+        return
+    sharded = view.get("model.optim.name") in SHARDED
+    key = "model.optim.bucket_cap_mb" if sharded else "model.grad_allreduce_chunk_size_mb"
+    if view.get(key) != size:
+        yield Change(key, view.get(key), size, f"{BUCKET}={size}, MiB of one reduction")
 
 
 def lightnings_sampler(view: View) -> Changes:
@@ -584,6 +597,7 @@ CHANGES: tuple[Callable[[View], Changes], ...] = (
     o2_needs_half,
     asynchronous_gradients,
     data_as_list,
+    bucket_of_collectives,
     bucket_bytes,
     *pipeline_layout.CHANGES,
     *expert_rules.CHANGES,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, get_args
@@ -22,10 +22,24 @@ from nxdt_nemo._resources import folder
 from nxdt_nemo.config.job import Job, Launcher
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["Kind", "Refused", "Setting", "Variable", "Where", "apply", "joined", "refused", "settings", "variables"]
+__all__ = [
+    "LNC",
+    "Kind",
+    "Refused",
+    "Setting",
+    "Variable",
+    "Where",
+    "apply",
+    "joined",
+    "refused",
+    "settings",
+    "variables",
+]
 
 Kind = Literal["switch", "count", "seconds", "megabytes", "lnc", "flags", "url", "address", "text"]
 Where = Literal["process", "launch", "nodes", "compile"]
+LNC = "NEURON_LOGICAL_NC_CONFIG"
+_FLAGS, _LNC_OPTION = "NEURON_CC_FLAGS", "--logical-nc-config"
 _MEANS: dict[Kind, tuple[str, str]] = {  # a value in full, and what to say of one that is not like that
     "switch": (r"[01]", "0 or 1"),
     "count": (r"\d+", "a number that is not negative"),
@@ -59,18 +73,26 @@ class Variable:
     sdk: str = ""
     shell: bool = False
 
-    def check(self, value: str, place: str = "") -> None:
-        """Raises ConfigError for a value that is not of the variable's type."""
+    @property
+    def when(self) -> str:
+        """`where`, and in brackets which SDKs and launchers only."""
+        limits = [f"SDK {self.sdk}"] if self.sdk else []
+        limits += [] if self.on == get_args(Launcher) else [" and ".join(self.on)]
+        return f"{self.where} ({', '.join(limits)})" if limits else self.where
+
+    def check(self, value: str, key: str = "", place: str = "") -> None:
+        """Raises ConfigError for a value that is not of the variable's type, naming the key that gave it."""
         pattern, means = _MEANS[self.type]
+        said = f"{key}: {self.name}={value}" if key else f"{self.name}={value}"
         if not self.shell and re.fullmatch(pattern, value) is None:
-            raise ConfigError(f"{self.name}={value} is not {means}", place=place)
+            raise ConfigError(f"{said} is not {means}", place=place)
         if self.type == "flags" and _words(value) is None:
-            raise ConfigError(f"{self.name}={value} has a quotation mark too many", place=place)
+            raise ConfigError(f"{said} has a quotation mark too many", place=place)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A variable that makes a run wrong when it has this value."""
+    """A variable that makes a run wrong when it has this value, or another that torch-xla takes for true."""
 
     name: str
     when: str
@@ -78,8 +100,13 @@ class Refused:
     instead: str
     source: str
 
-    def __str__(self) -> str:
-        return f"{self.name}={self.when} {self.reason}; {self.instead}"
+    def has(self, value: str) -> bool:
+        """Whether this value of the variable is the wrong one."""
+        return value.strip().lower() not in ("", "0", "false")
+
+    def line(self, value: str) -> str:
+        """What to say of it."""
+        return f"{self.name}={value} {self.reason}; {self.instead}"
 
 
 @dataclass(frozen=True)
@@ -125,28 +152,61 @@ def settings(job: Job, *where: Where) -> list[Setting]:
     """The variables that a job needs at these moments (default: in a process), in the table's order.
 
     After those of the table come the ones that neuron.environment names besides.
-    Raises ConfigError for a value that is not of its variable's type, or an LNC that the chip has not.
+    Raises ConfigError for a value that is not of its variable's type, an LNC that the chip has not, or one of the
+    compiler's that is not the runtime's.
     """
     found = list(_settings(job, where or ("process",)))
     extra = dict(job.keys.get("environment") or {})
     known = {variable.name: variable for variable in variables()}
     for name, given in extra.items():
         if re.fullmatch(r"[A-Za-z_]\w*", name) is None:
-            raise ConfigError(f"{name!r} is no name of a variable", place="neuron.environment")
+            raise job.error(f"neuron.environment: {name!r} is no name of a variable")
         variable = known.get(name, Variable(name, "text", "process", "the configuration says so", ""))
         value = str(int(given)) if isinstance(given, bool) else str(given)
-        variable.check(value, "neuron.environment")
+        variable.check(value, "neuron.environment", job.place)
         for one in refused():
-            if (name, value) == (one.name, one.when):
-                raise ConfigError(f"{name}={value} {one.reason}", place="neuron.environment", fix=one.instead)
+            if name == one.name and one.has(value):
+                raise job.error(f"neuron.environment: {one.line(value)}")
         found = [one for one in found if one.name != name or variable.type == "flags"]
         found.append(Setting(variable, value, "neuron.environment", value))
+    _check_lnc(found, job)
+    return found
+
+
+def _check_lnc(found: list[Setting], job: Job) -> None:
+    """Raises ConfigError when the compiler is given another LNC than the runtime has."""
+    environ: dict[str, str] = {}
+    apply(found, environ)
+    default = None if job.instance is None else str(job.instance.default_lnc)
+    if two := _two_lncs(environ, default):
+        raise job.error(two, "set neuron.lnc, and neither of them by hand")
+
+
+def _two_lncs(environ: Mapping[str, str], default: str | None = None) -> str:
+    """What says one LNC to the compiler and what says another to the runtime; "" when they agree.
+
+    default   the chip's, for a runtime that is told none
+    """
+    compiler = _lnc_of(environ.get(_FLAGS, ""))
+    runtime = environ.get(LNC) or default
+    if compiler is None or runtime in (None, compiler):
+        return ""
+    has = f"{LNC}={runtime}" if environ.get(LNC) else f"the chip has LNC {runtime}"
+    return f"{_FLAGS} has {_LNC_OPTION} {compiler}, and {has}: compiler and runtime need the same"
+
+
+def _lnc_of(line: str) -> str | None:
+    """The LNC in a line of the compiler's options, the last that is named; None without one."""
+    found = None
+    for option in _options(line):
+        if _name(option) == _LNC_OPTION:
+            found = option[0].partition("=")[2] or "".join(option[1:2])
     return found
 
 
 def _settings(job: Job, where: tuple[Where, ...]) -> Iterator[Setting]:
     for variable in variables():
-        if variable.where not in where or job.lane not in variable.lanes or not _reads(variable.sdk, job.sdk):
+        if variable.where not in where or job.lane not in variable.lanes or not _reads(variable.sdk, job.neuron_sdk):
             continue
         if variable.where == "nodes" and job.nodes == 1:
             continue
@@ -177,8 +237,8 @@ def _setting(variable: Variable, job: Job) -> Setting | None:
 def _table_says(variable: Variable, job: Job) -> Iterator[tuple[str, str | None]]:
     """Who in the table has a value, the most particular last."""
     yield "the table", variable.value
-    if job.precision is not None:
-        yield f"precision {job.precision}", variable.precision.get(job.precision)
+    mode = job.precision or "unknown"
+    yield f"precision {mode}", variable.precision.get(mode)
     if job.instance is not None:
         yield job.instance.chip.name, variable.chip.get(job.instance.chip.name)
         yield job.instance.name, variable.instance.get(job.instance.name)
@@ -190,7 +250,7 @@ def _given(variable: Variable, job: Job) -> str | None:
     if value is None:
         return None
     text = str(int(value)) if isinstance(value, bool) else str(value)
-    variable.check(text, f"neuron.{variable.key}")
+    variable.check(text, f"neuron.{variable.key}", job.place)
     return text
 
 
@@ -233,7 +293,7 @@ def _words(line: str) -> list[str] | None:
         return None
 
 
-_SAME = {"-lnc": "--logical-nc-config", "--lnc": "--logical-nc-config", "-O": "--optlevel"}
+_SAME = {"-lnc": _LNC_OPTION, "--lnc": _LNC_OPTION, "-O": "--optlevel"}
 
 
 def _name(option: list[str]) -> str:
@@ -243,22 +303,31 @@ def _name(option: list[str]) -> str:
     return _SAME.get(name, name)
 
 
-def apply(found: Iterable[Setting], environ: MutableMapping[str, str]) -> list[str]:
+def apply(found: Sequence[Setting], environ: MutableMapping[str, str]) -> list[str]:
     """Put settings into an environment; a second time changes nothing.
 
+    An LNC that the user has exported is the compiler's too, where no key says another.
     Returns lines to tell: where a key and the user's own variable differ, and variables that make a run wrong.
     """
-    told = []
+    told, exported = [], _exported_lnc(found, environ)
     for setting in found:
         name, before = setting.name, environ.get(setting.name, "")
         if setting.variable.type == "flags":
-            environ[name] = joined(_with(before, setting.given), setting.value)
+            environ[name] = joined(_with(before, setting.given), exported, setting.value)
         elif not before or setting.given:
             if before and before != setting.value:
                 told.append(f"{name}={before} is set, and {setting.by} says {setting.value}: that is taken")
             environ[name] = setting.value
-    told += [str(one) for one in refused() if environ.get(one.name) == one.when]
+    told += [one.line(environ[one.name]) for one in refused() if one.has(environ.get(one.name, ""))]
+    if two := _two_lncs(environ):
+        told.append(f"{two}; set neuron.lnc, and neither of them by hand")
     return told
+
+
+def _exported_lnc(found: Iterable[Setting], environ: Mapping[str, str]) -> str:
+    """The compiler's option for the LNC that the user has exported and no key replaces; "" without one."""
+    tables = any(setting.name == LNC and not setting.given for setting in found)
+    return f"{_LNC_OPTION} {environ[LNC]}" if tables and environ.get(LNC) else ""
 
 
 def _with(line: str, flags: str) -> str:

@@ -6,6 +6,8 @@ Neuron documentation; each row names its pages, and nothing here was measured. P
 Units: bytes, bytes a second, floating-point operations a second (FLOP/s, a multiply-add is two). AWS's GB and TB are
 decimal, its GiB binary; where two pages differ the smaller figure stands. Bandwidths of links are given as AWS gives
 them, a chip, without saying whether both directions are counted.
+
+Trn3, which TorchNeuron lists as hardware, has no row: no figures of it are known here, and none are guessed.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Chip:
     target         name of the architecture for neuronx-cc --target
     cores          physical NeuronCores
     lnc            values that NEURON_LOGICAL_NC_CONFIG can take, the default first
+    lanes          this package's lanes that run on it
     hbm            bytes of device memory
     hbm_banks      banks that it is made of; the cores of one bank share it
     hbm_bandwidth  bytes a second between them and the cores
@@ -61,6 +64,7 @@ class Chip:
     target: str
     cores: int
     lnc: tuple[int, ...]
+    lanes: tuple[str, ...]
     hbm: int
     hbm_banks: int
     hbm_bandwidth: float
@@ -141,7 +145,7 @@ class Instance:
             return self.default_lnc
         if lnc not in self.chip.lnc:
             has = " or ".join(str(value) for value in sorted(self.chip.lnc))
-            raise ConfigError(f"LNC {lnc} on {self.name}", fix=f"{self.chip.name} has {has}")
+            raise ConfigError(f"neuron.lnc={lnc} on {self.name}", fix=f"{self.chip.name} has LNC {has}")
         return lnc
 
     def lnc_of(self, ranks: int) -> int | None:
@@ -154,6 +158,7 @@ TRAINIUM = Chip(
     target="trn1",
     cores=2,
     lnc=(1,),
+    lanes=("xla",),
     hbm=32 * GIB,
     hbm_banks=2,
     hbm_bandwidth=820 * GB,
@@ -165,6 +170,7 @@ TRAINIUM2 = Chip(
     target="trn2",
     cores=8,
     lnc=(2, 1),
+    lanes=("xla", "neuron"),
     hbm=96 * GIB,
     hbm_banks=4,
     hbm_bandwidth=2.9 * TB,

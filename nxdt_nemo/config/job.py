@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from nxdt_nemo.config.instances import INSTANCES, Instance
+from nxdt_nemo.config.report import or_list
 from nxdt_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
     from nxdt_nemo.config.neuron import NeuronConfig
     from nxdt_nemo.config.view import View
 
-__all__ = ["SDK", "VERSION", "Job", "Launcher", "Precision", "job_of", "precision_of"]
+__all__ = ["SDKS", "VERSION", "Job", "Launcher", "Precision", "job_of", "precision_of"]
 
 Launcher = Literal["torchrun", "slurm", "eks", "parallelcluster"]
 Precision = Literal["bf16SR", "mixed_precision", "mixed_precision_SR", "autocast", "fp32", "manual"]
 
-SDK = "2.29"
-"""The Neuron SDK that values are for where nothing says otherwise: the last with torch-xla training."""
+SDKS: Mapping[str, tuple[str, str]] = {"xla": ("2.27", "2.29"), "neuron": ("2.33", "")}
+"""The first and the last Neuron SDK that a lane runs with, "" while there is no last: docs/trainium.md, neuron.md.
+Where nothing says otherwise values are for the last, else for the first."""
 
 VERSION = r"\d+(\.\d+){1,2}"
 """How a version of it is written."""
@@ -39,8 +41,9 @@ class Job:
     nodes      how many there are
     lane       the lane that runs
     launcher   how ranks are started; None for a process that runs already
-    sdk        the Neuron SDK
+    sdk        the Neuron SDK; None for the lane's own
     keys       the section `neuron:` as plain values
+    place      the file that errors name
     """
 
     precision: Precision | None = None
@@ -49,8 +52,21 @@ class Job:
     nodes: int = 1
     lane: str = "xla"
     launcher: Launcher | None = None
-    sdk: str = SDK
+    sdk: str | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+
+    @property
+    def neuron_sdk(self) -> str:
+        """The Neuron SDK that values are for."""
+        first, last = SDKS.get(self.lane, SDKS["xla"])
+        return self.sdk or last or first
+
+    @property
+    def lane_there(self) -> str:
+        """The lane on an instance: the key's, but never `auto`, which takes the cpu lane in this release."""
+        runtime = self.keys.get("runtime")
+        return runtime if runtime in ("cpu", "xla", "neuron") else "xla"
 
     @property
     def cores_a_rank(self) -> int | None:
@@ -60,7 +76,60 @@ class Job:
         if self.instance is None:
             return key
         told = None if self.devices is None else self.instance.lnc_of(self.devices)
-        return self.instance.checked(key or told)
+        try:
+            return self.instance.checked(key or told)
+        except ConfigError as error:
+            raise self.error(error.reason, error.fix) from None
+
+    def error(self, reason: str, fix: str = "") -> ConfigError:
+        """A ConfigError at the job's place."""
+        return ConfigError(reason, place=self.place, fix=fix)
+
+    def check_lane(self) -> None:
+        """Raises ConfigError for a lane that the chip or the SDK has not."""
+        if self.lane not in SDKS:
+            return
+        if self.instance is not None and self.lane not in self.instance.chip.lanes:
+            has = or_list(self.instance.chip.lanes)
+            fix = f"{self.instance.chip.name} has the {has} lane only"
+            raise self.error(f"neuron.runtime={self.lane} on {self.instance.name}", fix)
+        first, last = SDKS[self.lane]
+        if _version(self.neuron_sdk) < _version(first) or (last and _version(self.neuron_sdk) > _version(last)):
+            runs = f"{first} to {last}" if last else f"{first} or later"
+            reason = f"the {self.lane} lane needs the Neuron SDK {runs}, not {self.sdk}"
+            raise self.error(reason, "name one of them: neuron.sdk, --sdk")
+
+    def check_ranks(self) -> None:
+        """Raises ConfigError for more ranks than a node has logical cores."""
+        has, at, fix = self._cores()
+        if self.instance is not None and has and (self.devices or 0) > max(has):
+            raise self.error(f"trainer.devices={self.devices}, and a {self.instance.name} has {max(has)}{at}", fix)
+
+    def check_nodes(self) -> None:
+        """Raises ConfigError for several nodes that cannot work together: without a network, or in part idle."""
+        has, at, fix = self._cores()
+        if self.instance is None or not has or self.nodes == 1:
+            return
+        if not self.instance.efa_devices:
+            raise self.error(f"{self.nodes} nodes of {self.instance.name}, which has no EFA", "use one node")
+        if (self.devices or 0) > 0 and self.devices not in has:
+            reason = f"trainer.devices={self.devices} leaves a part of each {self.instance.name} idle{at}"
+            raise self.error(f"{reason}, and collectives need whole nodes", fix)
+
+    def _cores(self) -> tuple[tuple[int, ...], str, str]:
+        """Logical cores that a node can have, none on the cpu lane; at which LNC, if a key says; what to do instead."""
+        kind, lnc = self.instance, self.keys.get("lnc")
+        if kind is None or self.lane == "cpu":
+            return (), "", ""
+        if lnc is None:
+            return kind.ranks, "", f"use {or_list(kind.ranks)}"
+        cores, other = kind.cores(self.cores_a_rank), kind.lnc_of(self.devices or 0)
+        return (cores,), f" at neuron.lnc={lnc}", f"set neuron.lnc={other}" if other else f"use {cores}"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The release: the first two numbers."""
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def precision_of(trainer: Any, *, o2: bool, rounding: bool | None, asked: str | None = None) -> Precision | None:
@@ -112,6 +181,7 @@ def job_of(view: View, neuron: NeuronConfig | None = None, *, on: Instance | Non
         instance=instance,
         devices=devices,
         nodes=view.size("trainer.num_nodes"),
-        sdk=keys.get("sdk", SDK),
+        sdk=keys.get("sdk"),
         keys=keys,
+        place=view.place,
     )

@@ -8,10 +8,10 @@ Proof: tests/config/test_neuron.py.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nxdt_nemo.config.alignment import Alignment, Dpo, Orpo, Sft
 from nxdt_nemo.config.environment import variables
@@ -23,6 +23,16 @@ from nxdt_nemo.errors import ConfigError
 __all__ = ["NeuronConfig", "neuron_section"]
 
 LANES = ("auto", "cpu", "xla", "neuron")
+
+
+def _number(value: Any) -> Any:
+    """A whole number that stands in quotation marks, as NeMo's keys may have it."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+_QUOTED = BeforeValidator(_number)
+_Count = Annotated[int, Field(ge=0), _QUOTED]
+_Size = Annotated[int, Field(ge=1), _QUOTED]
 
 
 class NeuronConfig(BaseModel):
@@ -42,7 +52,8 @@ class NeuronConfig(BaseModel):
     compiler_flags                     options of neuronx-cc [compiler_flags]
     compiler_cache_url                 folder or s3:// address of compiled graphs [compiler_cache_url]
     async_exec_max_inflight_requests   graphs handed over ahead [aync_exec_max_inflight_requests]
-    bucket_size_collectives            MB of a gradient bucket of torch-xla's [bucket_size_collectives]
+    bucket_size_collectives            MiB of gradients of one collective: model.optim.bucket_cap_mb of a sharded
+                                       optimizer, else model.grad_allreduce_chunk_size_mb [bucket_size_collectives]
     exec_timeout                       seconds that a graph may take [neuron_rt_exec_timeout]
     compress_replica_groups            short replica groups [neuron_experimental_compress_rg]
     fuse_softmax                       softmax as one operation [model.fusions.softmax]
@@ -59,23 +70,26 @@ class NeuronConfig(BaseModel):
     strict_keys: bool = False
     stochastic_rounding: bool | None = None
     precision: Literal["bf16SR", "mixed_precision", "mixed_precision_SR", "autocast", "fp32", "manual"] | None = None
-    lnc: Literal[1, 2] | None = None
+    lnc: Annotated[Literal[1, 2], _QUOTED] | None = None
     sdk: str | None = Field(default=None, pattern=f"^{VERSION}$", coerce_numbers_to_str=True)
     compiler_flags: str | None = None
     compiler_cache_url: str | None = None
-    async_exec_max_inflight_requests: int | None = Field(default=None, ge=0)
-    bucket_size_collectives: int | None = Field(default=None, ge=1)
-    exec_timeout: int | None = Field(default=None, ge=0)
+    async_exec_max_inflight_requests: _Count | None = None
+    bucket_size_collectives: _Size | None = None
+    exec_timeout: _Count | None = None
     compress_replica_groups: bool | None = None
     fuse_softmax: bool | None = None
     environment: dict[str, str | int | bool] | None = None
-    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    vocab_size: _Size | None = None
     alignment: Alignment | None = None
     targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     def devices(self) -> tuple[int, ...]:
-        """The device counts that the instance can have; empty when no instance is named."""
-        return INSTANCES[self.instance].ranks if self.instance else ()
+        """The device counts that the instance can have, at its LNC if one is named; empty without an instance."""
+        if self.instance is None:
+            return ()
+        kind = INSTANCES[self.instance]
+        return (kind.cores(self.lnc),) if self.lnc in kind.chip.lnc else kind.ranks
 
 
 def neuron_section(cfg: DictConfig, *, place: str = "") -> NeuronConfig:

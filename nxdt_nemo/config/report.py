@@ -61,6 +61,7 @@ class Unknown:
     def __str__(self) -> str:
         if self.source:
             here = f"here {self.suggestion}" if self.suggestion else "nothing reads it here"
+            here += ", where nxdt-nemo migrate moves it" if self.suggestion.startswith("neuron.") else ""
             return f"unknown key {self.path}; it is a key of {self.source}, {here}"
         if self.suggestion:
             return f"unknown key {self.path}; did you mean {self.suggestion}?"

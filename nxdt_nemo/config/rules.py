@@ -6,6 +6,7 @@ May import omegaconf, the standard library and nxdt_nemo's errors and _resources
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -160,11 +161,16 @@ def apply(cfg: DictConfig, changes: Iterable[Change], *, section: str = "") -> N
 def _judge_environment(report: Report, view: View) -> Iterator[ConfigError]:
     """Keys of `neuron:` that contradict others, or have a value that their variable cannot take."""
     try:
-        report.job = job_of(view, report.neuron)
+        report.job = job = job_of(view, report.neuron)
         if report.neuron is not None:
-            settings(report.job)
+            settings(job)
+            there = dataclasses.replace(job, lane=job.lane_there)
+            if report.neuron.runtime == there.lane:  # else the lane is the environment's to say
+                there.check_lane()
+            if report.neuron.lnc is not None:
+                there.check_ranks()
     except ConfigError as error:
-        yield error if error.place == view.place else view.error(str(error))
+        yield error
 
 
 def _judge_unknown(report: Report, view: View, also: frozenset[str], strict: bool) -> None:
@@ -182,6 +188,8 @@ def _judge_unknown(report: Report, view: View, also: frozenset[str], strict: boo
 
 def _device_count(report: Report, view: View) -> Iterator[str]:
     """The devices that the instance named in `neuron:` has, against those asked for."""
+    if any(error.reason.startswith("trainer.devices=") for error in report.errors):
+        return
     counts = report.neuron.devices() if report.neuron is not None else ()
     devices = view.get("trainer.devices")
     asked = len(devices) if isinstance(devices, list) else view.number("trainer.devices")

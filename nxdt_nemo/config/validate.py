@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_nemo._resources import folder
+from nxdt_nemo.config import values
 from nxdt_nemo.config.compose import Entry, compose_entry, settle, world_size
 from nxdt_nemo.config.instances import Instance
 from nxdt_nemo.config.job import Job, job_of
@@ -31,6 +32,7 @@ from nxdt_nemo.errors import ConfigError, HereError, UserError
 __all__ = [
     "Verdict",
     "asked",
+    "asked_on",
     "find",
     "has_defaults",
     "hydra_options",
@@ -138,6 +140,17 @@ def asked(path: Path, overrides: Sequence[str] = (), *, on: Instance | None = No
     view = View(cfg, place=path.name)
     Report(unknown=unknown_keys(view.plain)).raise_foreign(path)
     return job_of(view, neuron_section(cfg, place=path.name), on=on), view
+
+
+def asked_on(path: Path, overrides: Sequence[str], kind: Instance) -> Job:
+    """What the environment of a run on an instance type has to be.
+
+    Raises ConfigError as asked(), for a value of another kind than its key takes, and for a trainer that is no section.
+    """
+    job, view = asked(path, overrides, on=kind)
+    for error in [*sections(view), *values.kinds(view)]:
+        raise error
+    return job
 
 
 def find(path: Path) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from nxdt_nemo.config.checks import SHARDED
 from nxdt_nemo.config.instances import GIB, INSTANCES
 from nxdt_nemo.config.job import job_of
 from nxdt_nemo.config.neuron import neuron_section
@@ -20,7 +21,6 @@ from nxdt_nemo.megatron.memory import FLOAT, Estimate, Job, Recompute, estimate
 
 __all__ = ["Need", "doubts", "errors", "need"]
 
-SHARDED = ("mcore_distributed_optim", "distributed_fused_adam")
 VOCABULARY = 50257  # GPT-2's, where nothing says how many pieces there are
 
 

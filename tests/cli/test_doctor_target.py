@@ -62,6 +62,54 @@ def test_the_cores_of_a_rank_are_those_of_the_target(conf):
     assert next(row["instance"] for row in found["target"] if row["what"] == "ranks") == "128 at LNC 1"
 
 
+NODES = [  # words after the target, how many nodes are printed
+    ([], 2),
+    (["--nodes", "3"], 3),
+    (["CONF"], 1),
+    (["CONF", "trainer.num_nodes=4"], 4),
+    (["CONF", "trainer.num_nodes=4", "--nodes", "1"], 1),
+]
+
+
+@pytest.mark.parametrize("words, nodes", NODES)
+def test_the_nodes_are_those_of_the_job(conf, words, nodes):
+    words = ["doctor", "--target", "trn2.48xlarge", *(word.replace("CONF", conf) for word in words)]
+    names = {row["variable"] for row in json.loads(said(*words, "--json"))["environment"]}
+    assert ("FI_PROVIDER" in names) is (nodes > 1)
+    count = f"{nodes} of them" if nodes > 1 else "one"
+    assert said(*words).startswith(f"trn2.48xlarge, {count}, xla lane, Neuron SDK 2.29.")
+
+
+def test_one_node_without_efa_is_all():
+    text = said("doctor", "--target", "trn1.2xlarge")
+    assert text.startswith("trn1.2xlarge, one, ")
+    assert "FI_PROVIDER" not in text
+    assert "| NEURON_PARALLEL_COMPILE_MAX_RETRIES" in text
+
+
+LANES = [  # neuron.runtime, the first line, variables that are there and that are not
+    ("neuron", "neuron lane, Neuron SDK 2.33.", "NEURON_RT_EXEC_TIMEOUT", "XLA_DISABLE_FUNCTIONALIZATION"),
+    ("cpu", "cpu lane, Neuron SDK 2.29.", "CUDA_DEVICE_MAX_CONNECTIONS", "NEURON_CC_FLAGS"),
+    ("auto", "xla lane, Neuron SDK 2.29.", "XLA_DISABLE_FUNCTIONALIZATION", "NO_SUCH"),
+]
+
+
+@pytest.mark.parametrize("lane, first, there, absent", LANES)
+def test_the_lane_is_the_jobs(conf, lane, first, there, absent):
+    text = said("doctor", "--target", "trn2.48xlarge", conf, f"+neuron.runtime={lane}")
+    assert first in text.splitlines()[0]
+    assert f"| {there} " in text
+    assert f"| {absent} " not in text
+
+
+def test_a_launchers_variable_says_whose_it_is():
+    found = json.loads(said("doctor", "--target", "trn2.48xlarge", "--json"))["environment"]
+    when = {row["variable"]: row["when"] for row in found}
+    assert when["NEMO_EXPM_VERSION"] == "launch (slurm and parallelcluster)"
+    assert when["CCOM_SOCKET_IFNAME"] == "nodes (eks)"
+    assert when["NXDT_NEMO"] == "launch"
+
+
 def test_the_table_is_markdown():
     text = said("doctor", "--target", "trn1.32xlarge")
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -72,6 +120,24 @@ def test_the_table_is_markdown():
 WRONG = [  # words, the line
     (["doctor", "--target", "trn2.48xl"], "--target: trn2.48xl is not a known instance; did you mean trn2.48xlarge?"),
     (["doctor", "CONF"], "nxdt-nemo doctor: CONF needs --target; name an instance type"),
+    (["doctor", "--sdk", "2.29"], "nxdt-nemo doctor: --sdk 2.29 needs --target; name an instance type"),
+    (["doctor", "--nodes", "2"], "nxdt-nemo doctor: --nodes 2 needs --target; name an instance type"),
+    (["doctor", "--target", "trn2.48xlarge", "--sdk", "1.0"], "the xla lane needs the Neuron SDK 2.27 to 2.29, not "
+     "1.0; name one of them: neuron.sdk, --sdk"),
+    (["doctor", "--target", "trn1.2xlarge", "--nodes", "4"], "4 nodes of trn1.2xlarge, which has no EFA; use one "
+     "node"),
+    (["doctor", "--target", "trn2.3xlarge", "CONF"], "conf.yaml: trainer.devices=64, and a trn2.3xlarge has 8; use 4 "
+     "or 8"),
+    (["doctor", "--target", "trn2.48xlarge", "CONF", "trainer.devices=128", "+neuron.lnc=2"], "conf.yaml: "
+     "trainer.devices=128, and a trn2.48xlarge has 64 at neuron.lnc=2; set neuron.lnc=1"),
+    (["doctor", "--target", "trn2.48xlarge", "CONF", "trainer.num_nodes=two"], "conf.yaml: trainer.num_nodes=two is "
+     "not a whole number"),
+    (["doctor", "--target", "trn2.48xlarge", "CONF", "trainer=3"], "conf.yaml: trainer is not a section; write "
+     "trainer: and its keys below it"),
+    (["doctor", "--target", "trn1.32xlarge", "CONF", "trainer.devices=32", "+neuron.lnc=2"], "conf.yaml: neuron.lnc=2 "
+     "on trn1.32xlarge; Trainium has LNC 1"),
+    (["doctor", "--target", "trn2.48xlarge", "CONF", "+neuron.compiler_flags=O1"], "conf.yaml: neuron.compiler_flags: "
+     "NEURON_CC_FLAGS=O1 is not options that begin with -"),
     (["compile"], "nxdt-nemo compile: which configuration?; name a YAML file, or use --list"),
     (["compile", "CONF", "--script", "no.py"], "--script no.py: no such script"),
     (["compile", "CONF", "--cache", "s3://b/c"], "cache: s3://b/c is not a folder; on XLA:CPU use a folder: --cache "

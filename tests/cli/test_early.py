@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -57,6 +58,53 @@ def test_the_environment_is_there_before_the_script_starts(start, ours, script, 
     }
 
 
+NO_YAML = SCRIPT.split("import hydra")[0]
+
+
+@pytest.mark.skipif(installed("torch_xla") is None, reason="the xla lane needs torch_xla")
+@pytest.mark.parametrize("way", ["nxdt-nemo run", "plain"])
+def test_a_script_without_a_configuration_gets_what_needs_none(start, ours, tmp_path, way):
+    (tmp_path / "nemo2.py").write_text(NO_YAML)
+    environment = {"NXDT_NEMO_RUNTIME": "xla", "NEURON_RT_EXEC_TIMEOUT": "7"}
+    plain = way == "plain"
+    done = start("nemo2.py", NXDT_NEMO="1", **environment) if plain else ours("run", "nemo2.py", **environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "NEURON_CC_FLAGS": "--model-type transformer --distribution-strategy llm-training --auto-cast none",
+        "NEURON_RT_EXEC_TIMEOUT": "7",
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": None,
+        "NEURON_LOGICAL_NC_CONFIG": None,
+        "PJRT_DEVICE": "CPU",
+    }
+
+
+RANKS = [  # what is exported; the runtime's LNC and the compiler's
+    ({}, None),
+    ({"LOCAL_WORLD_SIZE": "64"}, "2"),
+    ({"LOCAL_WORLD_SIZE": "128"}, "1"),
+    ({"NEURON_LOGICAL_NC_CONFIG": "1"}, "1"),
+]
+
+
+@pytest.mark.skipif(installed("torch_xla") is None, reason="the xla lane needs torch_xla")
+@pytest.mark.parametrize("exported, lnc", RANKS)
+def test_the_lnc_of_a_script_without_a_configuration(monkeypatch, tmp_path, exported, lnc):
+    (tmp_path / "nemo2.py").write_text(NO_YAML)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NEURON_")}
+    environ = kept | {"NXDT_NEMO_RUNTIME": "xla"} | exported
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr("nxdt_nemo.runtime.machine.product_name", lambda: "trn2.48xlarge")
+    plain_start([sys.executable, str(tmp_path / "nemo2.py")])
+    assert environ.get("NEURON_LOGICAL_NC_CONFIG") == lnc
+    assert re.findall(r"--logical-nc-config (\d)", environ["NEURON_CC_FLAGS"]) == ([lnc] if lnc else [])
+
+
+def test_a_plain_start_without_a_configuration_sets_nothing_on_the_cpu_lane(start, tmp_path):
+    (tmp_path / "nemo2.py").write_text(NO_YAML)
+    done = start("nemo2.py", NXDT_NEMO="1")
+    assert set(json.loads(done.stdout).values()) == {None}, done.stderr
+
+
 @pytest.mark.skipif(installed("torch_xla") is None, reason="the xla lane needs torch_xla")
 def test_an_instance_known_by_its_hosts_name_has_a_core_for_each_rank(monkeypatch, tmp_path, script):
     environ = dict(os.environ)
@@ -98,6 +146,8 @@ WORDS = [  # what follows python; the script and its arguments
     ("-c pass script.py", (None, [])),
     ("-m script", (None, [])),
     ("-um script", (None, [])),
+    ("bin/nemo llm pretrain", ("bin/nemo", ["llm", "pretrain"])),
+    ("bin/torchrun script.py", (None, [])),
     ("absent.py", (None, [])),
     ("", (None, [])),
 ]
@@ -106,6 +156,8 @@ WORDS = [  # what follows python; the script and its arguments
 @pytest.mark.parametrize("line, expected", WORDS)
 def test_the_script_of_a_command_line(tmp_path, monkeypatch, line, expected):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "script.py").touch()
+    (tmp_path / "bin").mkdir()
+    for file in ("script.py", "bin/nemo", "bin/torchrun"):
+        (tmp_path / file).touch()
     script, arguments = script_of([sys.executable, *line.split()])
     assert (str(script) if script else None, list(arguments)) == expected

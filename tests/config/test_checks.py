@@ -346,6 +346,22 @@ def test_the_bytes_of_a_bucket_become_elements(gpt, overrides, elements):
     assert cfg.model.optim.get("ddp_bucket_size") == (7 if "ddp_bucket_size" in "".join(overrides) else elements)
 
 
+@pytest.mark.parametrize(
+    "overrides, key",
+    [
+        (("model.optim.name=distributed_fused_adam", "+model.optim.bucket_cap_mb=100"), "model.optim.bucket_cap_mb"),
+        (MCORE_ZERO, "model.optim.bucket_cap_mb"),
+        (("model.optim.name=fused_adam",), "model.grad_allreduce_chunk_size_mb"),
+    ],
+)
+def test_nxd_trainings_bucket_is_the_optimizers(gpt, overrides, key):
+    cfg = gpt(*overrides, "+neuron.bucket_size_collectives='512'", "+model.optim.overlap_grad_sync=True")
+    changes = {change.key: change.new for change in sanitise(cfg).changes}
+    assert changes[key] == 512
+    assert changes.get("model.optim.ddp_bucket_size") == (512 * 2**18 if overrides == MCORE_ZERO else None)
+    assert sanitise(cfg).changes == []
+
+
 def test_adapters_are_checked(errors):
     lora = ("+model.peft.peft_scheme=lora", "+model.peft.lora_tuning.alpha=1")
     assert errors(*lora) == []

@@ -39,7 +39,7 @@ def test_each_row_is_well_formed(row):
     assert row.where in get_args(environment.Where)
     assert set(row.on) <= set(get_args(Launcher))
     assert set(row.lanes) <= {"cpu", "xla", "neuron"}
-    assert set(row.precision) <= set(get_args(Precision))
+    assert set(row.precision) <= {*get_args(Precision), "unknown"}
     assert set(row.chip) <= set(CHIPS)
     assert set(row.instance) <= set(INSTANCES)
     for value in (row.value, *row.precision.values(), *row.chip.values(), *row.instance.values()):
@@ -68,6 +68,7 @@ MODES = [  # precision    rounding  --auto-cast  accumulation in float32
     ("mixed_precision_SR", "1", ["none"], True),
     ("bf16SR", "1", ["none"], True),
     ("manual", None, None, False),
+    (None, None, ["none"], False),  # a script without a configuration
 ]
 
 
@@ -101,8 +102,74 @@ def test_runtime_and_compiler_get_the_same_lnc(instance, key, devices, expected)
 
 
 def test_an_lnc_that_the_chip_has_not():
-    with pytest.raises(ConfigError, match="LNC 2 on trn1"):
-        values(instance=TRN1, keys={"lnc": 2})
+    with pytest.raises(ConfigError, match=r"a.yaml: neuron\.lnc=2 on trn1"):
+        values(instance=TRN1, keys={"lnc": 2}, place="a.yaml")
+
+
+ONE_LNC = "compiler and runtime need the same; set neuron.lnc, and neither of them by hand"
+TWO_LNCS = [  # instance, keys, the line
+    (TRN2, {"compiler_flags": "--logical-nc-config 1"},
+     f"NEURON_CC_FLAGS has --logical-nc-config 1, and NEURON_LOGICAL_NC_CONFIG=2: {ONE_LNC}"),
+    (TRN2, {"lnc": 1, "compiler_flags": "-lnc=2"},
+     f"NEURON_CC_FLAGS has --logical-nc-config 2, and NEURON_LOGICAL_NC_CONFIG=1: {ONE_LNC}"),
+    (TRN2, {"environment": {"NEURON_LOGICAL_NC_CONFIG": 1}},
+     f"NEURON_CC_FLAGS has --logical-nc-config 2, and NEURON_LOGICAL_NC_CONFIG=1: {ONE_LNC}"),
+    (TRN1, {"compiler_flags": "--lnc 2"},
+     f"NEURON_CC_FLAGS has --logical-nc-config 2, and the chip has LNC 1: {ONE_LNC}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("instance, keys, line", TWO_LNCS)
+def test_another_lnc_for_the_compiler_is_refused(instance, keys, line):
+    with pytest.raises(ConfigError) as caught:
+        values(instance=instance, keys=keys, place="a.yaml")
+    assert str(caught.value) == f"a.yaml: {line}"
+
+
+def test_the_same_lnc_twice_is_none():
+    keys = {"compiler_flags": "--lnc 1", "environment": {"NEURON_LOGICAL_NC_CONFIG": 1}}
+    assert values(instance=TRN2, devices=128, keys=keys)["NEURON_LOGICAL_NC_CONFIG"] == "1"
+
+
+def check_host(job):
+    job.check_lane()
+    job.check_ranks()
+    job.check_nodes()
+
+
+THERE = [  # a job that no instance can run, the line
+    ({"instance": TRN1, "lane": "neuron"},
+     "neuron.runtime=neuron on trn1.32xlarge; Trainium has the xla lane only"),
+    ({"lane": "neuron", "sdk": "2.29"},
+     "the neuron lane needs the Neuron SDK 2.33 or later, not 2.29; name one of them: neuron.sdk, --sdk"),
+    ({"sdk": "2.30.0"},
+     "the xla lane needs the Neuron SDK 2.27 to 2.29, not 2.30.0; name one of them: neuron.sdk, --sdk"),
+    ({"instance": TRN2, "devices": 128, "keys": {"lnc": 2}},
+     "trainer.devices=128, and a trn2.48xlarge has 64 at neuron.lnc=2; set neuron.lnc=1"),
+    ({"instance": TRN2, "devices": 64, "nodes": 2, "keys": {"lnc": 1}},
+     "trainer.devices=64 leaves a part of each trn2.48xlarge idle at neuron.lnc=1, and collectives need whole nodes; "
+     "set neuron.lnc=2"),
+    ({"instance": TRN2, "devices": 256, "keys": {"lnc": 2}},
+     "trainer.devices=256, and a trn2.48xlarge has 64 at neuron.lnc=2; use 64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("job, line", THERE)
+def test_a_job_that_an_instance_cannot_run(job, line):
+    with pytest.raises(ConfigError) as caught:
+        check_host(Job(**job))
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    "job", [{"lane": "neuron"}, {}, {"devices": 64, "keys": {"lnc": 1}}, {"devices": -1, "nodes": 2}]
+)
+def test_a_job_that_an_instance_can_run(job):
+    check_host(Job(instance=TRN2, **job))
+
+
+def test_each_lane_has_an_sdk_of_its_own():
+    assert [Job(lane=lane).neuron_sdk for lane in ("xla", "neuron", "cpu")] == ["2.29", "2.33", "2.29"]
 
 
 def test_keys_come_before_the_table():
@@ -179,6 +246,11 @@ WRONG = [  # keys, what the line says
         "unset it: trainer.precision and neuron.precision choose dtypes tensor by tensor",
     ),
     (
+        {"environment": {"XLA_USE_BF16": "true"}},
+        "neuron.environment: XLA_USE_BF16=true turns every float32 tensor into bf16, main parameters and losses too; "
+        "unset it: trainer.precision and neuron.precision choose dtypes tensor by tensor",
+    ),
+    (
         {"environment": {"NEURON_RT_EXEC_TIMEOUT": "soon"}},
         "neuron.environment: NEURON_RT_EXEC_TIMEOUT=soon is not a number of seconds",
     ),
@@ -188,8 +260,8 @@ WRONG = [  # keys, what the line says
 @pytest.mark.parametrize("keys, line", WRONG)
 def test_a_wrong_value_is_one_line(keys, line):
     with pytest.raises(ConfigError) as caught:
-        values(keys=keys)
-    assert str(caught.value) == line
+        values(keys=keys, place="a.yaml")
+    assert str(caught.value) == f"a.yaml: {line}"
 
 
 # NeMo's keys as a precision mode
@@ -256,6 +328,19 @@ def test_a_quotation_that_the_user_left_open_is_not_ours_to_judge():
     environ = {"NEURON_CC_FLAGS": "--a 'b"}
     apply(settings(Job()), environ)
     assert environ["NEURON_CC_FLAGS"].startswith("--a 'b --model-type transformer")
+
+
+def test_the_lnc_that_the_user_exported_is_the_compilers_too():
+    environ = {"NEURON_LOGICAL_NC_CONFIG": "1"}
+    assert apply(settings(Job(instance=TRN2)), environ) == []
+    assert environ["NEURON_LOGICAL_NC_CONFIG"] == "1"
+    assert options(environ["NEURON_CC_FLAGS"])["--logical-nc-config"] == ["1"]
+
+
+def test_two_lncs_that_the_user_exported_are_told():
+    environ = {"NEURON_LOGICAL_NC_CONFIG": "1", "NEURON_CC_FLAGS": "--lnc 2"}
+    told = apply(settings(Job(instance=TRN2)), environ)
+    assert told == [f"NEURON_CC_FLAGS has --logical-nc-config 2, and NEURON_LOGICAL_NC_CONFIG=1: {ONE_LNC}"]
 
 
 def test_a_key_comes_before_what_the_user_exported():

@@ -51,7 +51,7 @@ def test_every_row_names_its_pages():
 def test_an_lnc_that_the_chip_has_not():
     with pytest.raises(ConfigError) as caught:
         INSTANCES["trn1.32xlarge"].cores(2)
-    assert str(caught.value) == "LNC 2 on trn1.32xlarge; Trainium has 1"
+    assert str(caught.value) == "neuron.lnc=2 on trn1.32xlarge; Trainium has LNC 1"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nxdt_nemo.config import names_in, unknown_keys
+from nxdt_nemo.config.environment import variables
 from nxdt_nemo.config.keys import load
 
 
@@ -111,6 +112,20 @@ def test_every_suggestion_for_other_trainers_is_a_key_here():
     targets = {here for _, here in table.elsewhere.values() if here}
     assert [here for here in sorted(targets) if not table.knows(here)] == []
     assert [path for path in table.elsewhere if table.knows(path)] == []
+
+
+def test_keys_of_nxd_training_are_named_by_their_place_under_neuron():
+    """Those of the environment's table; below a section of theirs the section is unknown, and named."""
+    table = load()
+    theirs = {row.nxdt: f"neuron.{row.key}" for row in variables() if row.nxdt and row.key}
+    said = {path: table.elsewhere[path][1] for path in theirs if path in table.elsewhere}
+    assert said == {path: theirs[path] for path in said}
+    assert set(theirs) - set(said) == {"precision.neuron_rt_stochastic_rounding_en", "model.fusions.softmax"}
+    (line,) = unknown(compiler_flags="-O1")
+    assert line == (
+        "unknown key compiler_flags; it is a key of neuronx-distributed-training, here neuron.compiler_flags, where "
+        "nxdt-nemo migrate moves it"
+    )
 
 
 def test_without_one_section_its_keys_are_free():

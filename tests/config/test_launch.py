@@ -303,6 +303,22 @@ MISTAKES = [  # overrides, options, the line
         "trainer.devices=32 leaves a part of each trn2.48xlarge idle, and collectives need whole nodes; use 64 or 128",
     ),
     (["trainer.devices=256"], {"nodes": 1}, "trainer.devices=256, and a trn2.48xlarge has 128; use 64 or 128"),
+    (
+        ["trainer.devices=128", "neuron.lnc=2"],
+        {},
+        "trainer.devices=128, and a trn2.48xlarge has 64 at neuron.lnc=2; set neuron.lnc=1",
+    ),
+    (
+        ["neuron.lnc=1"],
+        {},
+        "trainer.devices=64 leaves a part of each trn2.48xlarge idle at neuron.lnc=1, and collectives need whole "
+        "nodes; set neuron.lnc=2",
+    ),
+    (
+        ["neuron.runtime=neuron", "trainer.devices=32", "neuron.instance=null"],
+        {"target": "trn1.32xlarge"},
+        "neuron.runtime=neuron on trn1.32xlarge; Trainium has the xla lane only",
+    ),
     (["trainer.devices=2"], {"target": "trn1.2xlarge"}, "2 nodes of trn1.2xlarge, which has no EFA; use one node"),
     (
         ["trainer.accelerator=cpu"],

@@ -36,6 +36,15 @@ def test_it_is_frozen():
         section().runtime = "cpu"
 
 
+def test_a_number_in_quotation_marks_is_one():
+    found = section(lnc="2", exec_timeout="100", bucket_size_collectives=" 512 ", vocab_size="7")
+    assert (found.lnc, found.exec_timeout, found.bucket_size_collectives, found.vocab_size) == (2, 100, 512, 7)
+
+
+def test_an_lnc_leaves_one_count():
+    assert [section(instance="trn2.48xlarge", lnc=lnc).devices() for lnc in (1, 2)] == [(128,), (64,)]
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
@@ -58,6 +67,11 @@ def test_it_is_frozen():
             "neuron.environment.A=[1] is wrong (input should be a valid string)",
         ),
         ({"alignment": {"dpo": {"kl_bta": 0.1}}}, "unknown key neuron.alignment.dpo.kl_bta; did you mean kl_beta?"),
+        ({"lnc": "3"}, "neuron.lnc=3 is wrong (input should be 1 or 2)"),
+        (
+            {"bucket_size_collectives": 0},
+            "neuron.bucket_size_collectives=0 is wrong (input should be greater than or equal to 1)",
+        ),
         ({"vocab_size": 0}, "neuron.vocab_size=0 is wrong (input should be greater than or equal to 1)"),
         ({"runtime": "gpu"}, "neuron.runtime=gpu is not a lane; use auto, cpu, xla or neuron"),
         ({"strict_keys": "maybe"}, "neuron.strict_keys=maybe is wrong (input should be a valid boolean)"),

@@ -59,6 +59,10 @@ def test_show_prints_on_rank_zero(monkeypatch, capsys, rank, printed):
         (Unknown("model.a"), "unknown key model.a; nothing reads it"),
         (Unknown("model.a", "b"), "unknown key model.a; did you mean b?"),
         (Unknown("model.a", "model.b", "NNM"), "unknown key model.a; it is a key of NNM, here model.b"),
+        (
+            Unknown("a", "neuron.a", "NNM"),
+            "unknown key a; it is a key of NNM, here neuron.a, where nxdt-nemo migrate moves it",
+        ),
         (Unknown("model.a", "", "NNM"), "unknown key model.a; it is a key of NNM, nothing reads it here"),
     ],
 )

@@ -141,6 +141,34 @@ def test_devices_of_an_instance(gpt, instance, devices, says):
     assert report.warnings == ([says] if says else [])
 
 
+CORES = [  # overrides, errors, warnings
+    (("trainer.devices=128", "+neuron.lnc=2"),
+     ["a.yaml: trainer.devices=128, and a trn2.48xlarge has 64 at neuron.lnc=2; set neuron.lnc=1"], []),
+    (("trainer.devices=64", "trainer.num_nodes=2", "+neuron.lnc=1"), [],
+     ["trainer.devices=64, but a trn2.48xlarge has 128 devices"]),
+    (("trainer.devices=64", "+neuron.compiler_flags='--lnc 1'"),
+     ["a.yaml: NEURON_CC_FLAGS has --logical-nc-config 1, and NEURON_LOGICAL_NC_CONFIG=2: compiler and runtime need "
+      "the same; set neuron.lnc, and neither of them by hand"], []),
+    (("trainer.devices=64", "+neuron.compiler_flags=O1"),
+     ["a.yaml: neuron.compiler_flags: NEURON_CC_FLAGS=O1 is not options that begin with -"], []),
+    (("trainer.devices=128", "+neuron.lnc=2", "+neuron.runtime=cpu"), [],
+     ["trainer.devices=128, but a trn2.48xlarge has 64 devices"]),
+]  # fmt: skip
+
+
+def test_the_sdk_of_a_lane_that_is_named(gpt):
+    assert check(gpt("+neuron.sdk='2.33'")).errors == []
+    (error,) = check(gpt("+neuron.sdk='2.33'", "+neuron.runtime=xla")).errors
+    assert str(error).startswith("the xla lane needs the Neuron SDK 2.27 to 2.29, not 2.33")
+
+
+@pytest.mark.parametrize("overrides, errors, warnings", CORES)
+def test_cores_of_a_rank(gpt, overrides, errors, warnings):
+    report = check(gpt("+neuron.instance=trn2.48xlarge", *overrides), place="a.yaml")
+    assert [str(error) for error in report.errors] == errors
+    assert report.warnings == warnings
+
+
 def test_raise_first(gpt):
     report = check(gpt("model.fp8=True", "model.tensor_model_parallel_size=3"))
     assert len(report.errors) == 2

@@ -97,6 +97,25 @@ def test_devices_are_counted(
     assert NeuronLane().device_count() == count
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("NEURON_RT_VISIBLE_CORES", "a", "is no list of cores; write it as in 0,2 or 4-7"),
+        ("NEURON_RT_VISIBLE_CORES", "4-", "is no list of cores; write it as in 0,2 or 4-7"),
+        ("NEURON_RT_NUM_CORES", "auto", "is no number of cores; write a number, or unset it"),
+    ],
+)
+def test_cores_that_are_none_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, torchneuron: SimpleNamespace, name: str, value: str, line: str
+) -> None:
+    for other in ("NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LaneError) as caught:
+        NeuronLane().device_count()
+    assert str(caught.value) == f"{name}={value}: {line}"
+
+
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_compiling_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     calls: list[dict[str, Any]] = []

@@ -5,10 +5,11 @@ Room audit/. Data of config/, put into rows. Proof: tests/cli/test_doctor_target
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
-from nxdt_nemo.config.environment import refused, settings
+from nxdt_nemo.config.environment import Where, refused, settings
 from nxdt_nemo.config.instances import Instance
 from nxdt_nemo.config.job import Job, Precision
 
@@ -27,7 +28,8 @@ class FigureRow(NamedTuple):
 
 
 class EnvironmentRow(NamedTuple):
-    """A variable: its value, when it is set (process, launch, nodes), who says so, why and where that is published."""
+    """A variable: its value, when it is set (process, launch, nodes, compile; in brackets by which launchers only), who
+    says so, why and where that is published."""
 
     variable: str
     value: str
@@ -62,18 +64,21 @@ def _rate(bytes_a_second: float) -> str:
 
 
 def environment(job: Job, *, all_modes: bool) -> Iterator[EnvironmentRow]:
-    """The variables of a job in a process, a launch script and on several nodes; those that must not be set come last.
+    """The variables of a job in a process, a launch script, on several nodes and while it is compiled; those that must
+    not be set come last.
 
     all_modes  also the values that a precision mode changes, a row for each mode
     """
-    common = settings(job, "process", "launch", "nodes")
+    common = settings(job, *get_args(Where))
     known = {(one.name, one.value) for one in common}
     for one in common:
-        yield EnvironmentRow(one.name, one.value, one.variable.where, one.by, one.variable.reason, one.variable.source)
+        yield EnvironmentRow(one.name, one.value, one.variable.when, one.by, one.variable.reason, one.variable.source)
     for mode in get_args(Precision) if all_modes else ():
-        for one in settings(Job(**{**vars(job), "precision": mode}), "process"):
+        for one in settings(dataclasses.replace(job, precision=mode), "process"):
             if (one.name, one.value) not in known:
                 by = f"precision {mode}"
-                yield EnvironmentRow(one.name, one.value, "process", by, one.variable.reason, one.variable.source)
+                yield EnvironmentRow(
+                    one.name, one.value, one.variable.when, by, one.variable.reason, one.variable.source
+                )
     for wrong in refused():
         yield EnvironmentRow(wrong.name, f"not {wrong.when}", "process", "the table", wrong.reason, wrong.source)

@@ -111,11 +111,13 @@ def plan(
     if kind is None and launcher == "parallelcluster":
         raise view.error("a cluster of which instance?", f"use --target {or_list(INSTANCES)}")
     nodes = nodes if nodes is not None else view.size("trainer.num_nodes")
-    job = dataclasses.replace(report.job, instance=kind, nodes=nodes, launcher=launcher, lane=_lane(report, kind))
+    job = dataclasses.replace(report.job, instance=kind, nodes=nodes, launcher=launcher)
+    job = dataclasses.replace(job, lane=job.lane_there if kind is not None else _lane(report))
+    job.check_lane()
     ranks = _ranks(view, job)
     job = dataclasses.replace(job, devices=ranks)
-    if kind is not None and nodes > 1 and not kind.efa_devices:
-        raise view.error(f"{nodes} nodes of {kind.name}, which has no EFA", "use one node")
+    job.check_ranks()
+    job.check_nodes()
     notes = [*_checked(cfg, config.name, nodes * ranks), *_notes(view, job)]
     return Launch(
         command=command,
@@ -147,12 +149,10 @@ def _target(view: View, report: Report, asked: str | None) -> Instance | None:
     return report.job.instance
 
 
-def _lane(report: Report, kind: Instance | None) -> str:
-    """The lane of the ranks: on an instance never `auto`, which takes the cpu lane in this release."""
+def _lane(report: Report) -> str:
+    """The lane of a rehearsal's ranks."""
     asked = report.neuron.runtime if report.neuron is not None else None
-    if kind is None:
-        return asked if asked in ("xla", "neuron") else "cpu"
-    return asked if asked in ("cpu", "xla", "neuron") else "xla"
+    return asked if asked in ("xla", "neuron") else "cpu"
 
 
 def _ranks(view: View, job: Job) -> int:
@@ -163,14 +163,7 @@ def _ranks(view: View, job: Job) -> int:
     if asked is None or asked < 1:
         if kind is None:
             raise view.error(f"trainer.devices={devices}: how many ranks a host?", "set a number")
-        return kind.cores(job.keys.get("lnc"))
-    if kind is not None and asked > max(kind.ranks):
-        raise view.error(
-            f"trainer.devices={asked}, and a {kind.name} has {max(kind.ranks)}", f"use {or_list(kind.ranks)}"
-        )
-    if kind is not None and job.nodes > 1 and asked not in kind.ranks:
-        reason = f"trainer.devices={asked} leaves a part of each {kind.name} idle, and collectives need whole nodes"
-        raise view.error(reason, f"use {or_list(kind.ranks)}")
+        return kind.cores(job.cores_a_rank)
     return asked
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nxdt_nemo.config.checks import SHARDED
 from nxdt_nemo.config.migrate.report import Level
 from nxdt_nemo.config.pipeline_layout import text_of
 from nxdt_nemo.errors import ConfigError, UserError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["DERIVED", "PRECISIONS", "TRAINING_PRECISIONS"]
 
 SAVES = "exp_manager.checkpoint_callback_params"
-SHARDED = ("mcore_distributed_optim", "distributed_fused_adam")
 ADAMS = ("adamw", "adamw_fp32OptState", "adam", "fused_adam")
 
 # (trainer.precision, model.megatron_amp_O2, neuron.stochastic_rounding, what to know of it)
@@ -375,17 +375,6 @@ def _zero_keys(m: Migration) -> tuple[str, ...]:
     return tuple(f"model.{name}" for name in names)
 
 
-def buckets(m: Migration) -> None:
-    """Bytes of a collective: the sharded optimizers' bucket, else one all-reduce's chunk."""
-    key, size = "bucket_size_collectives", m.was("bucket_size_collectives")
-    if not m.has(key):
-        return
-    if m.now("model.optim.name") in SHARDED:
-        m.put("model.optim.bucket_cap_mb", size, "MiB of float32 gradients of one collective", key=key)
-    else:
-        m.put("model.grad_allreduce_chunk_size_mb", size, "MiB of one all-reduce of gradients", key=key)
-
-
 def capacity(m: Migration) -> None:
     """NxD's capacity is ceil(factor x tokens x top_k / experts), as megatron-core's; it drops by position."""
     dropless, factor = m.was("model.moe.dropless", False), m.was("model.moe.capacity_factor")
@@ -729,7 +718,6 @@ DERIVED: dict[str, Callable[[Migration], None]] = {
     "recomputation": recomputation,
     "precision": precision,
     "optimizer": optimizer,
-    "buckets": buckets,
     "capacity": capacity,
     "routing": routing,
     "alignment": alignment,

@@ -8,6 +8,7 @@ tests/megatron/test_neuron.py.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
@@ -31,6 +32,7 @@ __all__ = ["NeuronLane"]
 
 COMPILE = "NXDT_NEMO_COMPILE"
 CORES = "NEURON_RT_VISIBLE_CORES"
+NUMBER = "NEURON_RT_NUM_CORES"
 
 
 class NeuronLane(RanksLane):
@@ -186,9 +188,17 @@ class NeuronLane(RanksLane):
 
 
 def _visible_cores() -> int:
-    """Cores that CORES ("0,2", "4-7") or NEURON_RT_NUM_CORES leaves to this process; 0 where neither says."""
+    """Cores that CORES ("0,2", "4-7") or NUMBER leaves to this process; 0 where neither says.
+
+    Raises LaneError for a value that is neither.
+    """
+    cores, number = os.environ.get(CORES, ""), os.environ.get(NUMBER, "") or "0"
+    if re.fullmatch(r"(\d+(-\d+)?)?(,(\d+(-\d+)?)?)*", cores) is None:
+        raise LaneError("is no list of cores", place=f"{CORES}={cores}", fix="write it as in 0,2 or 4-7")
+    if not number.isdecimal():
+        raise LaneError("is no number of cores", place=f"{NUMBER}={number}", fix="write a number, or unset it")
     count = 0
-    for part in filter(None, os.environ.get(CORES, "").split(",")):
+    for part in filter(None, cores.split(",")):
         first, _, last = part.partition("-")
         count += int(last or first) - int(first) + 1
-    return count or int(os.environ.get("NEURON_RT_NUM_CORES", 0))
+    return count or int(number)

@@ -61,7 +61,7 @@ CASES = [  # dialect, their keys, NeMo's
     (NXDT, OPTIM, {"model.optim.name": "mcore_distributed_optim"}),
     (NXDT, {"model.optim.name": "adamw_fp32OptState"}, {"model.optim.name": "mcore_distributed_optim"}),
     (NXDT, OPTIM | {"distributed_strategy.zero1": False, "bucket_size_collectives": 512},
-     {"model.optim.name": "adamw", "model.grad_allreduce_chunk_size_mb": 512}),
+     {"model.optim.name": "adamw", "neuron.bucket_size_collectives": 512}),
     (NXDT, {"model.sliding_window_size": 4096}, {"model.window_size": [4095, 0]}),
     (NXDT, {"model.moe.dropless": True, "model.moe.capacity_factor": 2.0}, {"model.moe_expert_capacity_factor": None}),
     (NXDT, {"model.moe.dropless": False, "model.moe.capacity_factor": 2.0},

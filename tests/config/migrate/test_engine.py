@@ -79,7 +79,7 @@ def test_a_migrated_file_has_what_it_should():
     model = values(migrate(SMALL).text)["model"]
     assert model["mcore_gpt"] is True
     assert model["optim"]["name"] == "mcore_distributed_optim"
-    assert model["optim"]["bucket_cap_mb"] == 1024
+    assert values(migrate(SMALL).text)["neuron"]["bucket_size_collectives"] == 1024
     assert "capturable" not in model["optim"]
     assert model["recompute_modules"] == ["core_attn"]
     assert model["tokenizer"]["library"] == "sentencepiece"
