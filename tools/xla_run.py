@@ -8,7 +8,8 @@ A tiny GPT and Llama on one rank, in float32 and bf16 with float32 main paramete
 batch is not full, logging every tenth, the progress bar and the preemption callback on, a checkpoint at each
 validation, and a second process that goes on from the middle. Beside it megatron-core's own modules on the same lane,
 for a few steps; and every loss of 30 steps against the cpu lane. Exit code 1 when a run of ours compiles after its
-warm-up (2 steps, 2 validations), reads a value that nobody asked for, has an operation off XLA, or has another loss.
+warm-up (2 steps, 2 validations of 4), reads a value that nobody asked for, or one more often than it logs and draws,
+has an operation off XLA, or has another loss.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from parity_lib.sheet import Line, Sheet, heading, show
 from rich.console import Console
-from xla_run_lib.runs import MODELS, PRECISIONS, Counted, Job, counted, error_of, losses
+from xla_run_lib.runs import LOG_EVERY, MODELS, PRECISIONS, Counted, Job, counted, error_of, losses
 
 from nxdt_nemo.testing.script_run import write_corpus
 
@@ -30,8 +31,8 @@ RESULT = Path(__file__).parents[1] / "docs" / "results" / "xla_run.md"
 STEPS, EQUAL_STEPS, STOCK_STEPS = 1000, 30, 12
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 COLUMNS = (
-    "model", "precision", "layers", "process", "steps", "set-up", "steps'", "validations'", "end",
-    "after warm-up", "read: asked", "unasked", "off XLA", "ms a step",
+    "model", "precision", "layers", "process", "steps", "set-up", "steps' graphs", "validations'", "end",
+    "after warm-up", "logged", "drawn", "drawings", "unasked", "off XLA", "ms a step",
 )  # fmt: skip
 
 
@@ -40,9 +41,10 @@ def line(job: Job, process: str, found: Counted | None, trouble: str) -> Line:
     left = [job.model, job.precision, "megatron-core's" if job.stock else "ours", process]
     if found is None or trouble:
         return Line([*left, trouble, *[""] * (len(COLUMNS) - 5)], job.stock)
-    compiled = [sum(found.steps), sum(found.validations)]
+    compiled = [" ".join(map(str, [*part[:2], sum(part[2:])])) for part in (found.steps, found.validations)]
     fallen = ", ".join(f"{number} {name}" for name, number in found.fallen.items()) or "0"
-    numbers = [found.done, found.set_up, *compiled, found.end, found.after_warm_up, found.asked, found.unasked]
+    read = [found.logged, found.drawn, found.drawings, f"{found.warming} {found.unasked}"]
+    numbers = [found.done, found.set_up, *compiled, found.end, found.after_warm_up, *read]
     cells = [*left, *map(str, numbers), fallen, f"{found.milliseconds:.0f}"]
     return Line(cells, job.stock or found.good)
 
@@ -50,7 +52,7 @@ def line(job: Job, process: str, found: Counted | None, trouble: str) -> Line:
 def compiles(args: argparse.Namespace, corpus: Path, folder: Path) -> Sheet:
     """One line a process: the first half, the half that goes on from it, and megatron-core's own modules."""
     sheet = Sheet("graphs compiled, and tensors read back, by part of the run", COLUMNS)
-    half, every = args.steps // 2, max(1, args.steps // 4)
+    half, every = args.steps // 2, max(1, args.steps // 8)
     for model in args.models:
         for precision in args.precisions:
             jobs = [
@@ -86,7 +88,7 @@ def equal(args: argparse.Namespace, corpus: Path, folder: Path) -> Sheet:
     return sheet
 
 
-def page(command: str, graphs: Sheet, equals: Sheet) -> str:
+def page(args: argparse.Namespace, command: str, graphs: Sheet, equals: Sheet) -> str:
     """docs/results/xla_run.md."""
     return f"""# A NeMo run on the xla lane
 
@@ -95,19 +97,25 @@ def page(command: str, graphs: Sheet, equals: Sheet) -> str:
 The stock calls (`MegatronTrainerBuilder`, `exp_manager`, `trainer.fit`) on real `.bin/.idx` data, one rank: a GPT
 (LayerNorm, GELU, biases, learned positions, tied embeddings) and a Llama (RMSNorm, SwiGLU, RoPE, grouped queries) of
 two layers. bf16 is `precision: bf16` with `megatron_amp_O2`. `validation_drop_last: False` with a last batch that is
-not full, logging every 10 steps, progress bar and preemption callback on, a checkpoint at each of the validations;
-"resumed" is a new process that goes on from the middle.
+not full, logging every {LOG_EVERY} steps, progress bar and preemption callback on, a checkpoint at each of the
+validations; "resumed" is a new process that goes on from the middle.
 
 {graphs.markdown}
 
-"set-up" to "end" are graphs compiled. The steps' are two: the first step makes rotary angles and Lightning's metrics,
-all others are the second. A validation that keeps its last batch reads each loss (upstream's code): a graph for each
-piece between two readings, for each shape of batch; a checkpoint's slices are small graphs by shape. All of them come
-with the first two validations. "after warm-up" counts what came after 2 steps and 2 validations. "asked" are values
-that a logger or a drawn bar got, a step after they were computed; "unasked" whatever else was read in training steps.
+"set-up" to "end" are graphs compiled. "steps' graphs" are the first step's, the second's, and those of all later ones:
+the first makes rotary angles and Lightning's metrics, all others run the second's. "validations'" likewise, each with
+its save: one that keeps its last batch reads each loss (upstream's code), a graph for each piece between two readings,
+for each shape of batch; a checkpoint's slices are small graphs by shape. "after warm-up" is what came after 2 steps and
+2 validations, of {args.steps // 2} and 4.
+
+What the host reads from the beginning of a step to the next one's or to a validation's, callbacks included: "logged"
+is how often loggers asked, at most once in {LOG_EVERY} steps; "drawn" how often the progress bar asked, at most once in
+each of its "drawings" (twice a second, if a step is faster); both get their values a step later. "unasked" is
+everything else that was read, in the first 2 steps (a bar has no loss to show yet, and waits for one) and in all
+others. "off XLA" are operations of the whole process; a number that a validation or a save reads counts as none.
 "ms a step" is wall-clock time; the machine's load was {os.getloadavg()[0]:.0f} at the end, on {os.cpu_count()} cores.
 "megatron-core's" keeps the lane and the strategy, and puts upstream's own layers, cross entropy, embedding, gradient
-norm and buffers back, for {STOCK_STEPS} steps.
+norm and buffers back, for {STOCK_STEPS} steps: to compare, whatever it counts.
 
 {equals.markdown}
 
@@ -130,7 +138,7 @@ def main() -> int:
         equals = equal(args, corpus, Path(name))
         graphs = compiles(args, corpus, Path(name))
     if args.write or args == parser.parse_args([]):
-        RESULT.write_text(page(command, graphs, equals))
+        RESULT.write_text(page(args, command, graphs, equals))
     show([graphs, equals], Console())
     return 0 if graphs.good and equals.good else 1
 

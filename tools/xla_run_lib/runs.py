@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nxdt_nemo.testing.parity import relative
 from nxdt_nemo.testing.script_run import Run, run, tiny
 
-__all__ = ["MODELS", "PRECISIONS", "Counted", "Job", "counted", "error_of", "losses"]
+__all__ = ["LOG_EVERY", "MODELS", "PRECISIONS", "Counted", "Job", "counted", "error_of", "losses"]
 
 SCRIPT = Path(__file__).with_name("script.py")
 SECONDS = 3000
@@ -43,6 +45,8 @@ KEYS = (
     "exp_manager.create_preemption_callback=true",
 )
 WARM_STEPS, WARM_VALIDATIONS = 2, 2
+LOG_EVERY = 10
+ITEM = "aten::_local_scalar_dense"  # what torch_xla counts where a tensor's number is read
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,19 @@ class Job:
         given = (*KEYS, *MODELS[self.model], *PRECISIONS[self.precision], *self.keys)
         lengths = (f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={self.every}")
         given = (*given, f"model.data.data_prefix=[{corpus / 'text_document'}]")  # a weight excludes a whole validation
-        return [*tiny(corpus, folder), *given, *lengths, "trainer.log_every_n_steps=10"]
+        return [*tiny(corpus, folder), *given, *lengths, f"trainer.log_every_n_steps={LOG_EVERY}"]
 
 
 @dataclass(frozen=True)
 class Counted:
     """One process. Compilations of its parts, in order; what was read back; operations that fell off XLA.
 
-    after_warm_up   compilations after WARM_STEPS steps and WARM_VALIDATIONS validations
-    asked           values that a logger or a drawn bar got, a step later
-    unasked         values read in steps beyond those
+    after_warm_up   compilations after WARM_STEPS steps and WARM_VALIDATIONS validations with their saves
+    logged, drawn   how often loggers and the progress bar asked in steps for what they get a step later
+    drawings        of the bar in steps
+    unasked         values read otherwise, from the beginning of a step to the next one's or to a validation's
+    warming         those of the first WARM_STEPS steps
+    fallen          by name; outside of steps the reading of a number is none
     """
 
     set_up: int
@@ -78,60 +85,65 @@ class Counted:
     validations: list[int]
     end: int
     after_warm_up: int
-    asked: int
+    logged: int
+    drawn: int
+    drawings: int
     unasked: int
+    warming: int
     fallen: dict[str, int]
     milliseconds: float
-    done: int
 
     @classmethod
     def of(cls, folder: Path) -> Counted:
         """From what script.py left."""
         found = json.loads((folder / "counts.json").read_text())
-        parts = found["parts"]
-        # What Lightning resets after a validation is handed over when the next step begins: it belongs to it.
-        steps, validations, set_up, end = [], [], 0, 0
-        warm, after, reads, last = False, 0, 0, "set-up"
-        for part in parts:
-            compiled, kind = part.get("compiled", 0), part["part"]
-            if kind == "step":
-                steps.append(compiled)
-                reads += part.get("read", 0)
-                after += compiled if warm else 0
-                last = "step"
-            elif kind == "validation":
-                validations.append(compiled)
-                after += compiled if len(validations) > WARM_VALIDATIONS else 0
-                last = "validation"
-            elif kind == "end":
-                end = compiled
-            elif not steps:
-                set_up += compiled
-            elif last == "validation":
-                validations[-1] += compiled
-                after += compiled if len(validations) > WARM_VALIDATIONS else 0
+        compiled: dict[str, list[int]] = {"set-up": [0], "step": [], "validation": [], "end": [0]}
+        sums, fallen = Counter[str](), Counter[str]()
+        # What is between two parts belongs to the one before: after a step the bar and other callbacks, after a
+        # validation its save, and what Lightning resets.
+        of, after = "set-up", 0
+        for part in found["parts"]:
+            kind, number = part["part"], part.get("compiled", 0)
+            warm = len(compiled["step"]) >= WARM_STEPS
+            if kind == "between":
+                compiled[of][-1] += number
             else:
-                after += compiled if warm else 0
-                steps[-1] += compiled
-            warm = len(steps) >= WARM_STEPS
-        asked = sum(part.get("asked", 0) for part in parts)
-        fallen: dict[str, int] = {}
-        for part in parts:
-            if part["part"] == "step":
-                for name, number in part.items():
-                    if name.startswith("aten::"):
-                        fallen[name] = fallen.get(name, 0) + number
-        fallen = {name: number for name, number in fallen.items() if number}
-        times = found["seconds"][WARM_STEPS:] or [0.0]
-        unasked = max(0, reads - asked)
+                of = kind
+                compiled[of] = [*compiled[of], number] if of in ("step", "validation") else [number]
+            late = len(compiled["validation"]) > WARM_VALIDATIONS
+            after += number if (of == "step" and warm) or (of == "validation" and late) else 0
+            names = [name for name in part if name.startswith("aten::") and ((of == "step" and warm) or name != ITEM)]
+            fallen.update({name: part[name] for name in names if part[name]})
+            if of == "step":
+                unasked = max(0, part.get("read", 0) - part.get("arrived", 0))
+                sums.update({"unasked" if warm else "warming": unasked})
+                sums.update({name: part.get(name, 0) for name in ("logger", "bar", "drawn")})
         return cls(
-            set_up, steps, validations, end, after, asked, unasked, fallen, 1e3 * statistics.median(times), len(steps)
+            set_up=compiled["set-up"][0],
+            steps=compiled["step"],
+            validations=compiled["validation"],
+            end=compiled["end"][0],
+            after_warm_up=after,
+            logged=sums["logger"],
+            drawn=sums["bar"],
+            drawings=sums["drawn"],
+            unasked=sums["unasked"],
+            warming=sums["warming"],
+            fallen=dict(fallen),
+            milliseconds=1e3 * statistics.median(found["seconds"][WARM_STEPS:] or [0.0]),
         )
 
     @property
+    def done(self) -> int:
+        """Steps."""
+        return len(self.steps)
+
+    @property
     def good(self) -> bool:
-        """Nothing compiled after the warm-up, nothing read that nobody asked for, nothing off XLA."""
-        return not (self.after_warm_up or self.unasked or self.fallen)
+        """Nothing compiled after the warm-up, nothing off XLA, nothing read but where something is logged, where the
+        bar is drawn, and once before a bar has a loss to show."""
+        often = self.logged > self.done // LOG_EVERY + 1 or self.drawn > self.drawings or self.warming > 1
+        return not (self.after_warm_up or self.unasked or self.fallen or often)
 
 
 def counted(job: Job, corpus: Path, folder: Path, lane: str = "xla") -> tuple[Run, Counted | None]:
@@ -153,7 +165,9 @@ def losses(job: Job, corpus: Path, folder: Path, say: Callable[[str], Any]) -> t
     for lane in ("cpu", "xla"):
         keys = (*job.keys, "trainer.log_every_n_steps=1", "exp_manager.create_checkpoint_callback=false")
         there = Job(job.model, job.precision, job.steps, job.every, job.stock, keys)
-        arguments = [key for key in there.overrides(corpus, folder / lane) if key != "trainer.log_every_n_steps=10"]
+        arguments = [
+            key for key in there.overrides(corpus, folder / lane) if key != f"trainer.log_every_n_steps={LOG_EVERY}"
+        ]
         (folder / lane).mkdir(parents=True)
         environment = {"NXDT_NEMO_RUNTIME": lane, "STOCK": ""}
         done = run(SCRIPT, arguments, folder / lane, seconds=SECONDS, environment=environment, cwd=folder / lane)
@@ -164,11 +178,8 @@ def losses(job: Job, corpus: Path, folder: Path, say: Callable[[str], Any]) -> t
     (cpu, cpu_val), (xla, xla_val) = curves
     if cpu.keys() != xla.keys() or cpu_val.keys() != xla_val.keys() or len(cpu) != job.steps:
         raise SystemExit(f"{job.model}: the lanes logged other steps")
-    return _apart(cpu, xla), _apart(cpu_val, xla_val), cpu[0] - min(cpu.values())
-
-
-def _apart(one: dict[int, float], other: dict[int, float]) -> float:
-    return max(abs(one[step] - other[step]) / abs(one[step]) for step in one)
+    apart = [relative([*there.values()], [*here.values()]) for there, here in ((xla, cpu), (xla_val, cpu_val))]
+    return apart[0], apart[1], cpu[0] - min(cpu.values())
 
 
 def error_of(done: Run) -> str:

@@ -6,7 +6,9 @@ STOCK   "1": megatron-core's own layers, cross entropy, embedding, collectives' 
 
 import json
 import os
+import sys
 import time
+from collections import Counter
 
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
@@ -41,25 +43,34 @@ if STOCK:
 
 
 class Counts(Callback):
-    """Differences of the counters, from each hook to the next; values that were deferred and drawn are told apart."""
+    """Differences of the counters, from each hook to the next: XLA's, and how often loggers and the bar asked for
+    values, how many values have arrived, how often the bar was drawn."""
 
     def __init__(self) -> None:
         from nxdt_nemo.runtime import current
 
-        self.parts, self.seconds, self.asked, self.before = [], [], 0, {}
+        self.parts, self.seconds, self.before = [], [], {}
+        self.own = Counter({"logger": 0, "bar": 0, "arrived": 0, "drawn": 0})
         lane = current()
         defer = lane.defer
 
         def counted(function, *tensors):
-            self.asked += sum(tensor.device.type == "xla" for tensor in tensors)
-            defer(function, *tensors)
+            number = sum(tensor.device.type == "xla" for tensor in tensors)
+            asks = sys._getframe(1).f_code.co_name
+            self.own["bar" if asks == "progress_bar_metrics" else "logger"] += number > 0
+
+            def arrived(*values):
+                self.own["arrived"] += number
+                function(*values)
+
+            defer(arrived, *tensors)
 
         lane.defer = counted
 
     def note(self, name):
         from nxdt_nemo.runtime.xla.metrics import counters
 
-        now = counters() | {"asked": self.asked}
+        now = counters() | self.own
         self.parts.append({"part": name} | {key: now[key] - self.before.get(key, 0) for key in now})
         self.before = now
         with open(os.environ["COUNTS"], "w") as file:
@@ -69,11 +80,22 @@ class Counts(Callback):
         training_step = trainer.strategy.training_step
 
         def counted(*given, **named):  # where a step begins: what Lightning does before is not of it
+            if not self.parts:
+                self.watch(trainer.progress_bar_callback)
             self.note("between" if self.parts else "set-up")
             self.began = time.perf_counter()
             return training_step(*given, **named)
 
         trainer.strategy.training_step = counted
+
+    def watch(self, bar):
+        should = bar._should_update
+
+        def drawing(*given):
+            self.own["drawn"] += (draws := should(*given))
+            return draws
+
+        bar._should_update = drawing
 
     def on_train_batch_end(self, *_):
         self.seconds.append(time.perf_counter() - self.began)
