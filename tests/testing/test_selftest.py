@@ -36,6 +36,59 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
     ]
 
 
+def test_time_is_shared_by_all_stages(tmp_path):
+    def slow(bench):
+        assert bench.left == 1.0  # less is left: it ends by a time-out of a second
+        return "well"
+
+    found = [(one.stage, one.ok, one.found) for one in run(tmp_path, "cpu", {"dtypes": slow, "parity": slow}, 0.0)]
+    late = "not tried: the 0 s of all stages are over; what was compiled is kept, start it again"
+    assert found == [("dtypes", True, "well"), ("parity", False, late)]
+
+
+class Curve:
+    """A run whose losses are these."""
+
+    code, output, resumed_from = 0, "the output", "step=3"
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def curve(self):
+        return dict(enumerate(self.losses))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ("one step", "the loss of step 1 is nan"),
+        ("parity", "the loss of step 4 is nan"),
+        ("save and resume", "the run to compare with did not end"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_a_failed_stage(monkeypatch, tmp_path, stage, says):
+    losses = [NAN] if stage == "one step" else [3.0, 2.0, 1.0, NAN, 1.0, 1.0]
+    monkeypatch.setattr(stages.Runs, "train", lambda *_, **__: Curve(losses))
+    assert outcomes(tmp_path, **{stage: STAGES[stage]}) == [(stage, False, says)]
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"float32": (1e-7, 1e-7), "bfloat16": (1e-3, NAN)}, "errors float32 1.0e-07, bfloat16"),
+        ({"float32": (NAN, 1e-7)}, "errors float32 nan"),
+        ({"bfloat16": (1e-3, 1e-3)}, "the lane supports no float32"),
+    ],
+)
+def test_dtypes_that_give_no_number_fail(monkeypatch, tmp_path, found, says):
+    monkeypatch.setattr(stages._Bench, "ranks", lambda *_: [found])
+    [(_, ok, said)] = outcomes(tmp_path, dtypes=STAGES["dtypes"])
+    assert not ok and said.startswith(says)
+
+
 def test_without_a_device_nothing_else_is_tried(tmp_path):
     found = outcomes(tmp_path, device=fails, dtypes=lambda bench: "well")
     assert found[1] == ("dtypes", False, "not tried: no device")
@@ -110,4 +163,5 @@ def test_this_machine(request, tmp_path, lane):
     assert done.returncode == 0, done.stdout
     states = re.findall(r"^(passed|FAILED)", done.stdout, re.MULTILINE)
     assert states == ["passed"] * len(STAGES)
+    assert sum(map(int, re.findall(r" (\d+) s  ", done.stdout))) < stages.SECONDS
     assert (tmp_path / "nxdt-nemo-selftest.md").read_text().startswith("# nxdt-nemo self-test: all 6 stages passed")

@@ -42,7 +42,6 @@ if __name__ == "__main__":
     main()
 '''
 STEPS, SAVED = 6, 3
-SECONDS = 1800  # a run whose graphs nobody compiled before takes many minutes
 
 
 class Runs:
@@ -59,8 +58,11 @@ class Runs:
             self._corpus = write_corpus(self.folder / "corpus")
         return self._corpus
 
-    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: int = SECONDS) -> Run:
-        """A run on this lane (or another) that logs to the folder `name` and ends after step `stop`, if given."""
+    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: float) -> Run:
+        """A run on this lane (or another) that logs to the folder `name` and ends after step `stop`, if given.
+
+        Raises subprocess.TimeoutExpired after `seconds`.
+        """
         folder = self.folder / name
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]
         environment = self.environment | {"NXDT_NEMO_RUNTIME": lane or self.lane, "HF_HUB_OFFLINE": "1"}
