@@ -8,8 +8,8 @@ A tiny GPT and Llama on one rank, in float32 and bf16 with float32 main paramete
 batch is not full, logging every tenth, the progress bar and the preemption callback on, a checkpoint at each
 validation, and a second process that goes on from the middle. Beside it megatron-core's own modules on the same lane,
 for a few steps; and every loss of 30 steps against the cpu lane. Exit code 1 when a run of ours compiles after its
-warm-up (2 steps, 2 validations of 4), reads a value that nobody asked for, or one more often than it logs and draws,
-has an operation off XLA, or has another loss.
+warm-up (2 steps, 2 validations and their saves), has fewer than 2 validations after it, reads a value in training that
+neither a logger nor the bar asked for, or more of those than they may, has an operation off XLA, or has another loss.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from pathlib import Path
 
 from parity_lib.sheet import Line, Sheet, heading, show
 from rich.console import Console
-from xla_run_lib.runs import LOG_EVERY, MODELS, PRECISIONS, Counted, Job, counted, error_of, losses
+from xla_run_lib import runs
+from xla_run_lib.runs import MODELS, PRECISIONS, WARM, Counted, Job, counted, error_of, losses
 
 from nxdt_nemo.testing.script_run import write_corpus
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "xla_run.md"
 STEPS, EQUAL_STEPS, STOCK_STEPS = 1000, 30, 12
+VALIDATIONS = 4  # of a process
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 COLUMNS = (
-    "model", "precision", "layers", "process", "steps", "set-up", "steps' graphs", "validations'", "end",
-    "after warm-up", "logged", "drawn", "drawings", "unasked", "off XLA", "ms a step",
+    "model", "precision", "layers", "process", "steps, validations", "set-up", "steps'", "validations'", "saves'",
+    "end", "after warm-up", "read: logged", "drawn", "unasked", "off XLA", "ms a step",
 )  # fmt: skip
 
 
@@ -41,18 +43,25 @@ def line(job: Job, process: str, found: Counted | None, trouble: str) -> Line:
     left = [job.model, job.precision, "megatron-core's" if job.stock else "ours", process]
     if found is None or trouble:
         return Line([*left, trouble, *[""] * (len(COLUMNS) - 5)], job.stock)
-    compiled = [" ".join(map(str, [*part[:2], sum(part[2:])])) for part in (found.steps, found.validations)]
+    lengths = f"{len(found.steps)}, {len(found.validations)}"
+    compiled = [found.set_up, *map(by_turn, (found.steps, found.validations, found.saves)), found.end]
+    read = [f"{found.logged} of {found.most_logged}", f"{found.drawn} of {found.most_drawn}", found.unasked]
     fallen = ", ".join(f"{number} {name}" for name, number in found.fallen.items()) or "0"
-    read = [found.logged, found.drawn, found.drawings, f"{found.warming} {found.unasked}"]
-    numbers = [found.done, found.set_up, *compiled, found.end, found.after_warm_up, *read]
-    cells = [*left, *map(str, numbers), fallen, f"{found.milliseconds:.0f}"]
+    numbers = [*compiled, found.after_warm_up, *read]
+    cells = [*left, lengths, *map(str, numbers), fallen, f"{found.milliseconds:.0f}"]
     return Line(cells, job.stock or found.good)
+
+
+def by_turn(compiled: list[int]) -> str:
+    """Graphs of the first, of the second, and of all others of a kind."""
+    return " + ".join(str(sum(of)) for of in (compiled[:1], compiled[1:WARM], compiled[WARM:]))
 
 
 def compiles(args: argparse.Namespace, corpus: Path, folder: Path) -> Sheet:
     """One line a process: the first half, the half that goes on from it, and megatron-core's own modules."""
     sheet = Sheet("graphs compiled, and tensors read back, by part of the run", COLUMNS)
-    half, every = args.steps // 2, max(1, args.steps // 8)
+    half = args.steps // 2
+    every = max(1, half // VALIDATIONS)
     for model in args.models:
         for precision in args.precisions:
             jobs = [
@@ -88,7 +97,7 @@ def equal(args: argparse.Namespace, corpus: Path, folder: Path) -> Sheet:
     return sheet
 
 
-def page(args: argparse.Namespace, command: str, graphs: Sheet, equals: Sheet) -> str:
+def page(command: str, graphs: Sheet, equals: Sheet) -> str:
     """docs/results/xla_run.md."""
     return f"""# A NeMo run on the xla lane
 
@@ -97,29 +106,39 @@ def page(args: argparse.Namespace, command: str, graphs: Sheet, equals: Sheet) -
 The stock calls (`MegatronTrainerBuilder`, `exp_manager`, `trainer.fit`) on real `.bin/.idx` data, one rank: a GPT
 (LayerNorm, GELU, biases, learned positions, tied embeddings) and a Llama (RMSNorm, SwiGLU, RoPE, grouped queries) of
 two layers. bf16 is `precision: bf16` with `megatron_amp_O2`. `validation_drop_last: False` with a last batch that is
-not full, logging every {LOG_EVERY} steps, progress bar and preemption callback on, a checkpoint at each of the
+not full, logging every {runs.LOG_EVERY} steps, progress bar and preemption callback on, a checkpoint at each of the
 validations; "resumed" is a new process that goes on from the middle.
 
 {graphs.markdown}
 
-"set-up" to "end" are graphs compiled. "steps' graphs" are the first step's, the second's, and those of all later ones:
-the first makes rotary angles and Lightning's metrics, all others run the second's. "validations'" likewise, each with
-its save: one that keeps its last batch reads each loss (upstream's code), a graph for each piece between two readings,
-for each shape of batch; a checkpoint's slices are small graphs by shape. "after warm-up" is what came after 2 steps and
-2 validations, of {args.steps // 2} and 4.
+**Graphs.** "set-up" to "end" are graphs compiled; of steps, validations and saves: by the first + by the second + by
+all later ones. The first step makes rotary angles and Lightning's metrics, all others are the second graph. A
+validation that keeps its last batch reads each loss (upstream's code): a graph for each piece between two readings, for
+each shape of batch. A checkpoint's slices are small graphs by shape. "end" is the last save and what Lightning does
+then, once. "after warm-up" is the sum of the later ones' and must be 0; at least 2 validations have to come there.
 
-What the host reads from the beginning of a step to the next one's or to a validation's, callbacks included: "logged"
-is how often loggers asked, at most once in {LOG_EVERY} steps; "drawn" how often the progress bar asked, at most once in
-each of its "drawings" (twice a second, if a step is faster); both get their values a step later. "unasked" is
-everything else that was read, in the first 2 steps (a bar has no loss to show yet, and waits for one) and in all
-others. "off XLA" are operations of the whole process; a number that a validation or a save reads counts as none.
-"ms a step" is wall-clock time; the machine's load was {os.getloadavg()[0]:.0f} at the end, on {os.cpu_count()} cores.
-"megatron-core's" keeps the lane and the strategy, and puts upstream's own layers, cross entropy, embedding, gradient
-norm and buffers back, for {STOCK_STEPS} steps: to compare, whatever it counts.
+**Read back.** In training steps, with all that follows them up to the next step or validation (the preemption callback
+asks there, and the bar). Two may read, a step after the value was computed. A logged step reads {runs.LOG_VALUES}
+values: "logged" is at most {runs.LOG_VALUES} for each {runs.LOG_EVERY} steps. A drawing of the bar reads at most
+{runs.BAR_VALUES}, and it is drawn once in {runs.BETWEEN_DRAWINGS} s, after each validation and at the last step:
+"drawn" is held against the seconds that the steps took, and differs from run to run. The bar's first loss is read at
+once. "unasked" is whatever else was read, and must be 0. Validations, saves, set-up and end read as upstream's code
+does and are not counted.
+
+**Off XLA.** Operations that fell off in any part of the process, validations and saves too. Not named, as it is a
+reading: `{runs.NUMBER}`, a tensor made a number; in training steps it counts as read.
+
+"ms a step" is wall-clock time with all callbacks; the load was {os.getloadavg()[0]:.0f} at the end, on
+{os.cpu_count()} cores.
+
+"megatron-core's" is for comparison only: {STOCK_STEPS} steps, one process, and no figure of these lines fails the
+run. It keeps the lane and the strategy, and puts upstream's own layers, cross entropy, embedding, gradient norm and
+buffers back.
 
 {equals.markdown}
 
-Every step's loss, and every validation's, at a peak learning rate of 2e-3 with two steps of warm-up.
+Every step's loss, and every validation's, at a peak learning rate of 2e-3 with two steps of warm-up; a value that
+is not finite on either lane is no match.
 """
 
 
@@ -138,7 +157,7 @@ def main() -> int:
         equals = equal(args, corpus, Path(name))
         graphs = compiles(args, corpus, Path(name))
     if args.write or args == parser.parse_args([]):
-        RESULT.write_text(page(args, command, graphs, equals))
+        RESULT.write_text(page(command, graphs, equals))
     show([graphs, equals], Console())
     return 0 if graphs.good and equals.good else 1
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nxdt_nemo.lightning.progress import SECONDS as BETWEEN_DRAWINGS
 from nxdt_nemo.testing.parity import relative
 from nxdt_nemo.testing.script_run import Run, run, tiny
 
-__all__ = ["LOG_EVERY", "MODELS", "PRECISIONS", "Counted", "Job", "counted", "error_of", "losses"]
+__all__ = ["MODELS", "PRECISIONS", "Counted", "Job", "apart", "counted", "error_of", "losses"]
 
 SCRIPT = Path(__file__).with_name("script.py")
 SECONDS = 3000
@@ -44,9 +46,11 @@ KEYS = (
     "trainer.limit_val_batches=1.0",
     "exp_manager.create_preemption_callback=true",
 )
-WARM_STEPS, WARM_VALIDATIONS = 2, 2
+WARM = 2  # steps, validations and saves that may compile
 LOG_EVERY = 10
-ITEM = "aten::_local_scalar_dense"  # what torch_xla counts where a tensor's number is read
+LOG_VALUES, BAR_VALUES = 2, 2  # the loss and the gradients' norm; the loss and the last validation's
+FIRST_DRAWING = 1  # the bar's first loss is read at once: there is none of an earlier step to show
+NUMBER = "aten::_local_scalar_dense"  # a tensor read as a number: counted as a reading
 
 
 @dataclass(frozen=True)
@@ -59,91 +63,98 @@ class Job:
     every: int
     stock: bool = False
     keys: tuple[str, ...] = ()
+    log_every: int = LOG_EVERY
 
     def overrides(self, corpus: Path, folder: Path) -> list[str]:
         """Its command line."""
         given = (*KEYS, *MODELS[self.model], *PRECISIONS[self.precision], *self.keys)
         lengths = (f"trainer.max_steps={self.steps}", f"trainer.val_check_interval={self.every}")
         given = (*given, f"model.data.data_prefix=[{corpus / 'text_document'}]")  # a weight excludes a whole validation
-        return [*tiny(corpus, folder), *given, *lengths, f"trainer.log_every_n_steps={LOG_EVERY}"]
+        return [*tiny(corpus, folder), *given, *lengths, f"trainer.log_every_n_steps={self.log_every}"]
 
 
 @dataclass(frozen=True)
 class Counted:
-    """One process. Compilations of its parts, in order; what was read back; operations that fell off XLA.
+    """One process, by kind of part. What follows a step (its callbacks and loggers) is of that step; what follows a
+    validation is its save, but for the last, which is of the end.
 
-    after_warm_up   compilations after WARM_STEPS steps and WARM_VALIDATIONS validations with their saves
-    logged, drawn   how often loggers and the progress bar asked in steps for what they get a step later
-    drawings        of the bar in steps
-    unasked         values read otherwise, from the beginning of a step to the next one's or to a validation's
-    warming         those of the first WARM_STEPS steps
-    fallen          by name; outside of steps the reading of a number is none
+    set_up, end                graphs compiled
+    steps, validations, saves  graphs that each one compiled, in order
+    logged, drawn              values that the loggers, and the bar, asked for in training, to be read a step later
+    most_logged, most_drawn    what a log at each LOG_EVERY steps, and the bar's least time between drawings, allow
+    unasked                    values read in training beyond those, and the bar's first
+    fallen                     operations that fell off XLA in any part
     """
 
     set_up: int
     steps: list[int]
     validations: list[int]
+    saves: list[int]
     end: int
-    after_warm_up: int
     logged: int
+    most_logged: int
     drawn: int
-    drawings: int
+    most_drawn: int
     unasked: int
-    warming: int
     fallen: dict[str, int]
     milliseconds: float
 
     @classmethod
     def of(cls, folder: Path) -> Counted:
         """From what script.py left."""
-        found = json.loads((folder / "counts.json").read_text())
-        compiled: dict[str, list[int]] = {"set-up": [0], "step": [], "validation": [], "end": [0]}
-        sums, fallen = Counter[str](), Counter[str]()
-        # What is between two parts belongs to the one before: after a step the bar and other callbacks, after a
-        # validation its save, and what Lightning resets.
-        of, after = "set-up", 0
-        for part in found["parts"]:
-            kind, number = part["part"], part.get("compiled", 0)
-            warm = len(compiled["step"]) >= WARM_STEPS
-            if kind == "between":
-                compiled[of][-1] += number
-            else:
-                of = kind
-                compiled[of] = [*compiled[of], number] if of in ("step", "validation") else [number]
-            late = len(compiled["validation"]) > WARM_VALIDATIONS
-            after += number if (of == "step" and warm) or (of == "validation" and late) else 0
-            names = [name for name in part if name.startswith("aten::") and ((of == "step" and warm) or name != ITEM)]
-            fallen.update({name: part[name] for name in names if part[name]})
-            if of == "step":
-                unasked = max(0, part.get("read", 0) - part.get("arrived", 0))
-                sums.update({"unasked" if warm else "warming": unasked})
-                sums.update({name: part.get(name, 0) for name in ("logger", "bar", "drawn")})
+        parts = json.loads((folder / "counts.json").read_text())
+        kinds = _by_kind(parts)
+        steps, validations = kinds["step"], kinds["validation"]
+        training: Counter[str] = sum(steps, Counter())
+        at_once = min(FIRST_DRAWING, steps[0]["read"] - steps[0]["arrived"]) if steps else 0
+        pauses = WARM + len(validations)  # a drawing may follow each at once
+        drawings = sum(one["seconds"] for one in steps[WARM:]) / BETWEEN_DRAWINGS + pauses + 1  # and the last step
+        every: Counter[str] = sum((one for of_kind in kinds.values() for one in of_kind), Counter())
         return cls(
-            set_up=compiled["set-up"][0],
-            steps=compiled["step"],
-            validations=compiled["validation"],
-            end=compiled["end"][0],
-            after_warm_up=after,
-            logged=sums["logger"],
-            drawn=sums["bar"],
-            drawings=sums["drawn"],
-            unasked=sums["unasked"],
-            warming=sums["warming"],
-            fallen=dict(fallen),
-            milliseconds=1e3 * statistics.median(found["seconds"][WARM_STEPS:] or [0.0]),
+            set_up=_compiled(kinds["set-up"]),
+            steps=[one["compiled"] for one in steps],
+            validations=[one["compiled"] for one in validations],
+            saves=[one["compiled"] for one in kinds["save"]],
+            end=_compiled(kinds["end"]),
+            logged=training["logger"],
+            most_logged=math.ceil(len(steps) / LOG_EVERY) * LOG_VALUES,
+            drawn=training["bar"],
+            most_drawn=math.floor(drawings) * BAR_VALUES,
+            unasked=training["read"] - training["arrived"] - at_once,
+            fallen={name: number for name, number in every.items() if name.startswith("aten::") and name != NUMBER},
+            milliseconds=1e3 * statistics.median([one["seconds"] for one in steps[WARM:]] or [0.0]),
         )
 
     @property
-    def done(self) -> int:
-        """Steps."""
-        return len(self.steps)
+    def after_warm_up(self) -> int:
+        """Graphs compiled after WARM steps, validations and saves."""
+        return sum(sum(each[WARM:]) for each in (self.steps, self.validations, self.saves))
 
     @property
     def good(self) -> bool:
-        """Nothing compiled after the warm-up, nothing off XLA, nothing read but where something is logged, where the
-        bar is drawn, and once before a bar has a loss to show."""
-        often = self.logged > self.done // LOG_EVERY + 1 or self.drawn > self.drawings or self.warming > 1
-        return not (self.after_warm_up or self.unasked or self.fallen or often)
+        """Steps and two validations or more came after the warm-up, and compiled nothing; what was read back is what
+        the loggers and the bar may ask for, and they did; nothing ran off XLA."""
+        late = len(self.steps) > WARM and len(self.validations) >= WARM + 2
+        read = 0 < self.logged <= self.most_logged and 0 < self.drawn <= self.most_drawn and not self.unasked
+        return late and read and not (self.after_warm_up or self.fallen)
+
+
+def _by_kind(parts: Iterable[dict[str, Any]]) -> dict[str, list[Counter[str]]]:
+    kinds: dict[str, list[Counter[str]]] = {kind: [] for kind in ("set-up", "step", "validation", "save", "end")}
+    before = "set-up"
+    for part in parts:
+        kind = part["part"]
+        numbers = Counter({name: number for name, number in part.items() if name != "part"})
+        if kind == "between" and before == "step":
+            kinds["step"][-1].update(numbers)
+            continue
+        before = "save" if kind == "between" else kind
+        kinds[before].append(numbers)
+    return kinds
+
+
+def _compiled(parts: Iterable[Counter[str]]) -> int:
+    return sum(part["compiled"] for part in parts)
 
 
 def counted(job: Job, corpus: Path, folder: Path, lane: str = "xla") -> tuple[Run, Counted | None]:
@@ -163,11 +174,8 @@ def losses(job: Job, corpus: Path, folder: Path, say: Callable[[str], Any]) -> t
     validation losses, and by how much the loss fell."""
     curves = []
     for lane in ("cpu", "xla"):
-        keys = (*job.keys, "trainer.log_every_n_steps=1", "exp_manager.create_checkpoint_callback=false")
-        there = Job(job.model, job.precision, job.steps, job.every, job.stock, keys)
-        arguments = [
-            key for key in there.overrides(corpus, folder / lane) if key != f"trainer.log_every_n_steps={LOG_EVERY}"
-        ]
+        there = replace(job, keys=(*job.keys, "exp_manager.create_checkpoint_callback=false"), log_every=1)
+        arguments = there.overrides(corpus, folder / lane)
         (folder / lane).mkdir(parents=True)
         environment = {"NXDT_NEMO_RUNTIME": lane, "STOCK": ""}
         done = run(SCRIPT, arguments, folder / lane, seconds=SECONDS, environment=environment, cwd=folder / lane)
@@ -178,8 +186,12 @@ def losses(job: Job, corpus: Path, folder: Path, say: Callable[[str], Any]) -> t
     (cpu, cpu_val), (xla, xla_val) = curves
     if cpu.keys() != xla.keys() or cpu_val.keys() != xla_val.keys() or len(cpu) != job.steps:
         raise SystemExit(f"{job.model}: the lanes logged other steps")
-    apart = [relative([*there.values()], [*here.values()]) for there, here in ((xla, cpu), (xla_val, cpu_val))]
-    return apart[0], apart[1], cpu[0] - min(cpu.values())
+    return apart(cpu, xla), apart(cpu_val, xla_val), cpu[0] - min(cpu.values())
+
+
+def apart(cpu: dict[int, float], xla: dict[int, float]) -> float:
+    """The largest relative difference of two curves with the same steps; infinite where a value is not finite."""
+    return relative([xla[step] for step in cpu], list(cpu.values()))
 
 
 def error_of(done: Run) -> str:

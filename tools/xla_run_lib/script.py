@@ -1,14 +1,12 @@
 """A pretraining script as a NeMo user writes it, with a callback that notes what each part of the run made XLA do.
 
-COUNTS  a JSON file: {"parts": [...], "seconds": [of each step]}; see runs.Counted for a part
+COUNTS  a JSON file: a list of the run's parts; see runs.Counted
 STOCK   "1": megatron-core's own layers, cross entropy, embedding, collectives' mappings and gradient buffers
 """
 
 import json
 import os
-import sys
 import time
-from collections import Counter
 
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback
@@ -43,26 +41,31 @@ if STOCK:
 
 
 class Counts(Callback):
-    """Differences of the counters, from each hook to the next: XLA's, and how often loggers and the bar asked for
-    values, how many values have arrived, how often the bar was drawn."""
+    """Differences of the counters and of the clock, from each hook to the next.
+
+    Of values that were deferred, those of the logger and of the bar are told apart: when asked for, and when read.
+    """
+
+    ASKERS = {"_log_metrics": "logger", "progress_bar_metrics": "bar"}  # lightning/logger_connector.py's
 
     def __init__(self) -> None:
         from nxdt_nemo.runtime import current
 
-        self.parts, self.seconds, self.before = [], [], {}
-        self.own = Counter({"logger": 0, "bar": 0, "arrived": 0, "drawn": 0})
+        self.parts, self.before, self.began = [], {}, time.perf_counter()
+        self.asked = {"logger": 0, "bar": 0, "arrived": 0}
         lane = current()
         defer = lane.defer
 
         def counted(function, *tensors):
-            number = sum(tensor.device.type == "xla" for tensor in tensors)
-            asks = sys._getframe(1).f_code.co_name
-            self.own["bar" if asks == "progress_bar_metrics" else "logger"] += number > 0
+            asker = self.ASKERS.get(getattr(function, "__qualname__", "").partition(".")[0])
+            away = sum(tensor.device.type == "xla" for tensor in tensors) if asker else 0
 
             def arrived(*values):
-                self.own["arrived"] += number
+                self.asked["arrived"] += away
                 function(*values)
 
+            if asker:
+                self.asked[asker] += away
             defer(arrived, *tensors)
 
         lane.defer = counted
@@ -70,35 +73,22 @@ class Counts(Callback):
     def note(self, name):
         from nxdt_nemo.runtime.xla.metrics import counters
 
-        now = counters() | self.own
+        now = counters() | self.asked | {"seconds": time.perf_counter() - self.began}
         self.parts.append({"part": name} | {key: now[key] - self.before.get(key, 0) for key in now})
         self.before = now
         with open(os.environ["COUNTS"], "w") as file:
-            json.dump({"parts": self.parts, "seconds": self.seconds}, file)
+            json.dump(self.parts, file)
 
     def on_train_start(self, trainer, *_):
         training_step = trainer.strategy.training_step
 
         def counted(*given, **named):  # where a step begins: what Lightning does before is not of it
-            if not self.parts:
-                self.watch(trainer.progress_bar_callback)
             self.note("between" if self.parts else "set-up")
-            self.began = time.perf_counter()
             return training_step(*given, **named)
 
         trainer.strategy.training_step = counted
 
-    def watch(self, bar):
-        should = bar._should_update
-
-        def drawing(*given):
-            self.own["drawn"] += (draws := should(*given))
-            return draws
-
-        bar._should_update = drawing
-
     def on_train_batch_end(self, *_):
-        self.seconds.append(time.perf_counter() - self.began)
         self.note("step")
 
     def on_validation_start(self, trainer, *_):
