@@ -23,6 +23,7 @@ from nxdt_nemo.errors import UserError
 if TYPE_CHECKING:
     from nxdt_nemo.audit.compile.cache import Graph
     from nxdt_nemo.config.job import Job
+    from nxdt_nemo.config.view import View
 
 __all__ = ["compile_graphs"]
 
@@ -69,6 +70,13 @@ def _needs_a_device() -> None:
         raise UserError(reason, place="nxdt-nemo compile", fix="compile on an instance with Trainium")
 
 
+def _needs_graphs(view: View) -> None:
+    """Raises ConfigError for a lane that traces none."""
+    lane = view.get("neuron.runtime")
+    if lane in ("cpu", "neuron"):
+        raise view.error(f"neuron.runtime={lane}: this lane traces no graphs", "compile with neuron.runtime=xla")
+
+
 def _asked(config: Path | None, overrides: Sequence[str]) -> str:
     """The cache that a configuration names, else the environment's, else Neuron's default."""
     from nxdt_nemo.audit.compile.cache import DEFAULT
@@ -90,6 +98,7 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
         raise UserError("no such script", place=f"--script {script}")
     config = find(config)
     job, view = asked(config, overrides)
+    _needs_graphs(view)
     ranks, neuron = ranks_of(view), neuron_devices() > 0
     url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
     if not neuron and "://" in url:
@@ -99,6 +108,8 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
     with tempfile.TemporaryDirectory(prefix="nxdt-compile-") as made:
         folder = Path(made)
         words = [*overrides, *short(view, folder / "run")]
+        if view.get("neuron.runtime") is not None:
+            words.append("++neuron.runtime=xla")  # auto would take the cpu lane of a host without devices
         done = subprocess.run(
             command(script, config.resolve(), words, ranks),
             env=_environment(job, url, folder, neuron=neuron),
@@ -106,13 +117,18 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
             check=False,
         )
         counts = read_counts(folder)
-    if done.returncode:
+    nothing = not neuron and not counts.graphs
+    if done.returncode and not nothing:
         console.notice(f"the run ended with exit code {done.returncode}: its graphs up to there are in the cache")
+    code = done.returncode or int(nothing)
     if as_json:
-        typer.echo(json.dumps({"cache": url, "ranks": ranks, "exit_code": done.returncode, **vars(counts)}))
+        typer.echo(json.dumps({"cache": url, "ranks": ranks, "exit_code": code, **vars(counts)}))
     elif not neuron:
         typer.echo(f"{counts.graphs} graphs on {ranks} ranks, {counts.missed} of them not in {url} before")
-    return done.returncode
+    if nothing:
+        ended = f"and ended with exit code {done.returncode}" if done.returncode else "and trained nothing"
+        raise UserError(f"the run asked for no graph {ended}", place=script or str(config), fix="see what it said")
+    return code
 
 
 def _environment(job: Job, url: str, folder: Path, *, neuron: bool) -> dict[str, str]:
@@ -123,8 +139,9 @@ def _environment(job: Job, url: str, folder: Path, *, neuron: bool) -> dict[str,
     from nxdt_nemo.runtime.select import VARIABLE
 
     environ = dict(os.environ)
-    asked = environ.get(VARIABLE, "")
-    environ[VARIABLE] = asked if asked in ("xla", "neuron") else "xla"
+    if environ.get(VARIABLE) == "neuron":
+        raise UserError("the neuron lane traces no graphs", place=f"{VARIABLE}=neuron", fix=f"set {VARIABLE}=xla")
+    environ[VARIABLE] = "xla"
     keys = {**job.keys, "compiler_cache_url": url} if neuron and url else job.keys
     for line in apply(settings(dataclasses.replace(job, keys=keys), "process", "compile"), environ):
         console.warn(line)
@@ -154,9 +171,10 @@ def _lines(url: str, graphs: Sequence[Graph]) -> Iterator[str]:
         yield "| graph | compiler | state | size | hours old |"
         yield "|---|---|---|---|---|"
     for graph in graphs:
-        cells = (graph.name, graph.compiler, graph.state, _size(graph.size), f"{graph.age / 3600:.1f}")
-        yield f"| {' | '.join(cells)} |"
-    if any(graph.state == "stale lock" for graph in graphs):
+        state = f"{graph.state}, stale lock" if graph.left and graph.state != "stale lock" else graph.state
+        cells = (graph.name, graph.compiler, state, _size(graph.size), f"{graph.age / 3600:.1f}")
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    if any(graph.left for graph in graphs):
         yield ""
         yield "Where nobody compiles any more: neuron_parallel_compile --command clear-locks"
     if any(graph.state == "failed" for graph in graphs):

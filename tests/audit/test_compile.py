@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 
 import fsspec
@@ -27,6 +28,8 @@ FILES = [  # module, file, bytes, seconds ago
     ("MODULE_4+aa", "model.hlo_module.pb.lock", 0, STALE - 1),
     ("MODULE_5+aa", "model.hlo_module.pb", 500, STALE + 1),
     ("MODULE_5+aa", "model.hlo_module.pb.lock", 0, STALE + 1),
+    ("MODULE_6+aa", "model.neff", 600, STALE + 1),
+    ("MODULE_6+aa", "model.hlo_module.pb.lock", 0, STALE + 1),
 ]
 STATES = {
     "MODULE_1+aa": ("compiled", 5100),
@@ -34,6 +37,7 @@ STATES = {
     "MODULE_3+aa": ("failed", 310),
     "MODULE_4+aa": ("locked", 400),
     "MODULE_5+aa": ("stale lock", 500),
+    "MODULE_6+aa": ("compiled", 600),
 }
 
 
@@ -52,7 +56,8 @@ def test_graphs_of_neurons_cache(cache):
     assert {graph.name: (graph.state, graph.size) for graph in graphs} == STATES
     assert {graph.compiler for graph in graphs} == {COMPILER}
     assert [graph.size for graph in graphs] == sorted((graph.size for graph in graphs), reverse=True)
-    assert counted(graphs) == dict.fromkeys(("compiled", "stale lock", "locked", "failed", "waiting"), 1)
+    assert counted(graphs) == {"compiled": 2} | dict.fromkeys(("stale lock", "locked", "failed", "waiting"), 1)
+    assert {graph.name for graph in graphs if graph.left} == {"MODULE_5+aa", "MODULE_6+aa"}
     assert next(graph.age for graph in graphs if graph.name == "MODULE_1+aa") == pytest.approx(40)
 
 
@@ -82,6 +87,19 @@ def test_what_is_not_there(url, line):
     with pytest.raises(UserError) as caught:
         contents(url)
     assert str(caught.value) == line
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(cache, monkeypatch):
+    module, plain = str(cache / COMPILER / "MODULE_2+aa"), os.scandir
+
+    def forbids(path):
+        if path == module:
+            raise PermissionError(13, "Permission denied", module)
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", forbids)
+    with pytest.raises(UserError, match=f"^{re.escape(str(cache))}: .*Permission denied"):
+        contents(str(cache))
 
 
 class Locked(fsspec.AbstractFileSystem):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from nxdt_nemo._resources import folder
 from nxdt_nemo.audit.compile.short_run import read_counts
@@ -29,6 +32,107 @@ def test_neurons_compiler_without_a_device_is_refused(monkeypatch, tmp_path):
         "nxdt-nemo compile: neuron_parallel_compile extracts graphs on a Neuron device, and this host has none; "
         "compile on an instance with Trainium"
     )
+
+
+TINY = (
+    "trainer.devices=2",
+    "trainer.num_nodes=1",
+    "model.tensor_model_parallel_size=2",
+    "+neuron.compiler_flags=-O1",
+    "+neuron.runtime=auto",
+)
+WRAPPER = """#!{python}
+import json, os, sys
+json.dump([sys.argv[1:], dict(os.environ)], open({told!r}, "w"))
+sys.exit({code})
+"""
+
+
+@pytest.fixture
+def on_a_device(monkeypatch, tmp_path):
+    """on_a_device(code) is what neuron_parallel_compile, which is not there, would be started with: words, environment.
+    It ends with this exit code."""
+
+    def compile_there(code: int = 0, *overrides: str) -> tuple[list[str], dict[str, str]]:
+        wrapper, told = tmp_path / "neuron_parallel_compile", tmp_path / "told.json"
+        wrapper.write_text(WRAPPER.format(python=sys.executable, told=str(told), code=code))
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        monkeypatch.setenv("NXDT_NEMO_RUNTIME", "cpu")
+        monkeypatch.setattr("nxdt_nemo.runtime.machine.neuron_devices", lambda: 2)
+        with pytest.raises(typer.Exit) as ended:
+            compile_graphs(
+                folder("configs") / "demo_llama.yaml",
+                [*TINY, *overrides],
+                script=str(SCRIPT),
+                cache="s3://bucket/cache",
+            )
+        assert ended.value.exit_code == code
+        words, environment = json.loads(told.read_text())
+        return words, environment
+
+    return compile_there
+
+
+def test_neurons_compiler_stands_before_torchrun(on_a_device):
+    words, environment = on_a_device()
+    assert words[:5] == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert words[5:9] == ["-m", "nxdt_nemo", "run", str(SCRIPT)]
+    assert set(TINY) < set(words) and words.index("++trainer.max_steps=9") > words.index(TINY[-1])
+    assert words[-1] == "++neuron.runtime=xla"
+    assert environment["NXDT_NEMO_RUNTIME"] == "xla"
+    assert environment["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/cache"
+    assert "-O1" in environment["NEURON_CC_FLAGS"].split()
+    assert "XLA_PERSISTENT_CACHE_PATH" not in environment and "NEURON_PARALLEL_COMPILE_MAX_RETRIES" not in environment
+
+
+def test_a_small_host_tries_a_compilation_again(on_a_device):
+    _, environment = on_a_device(0, "+neuron.instance=trn1.2xlarge")
+    assert environment["NEURON_PARALLEL_COMPILE_MAX_RETRIES"] == "1"
+
+
+def test_the_exit_code_is_the_runs(on_a_device, capsys):
+    on_a_device(3)
+    assert "the run ended with exit code 3: its graphs up to there are in the cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "environment", "line"),
+    [
+        ("neuron.runtime=cpu", "", "neuron.runtime=cpu: this lane traces no graphs; compile with neuron.runtime=xla"),
+        ("neuron.runtime=neuron", "", "neuron.runtime=neuron: this lane traces no graphs; compile with"),
+        ("neuron.lnc=2", "neuron", "NXDT_NEMO_RUNTIME=neuron: the neuron lane traces no graphs; set NXDT_NEMO_RUNTIME"),
+    ],
+)
+def test_a_lane_without_graphs_is_refused(monkeypatch, tmp_path, override, environment, line):
+    monkeypatch.setenv("NXDT_NEMO_RUNTIME", environment)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was started"))
+    with pytest.raises(UserError) as caught:
+        compile_graphs(folder("configs") / "demo_llama.yaml", [f"+{override}"], cache=str(tmp_path / "cache"))
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(("code", "ended"), [(0, "and trained nothing"), (5, "and ended with exit code 5")])
+def test_a_run_without_a_graph_is_no_success(monkeypatch, tmp_path, capsys, code, ended):
+    done = subprocess.CompletedProcess([], code)
+    monkeypatch.setattr("nxdt_nemo.cli.compile.subprocess.run", lambda *_, **__: done)
+    with pytest.raises(UserError) as caught:
+        compile_graphs(folder("configs") / "demo_llama.yaml", script=str(SCRIPT), cache=str(tmp_path / "cache"))
+    assert str(caught.value) == f"{SCRIPT}: the run asked for no graph {ended}; see what it said"
+    assert "graphs up to there" not in capsys.readouterr().err
+
+
+def test_the_list_keeps_its_columns(tmp_path, capsys):
+    module = tmp_path / "cache" / "neuronxcc-2.24" / "MODULE_1+a|b"
+    module.mkdir(parents=True)
+    for name in ("model.neff", "model.lock"):
+        (module / name).touch()
+        os.utime(module / name, (0, 0))
+    compile_graphs(None, cache=str(tmp_path / "cache"), listing=True)
+    told = capsys.readouterr().out
+    assert "1 graphs, 0.0 KiB; 1 compiled" in told
+    assert "| MODULE_1+a\\|b | neuronxcc-2.24 | compiled, stale lock | 0.0 KiB |" in told
+    assert "--command clear-locks" in told
 
 
 def on_the_xla_lane(test):

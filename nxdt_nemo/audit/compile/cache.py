@@ -7,6 +7,8 @@ it. torch-xla's: one file a graph, named by a number. Uses fsspec for URLs. Proo
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -36,6 +38,7 @@ class Graph:
     state     compiled; waiting (extracted, not compiled); failed; locked (someone compiles it); stale lock
     size      bytes of all its files
     age       seconds since its newest file was written
+    left      whether a lock older than STALE lies there, beside a compiled graph too
     """
 
     name: str
@@ -43,6 +46,7 @@ class Graph:
     state: State
     size: int
     age: float
+    left: bool = False
 
 
 @dataclass
@@ -54,11 +58,14 @@ class _Files:
     newest: float = 0.0
     lock: float | None = None
 
+    def left(self, now: float) -> bool:
+        return self.lock is not None and now - self.lock > STALE
+
     def state(self, now: float) -> State:
-        if self.lock is not None:
-            return "stale lock" if now - self.lock > STALE else "locked"
         if any(name.endswith(".neff") for name in self.names):
             return "compiled"
+        if self.lock is not None:
+            return "stale lock" if self.left(now) else "locked"
         return "failed" if any(name.endswith((".log", ".done")) for name in self.names) else "waiting"
 
 
@@ -86,7 +93,7 @@ def contents(url: str, *, now: float | None = None) -> list[Graph]:
         elif re.fullmatch(r"\d{8,}", parts[-1]):
             found.append(Graph(parts[-1], "torch-xla", "compiled", size, now - written))
     for (compiler, name), files in modules.items():
-        found.append(Graph(name, compiler, files.state(now), files.size, now - files.newest))
+        found.append(Graph(name, compiler, files.state(now), files.size, now - files.newest, files.left(now)))
     return sorted(found, key=lambda graph: (-graph.size, graph.name))
 
 
@@ -96,13 +103,29 @@ def _walk(url: str) -> Iterator[tuple[str, int, float]]:
     try:
         if not system.isdir(root):
             raise UserError("there is no cache", place=url, fix="name one, or compile first")
-        files: dict[str, dict[str, Any]] = system.find(root, detail=True)
+        files = _local(root) if "file" in system.protocol else system.find(root, detail=True)
     except UserError:
         raise
     except Exception as error:  # a store has errors of its own, for want of credentials for instance
         raise UserError(one_line(error), place=url) from None
     for path, about in files.items():
         yield path.removeprefix(root).lstrip("/"), int(about.get("size") or 0), _written(about)
+
+
+def _local(root: str) -> dict[str, dict[str, Any]]:
+    """As fsspec's find, which leaves out folders that it may not read. Raises PermissionError for one."""
+
+    def forbidden(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise error
+
+    found = {}
+    for folder, _, names in os.walk(root, onerror=forbidden):
+        for path in (os.path.join(folder, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # someone compiles
+                about = os.stat(path)
+                found[path] = {"size": about.st_size, "mtime": about.st_mtime}
+    return found
 
 
 def _open(url: str) -> tuple[Any, str]:
