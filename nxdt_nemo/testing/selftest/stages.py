@@ -9,9 +9,10 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nxdt_nemo.config.environment import apply, settings
 from nxdt_nemo.config.instances import INSTANCES
@@ -23,13 +24,16 @@ from nxdt_nemo.testing.pool import RankError, RankPool
 from nxdt_nemo.testing.script_run import Run
 from nxdt_nemo.testing.selftest.training import SAVED, STEPS, Runs
 
-__all__ = ["STAGES", "Outcome", "run"]
+__all__ = ["BUDGET", "STAGES", "Outcome", "run"]
+
+BUDGET = 600.0
+"""Seconds that all stages have together."""
 
 PIECES = "nxdt_nemo.testing.selftest.pieces"
 # Largest error over the largest element; bfloat16 has 8 bits.
 EXACT = {"float32": 1e-5, "bfloat16": 1e-2}
 SAME = 1e-5
-SECONDS = 600.0  # of all stages together
+UNTRAINED = math.log(1024)  # the loss of a model to which all pieces of the corpus's tokenizer are alike
 NO_CHECKPOINTS = ("exp_manager.create_checkpoint_callback=false", f"trainer.val_check_interval={STEPS}")
 
 
@@ -49,31 +53,29 @@ class Outcome:
 
 
 class _Bench:
-    """What stages share: a folder, a lane, the time that is left, and the runs that later stages compare with."""
+    """What stages share: a folder, a lane, the time, and the runs that later stages compare with."""
 
-    def __init__(self, folder: Path, lane: str, seconds: float) -> None:
-        self.ends = time.monotonic() + seconds
+    def __init__(self, folder: Path, lane: str) -> None:
+        self._end = time.monotonic() + BUDGET
         # One core for a process: the runtime takes all of them otherwise, and a second rank finds none.
         self.environment = {"NEURON_RT_NUM_CORES": "1"}
-        self.lane, self.runs = lane, Runs(folder, lane, self.environment)
+        self.lane, self.runs = lane, Runs(folder, lane, self.environment, self.left)
         self.first: Run | None = None
 
-    @property
     def left(self) -> float:
-        """Seconds, at least one: what has been started ends by its own time-out."""
-        return max(1.0, self.ends - time.monotonic())
+        """Seconds until the end of the budget. Raises Failed when there are none."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise Failed(f"nothing is left of the stages' {BUDGET:.0f} s; compiled graphs are kept: start again")
+        return left
 
-    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1) -> Run:
-        """Runs.train in the time that is left."""
-        return self.runs.train(name, *overrides, lane=lane, stop=stop, seconds=self.left)
-
-    def ranks(self, world: int, piece: str) -> list[dict[str, object]]:
+    def ranks(self, world: int, piece: str) -> list[dict[str, Any]]:
         """piece() in `world` ranks of the lane, with the environment of a float32 job: neuronx-cc would cast."""
         job = Job(precision="fp32", lane=self.lane, instance=INSTANCES.get(product_name()))
         apply(settings(job), whole := dict(os.environ))
         environment = {name: value for name, value in whole.items() if os.environ.get(name) != value}
         environment |= self.environment | {"NXDT_NEMO_RUNTIME": self.lane, "NXDT_NEMO": "0"}
-        with RankPool(world, env=environment, init=ACTIVE, group=False, timeout=self.left) as pool:
+        with RankPool(world, env=environment, init=ACTIVE, group=False, timeout=self.left()) as pool:
             return pool.run(f"{PIECES}:{piece}")
 
 
@@ -89,17 +91,19 @@ def device(bench: _Bench) -> str:
 def dtypes(bench: _Bench) -> str:
     """Products and softmax in the dtypes that train, against float64 on the host."""
     (found,) = bench.ranks(1, "dtype_errors")
-    text = ", ".join(f"{name} {max(errors):.1e}" for name, errors in found.items())  # type: ignore[call-overload]
-    wrong = [
-        name
-        for name, errors in found.items()
-        if not all(error <= EXACT[name] for error in errors)  # type: ignore[attr-defined]
-    ]
     if "float32" not in found:
-        raise Failed("the lane supports no float32")
+        raise Failed("float32, in which the later stages train, is not supported")
+    worst = {name: _worst(errors) for name, errors in found.items()}
+    text = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
+    wrong = [name for name, error in worst.items() if error > EXACT[name]]
     if wrong:
         raise Failed(f"errors {text}: {' and '.join(wrong)} computed with fewer bits than it has")
     return f"errors {text}"
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """The largest; infinite when one is not a number, which max() may pass over."""
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def collectives(bench: _Bench) -> str:
@@ -114,21 +118,23 @@ def collectives(bench: _Bench) -> str:
 def one_step(bench: _Bench) -> str:
     """NeMo trains a tiny Llama for one step, optimizer and logging included."""
     alone = ("trainer.max_steps=1", "trainer.val_check_interval=1", "exp_manager.create_checkpoint_callback=false")
-    done = bench.train("step", *alone)
-    losses = _losses(done, 1)
-    return f"loss {losses[0]:.4f}"
+    done = bench.runs.train("step", *alone)
+    (loss,) = _losses(done, 1)
+    if abs(loss - UNTRAINED) > 0.5:
+        raise Failed(f"loss {loss:.4f}: an untrained model's is near {UNTRAINED:.1f}", done.output)
+    return f"loss {loss:.4f}"
 
 
 def parity(bench: _Bench) -> str:
     """Losses of the lane equal the cpu lane's, at a learning rate that learns."""
     saving = f"trainer.val_check_interval={SAVED}"
-    found = bench.first = bench.train("lane", saving)
+    found = bench.first = bench.runs.train("lane", saving)
     losses = _losses(found, STEPS)
     if bench.lane == "cpu":
-        again = bench.train("again", *NO_CHECKPOINTS)
+        again = bench.runs.train("again", *NO_CHECKPOINTS)
         other, name = _losses(again, STEPS), "a second run"
     else:
-        again = bench.train("cpu", *NO_CHECKPOINTS, lane="cpu")
+        again = bench.runs.train("cpu", *NO_CHECKPOINTS, lane="cpu")
         other, name = _losses(again, STEPS), "the cpu lane"
     worst = relative(losses, other)
     text = f"{STEPS} steps, {losses[0]:.4f} to {losses[-1]:.4f}, {worst:.1e} from {name}"
@@ -142,8 +148,8 @@ def resume(bench: _Bench) -> str:
     if bench.first is None:
         raise Failed("the run to compare with did not end")
     half = f"trainer.val_check_interval={SAVED}"
-    _losses(bench.train("resumed", half, stop=SAVED), SAVED)
-    resumed = bench.train("resumed", half)
+    _losses(bench.runs.train("resumed", half, stop=SAVED), SAVED)
+    resumed = bench.runs.train("resumed", half)
     found, whole = _losses(resumed, STEPS), _losses(bench.first, STEPS)
     if not resumed.resumed_from:
         raise Failed("the second run began anew")
@@ -164,41 +170,42 @@ STAGES: dict[str, Callable[[_Bench], str]] = {
 
 
 def _losses(done: Run, steps: int) -> list[float]:
-    """The losses of a run that ended well. Raises Failed with the end of its output otherwise."""
+    """The losses of a run that ended well, each above 0. Raises Failed with the end of its output otherwise."""
     if done.code != 0:
         raise Failed(f"exit code {done.code}", done.output)
     curve = done.curve()
     if len(curve) != steps:
         raise Failed(f"{len(curve)} of {steps} losses logged", done.output)
-    losses = [curve[step] for step in sorted(curve)]
-    bad = [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]
-    if bad:
-        raise Failed(f"the loss of step {bad[0]} is {losses[bad[0] - 1]}", done.output)
-    return losses
+    for step, loss in sorted(curve.items()):
+        if not 0 < loss < math.inf:
+            raise Failed(f"loss {loss} in step {step + 1}", done.output)
+    return [curve[step] for step in sorted(curve)]
 
 
-def run(
-    folder: Path, lane: str, stages: dict[str, Callable[[_Bench], str]] | None = None, seconds: float = SECONDS
-) -> Iterator[Outcome]:
-    """Each stage's outcome as it ends; without a device the rest is not tried, nor when all have taken `seconds`."""
-    bench = _Bench(folder, lane, seconds)
-    lost = ""
+def run(folder: Path, lane: str, stages: dict[str, Callable[[_Bench], str]] | None = None) -> Iterator[Outcome]:
+    """Each stage's outcome as it ends; without a device, or once the time is over, the rest is not tried."""
+    bench = _Bench(folder, lane)
+    lost = False
     for name, stage in (STAGES if stages is None else stages).items():
         if lost:
-            yield Outcome(name, False, f"not tried: {lost}", 0.0)
+            yield Outcome(name, False, "not tried: no device", 0.0)
             continue
         started = time.monotonic()
         try:
+            bench.left()
             ok, found, output = True, stage(bench), ""
         except Failed as error:
             ok, found, output = False, str(error.args[0]), str(error.args[1]) if len(error.args) > 1 else ""
         except RankError as error:
             last = str(error).strip().splitlines()[-1]
-            ok, found, output = False, f"rank {error.rank}: {last}", str(error)
+            late = f"not done after {time.monotonic() - started:.0f} s"
+            ok, found, output = False, late if error.kind == "timeout" else f"rank {error.rank}: {last}", str(error)
         except subprocess.TimeoutExpired as error:
-            ok, found, output = False, f"not done after {error.timeout:.0f} s", str(error.output or "")
+            ok, found, output = False, f"not done after {error.timeout:.0f} s", _text(error.output)
         yield Outcome(name, ok, found, time.monotonic() - started, "" if ok else output[-4000:])
-        if name == "device" and not ok:
-            lost = "no device"
-        elif time.monotonic() >= bench.ends:
-            lost = f"the {seconds:.0f} s of all stages are over; what was compiled is kept, start it again"
+        lost = name == "device" and not ok
+
+
+def _text(output: str | bytes | None) -> str:
+    """Of a process that was ended: subprocess gives bytes there, whatever was asked for."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
