@@ -66,6 +66,10 @@ def test_nothing_compiles_after_the_warm_up(tmp_path: Path, late: list[dict[str,
     assert found.after_warm_up == 1 and not found.good
 
 
+def test_the_end_compiles_no_more_than_it_needs(tmp_path: Path) -> None:
+    assert not counted(tmp_path, *RUN, END | {"compiled": 2}).good
+
+
 @pytest.mark.parametrize("reader", ["step", "between"])
 def test_a_reading_that_nobody_asked_for(tmp_path: Path, reader: str) -> None:
     """In a step or after it, where the preemption callback reads; values asked for in validations do not hide it."""

@@ -47,6 +47,7 @@ KEYS = (
     "exp_manager.create_preemption_callback=true",
 )
 WARM = 2  # steps, validations and saves that may compile
+LAST = 1  # graphs of the end: Lightning's metrics start afresh
 LOG_EVERY = 10
 LOG_VALUES, BAR_VALUES = 2, 2  # the loss and the gradients' norm; the loss and the last validation's
 FIRST_DRAWING = 1  # the bar's first loss is read at once: there is none of an earlier step to show
@@ -132,11 +133,11 @@ class Counted:
 
     @property
     def good(self) -> bool:
-        """Steps and two validations or more came after the warm-up, and compiled nothing; what was read back is what
-        the loggers and the bar may ask for, and they did; nothing ran off XLA."""
+        """Steps and two validations or more came after the warm-up, and compiled nothing, the end LAST; what was read
+        back is what the loggers and the bar may ask for, and they did; nothing ran off XLA."""
         late = len(self.steps) > WARM and len(self.validations) >= WARM + 2
         read = 0 < self.logged <= self.most_logged and 0 < self.drawn <= self.most_drawn and not self.unasked
-        return late and read and not (self.after_warm_up or self.fallen)
+        return late and read and self.end <= LAST and not (self.after_warm_up or self.fallen)
 
 
 def _by_kind(parts: Iterable[dict[str, Any]]) -> dict[str, list[Counter[str]]]:
