@@ -166,7 +166,7 @@ def start(
     )
 
 
-def run(script: Path, arguments: Sequence[str], folder: Path, *, seconds: int = 420, **named: Any) -> Run:
+def run(script: Path, arguments: Sequence[str], folder: Path, *, seconds: float = 420, **named: Any) -> Run:
     """A job to its end, and nothing of it outlives that. Raises subprocess.TimeoutExpired after `seconds`."""
     process = start(script, arguments, **named)
     try:

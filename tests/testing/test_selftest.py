@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 
-from nxdt_nemo.testing.selftest import Outcome, run, stages
+from nxdt_nemo.testing.pool import RankError
+from nxdt_nemo.testing.script_run import Run
+from nxdt_nemo.testing.selftest import Outcome, run, stages, training
 from nxdt_nemo.testing.selftest.report import markdown
 from nxdt_nemo.testing.selftest.stages import STAGES, Failed
 
@@ -39,6 +44,121 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path):
 def test_without_a_device_nothing_else_is_tried(tmp_path):
     found = outcomes(tmp_path, device=fails, dtypes=lambda bench: "well")
     assert found[1] == ("dtypes", False, "not tried: no device")
+
+
+@dataclass(frozen=True)
+class Logged(Run):
+    """A run that ended well and logged these losses."""
+
+    losses: Sequence[float] = ()
+
+    def curve(self, name="reduced_train_loss"):
+        return dict(enumerate(self.losses))
+
+    @property
+    def resumed_from(self):
+        return "a checkpoint"
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """losses(**runs) are what each run of the self-test logs; a run that is not named logs LEARNS."""
+
+    def give(**runs):
+        def train(self, name, *overrides, lane="", stop=-1):
+            steps = 1 if name == "step" else stop if stop > 0 else len(LEARNS)
+            return Logged(0, "", self.folder, runs.get(name, LEARNS)[:steps])
+
+        monkeypatch.setattr(stages.Runs, "train", train)
+
+    return give
+
+
+LEARNS = [6.9375, 6.9, 6.8, 6.7, 6.5, 6.25]
+NAMES = {name: STAGES[name] for name in ("one step", "parity", "save and resume")}
+
+
+def test_losses_that_are_as_they_should_be(losses, tmp_path):
+    losses()
+    assert [(one.stage, one.ok) for one in run(tmp_path, "xla", NAMES)] == [(name, True) for name in NAMES]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0], ids=str)
+@pytest.mark.parametrize(
+    "which, stage, step",
+    [
+        ("step", "one step", 0),
+        ("lane", "parity", 0),
+        ("lane", "parity", 5),
+        ("cpu", "parity", 4),
+        ("resumed", "save and resume", 5),
+    ],
+)
+def test_a_loss_that_is_none(losses, tmp_path, which, stage, step, loss):
+    losses(**{which: [*LEARNS[:step], loss, *LEARNS[step + 1 :]]})
+    found = {one.stage: one for one in run(tmp_path, "xla", NAMES)}
+    assert not found[stage].ok
+    assert found[stage].found == f"loss {loss} in step {step + 1}"
+
+
+def test_a_first_loss_of_a_model_that_knows_more_than_it_can(losses, tmp_path):
+    losses(step=[1.5])
+    (found,) = run(tmp_path, "xla", {"one step": STAGES["one step"]})
+    assert (found.ok, found.found) == (False, "loss 1.5000: an untrained model's is near 6.9")
+
+
+@pytest.mark.parametrize(
+    "errors, line",
+    [
+        ({"float32": (1e-7, 1e-8), "bfloat16": (1e-3, 1e-3)}, ""),
+        ({"float32": (1e-7, math.nan)}, "errors float32 inf: float32 computed with fewer bits than it has"),
+        ({"float32": (math.nan, 1e-7)}, "errors float32 inf: float32 computed with fewer bits than it has"),
+        ({"bfloat16": (1e-3, 1e-3)}, "float32, in which the later stages train, is not supported"),
+        ({}, "float32, in which the later stages train, is not supported"),
+    ],
+)
+def test_dtypes(monkeypatch, tmp_path, errors, line):
+    monkeypatch.setattr(stages._Bench, "ranks", lambda *_: [errors])
+    (found,) = run(tmp_path, "xla", {"dtypes": STAGES["dtypes"]})
+    assert (found.ok, "" if found.ok else found.found) == (not line, line)
+
+
+def test_a_collective_that_gives_nan(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages._Bench, "ranks", lambda *_: [{"all_reduce": 0.0, "broadcast": math.nan}] * 2)
+    (found,) = run(tmp_path, "xla", {"collectives": STAGES["collectives"]})
+    assert (found.ok, found.found) == (False, "wrong on 2 ranks: broadcast")
+
+
+def test_stages_share_the_time(monkeypatch, tmp_path):
+    """What a stage may take is what those before it have left; the last finds nothing."""
+    clock, given = [100.0], []
+
+    @contextlib.contextmanager
+    def pool(world, *, timeout, **more):
+        given.append(timeout)
+        clock[0] += 250
+        raise RankError(0, "timeout", "stacks")
+        yield
+
+    def train(*arguments, seconds, **more):
+        given.append(seconds)
+        clock[0] += seconds
+        raise subprocess.TimeoutExpired("x", seconds, b"half a line")
+
+    monkeypatch.setattr(stages, "RankPool", pool)
+    monkeypatch.setattr(training, "run", train)
+    monkeypatch.setattr(training, "write_corpus", lambda folder: folder)
+    monkeypatch.setattr(stages.time, "monotonic", lambda: clock[0])
+    found = list(run(tmp_path, "xla", {name: STAGES[name] for name in ("dtypes", "collectives", "one step", "parity")}))
+    assert given == [600, 350, 100]
+    assert [(one.ok, one.seconds, one.found) for one in found] == [
+        (False, 250, "not done after 250 s"),
+        (False, 250, "not done after 250 s"),
+        (False, 100, "not done after 100 s"),
+        (False, 0, "nothing is left of the 600 s of all stages"),
+    ]
+    assert found[2].output == "half a line"
+    assert ", 600 of 600 s\n" in markdown(found, "xla", [])
 
 
 @pytest.mark.ranks

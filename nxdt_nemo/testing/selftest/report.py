@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nxdt_nemo import __version__
-from nxdt_nemo.testing.selftest.stages import Outcome
+from nxdt_nemo.testing.selftest.stages import BUDGET, Outcome
 
 __all__ = ["markdown"]
 
@@ -25,11 +25,11 @@ def markdown(outcomes: Sequence[Outcome], lane: str, machine: Sequence[str]) -> 
 
 def _lines(outcomes: Sequence[Outcome], lane: str, machine: Sequence[str]) -> Iterator[str]:
     failed = [one for one in outcomes if not one.ok]
-    seconds = sum(one.seconds for one in outcomes)
+    seconds = f"{sum(one.seconds for one in outcomes):.0f} of {BUDGET:.0f} s"
     verdict = f"{len(failed)} of {len(outcomes)} stages failed" if failed else f"all {len(outcomes)} stages passed"
     yield f"# nxdt-nemo self-test: {verdict}"
     yield ""
-    yield f"nxdt-nemo {__version__}, lane {lane}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s"
+    yield f"nxdt-nemo {__version__}, lane {lane}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {seconds}"
     yield ""
     yield "| stage | result | seconds | found |"
     yield "|---|---|---|---|"

@@ -5,6 +5,7 @@ Room testing/. Proof: tests/testing/test_selftest.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nxdt_nemo.testing.script_run import Run, run, tiny, write_corpus
@@ -42,14 +43,16 @@ if __name__ == "__main__":
     main()
 '''
 STEPS, SAVED = 6, 3
-SECONDS = 1800  # a run whose graphs nobody compiled before takes many minutes
 
 
 class Runs:
-    """Runs in a folder of their own; the corpus is written when the first one needs it."""
+    """Runs in a folder of their own; the corpus is written when the first one needs it.
 
-    def __init__(self, folder: Path, lane: str, environment: dict[str, str]) -> None:
-        self.folder, self.lane, self.environment = folder, lane, environment
+    left  the seconds that a run may take, asked when it starts
+    """
+
+    def __init__(self, folder: Path, lane: str, environment: dict[str, str], left: Callable[[], float]) -> None:
+        self.folder, self.lane, self.environment, self.left = folder, lane, environment, left
         self._corpus: Path | None = None
 
     @property
@@ -59,7 +62,7 @@ class Runs:
             self._corpus = write_corpus(self.folder / "corpus")
         return self._corpus
 
-    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1, seconds: int = SECONDS) -> Run:
+    def train(self, name: str, *overrides: str, lane: str = "", stop: int = -1) -> Run:
         """A run on this lane (or another) that logs to the folder `name` and ends after step `stop`, if given."""
         folder = self.folder / name
         words = [*tiny(self.corpus, folder), f"trainer.max_steps={STEPS}", *overrides]
@@ -67,4 +70,4 @@ class Runs:
         environment |= {"SELFTEST_STOP": str(stop)}
         script = self.folder / "pretraining.py"
         script.write_text(SCRIPT, encoding="utf-8")
-        return run(script, words, folder, seconds=seconds, environment=environment, cwd=self.folder)
+        return run(script, words, folder, seconds=self.left(), environment=environment, cwd=self.folder)
