@@ -7,6 +7,7 @@ import uuid
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from omegaconf import OmegaConf
 
 from nxdt_nemo.audit.compile.cache import STALE, contents, counted
@@ -27,6 +28,11 @@ FILES = [  # module, file, bytes, seconds ago
     ("MODULE_4+aa", "model.hlo_module.pb.lock", 0, STALE - 1),
     ("MODULE_5+aa", "model.hlo_module.pb", 500, STALE + 1),
     ("MODULE_5+aa", "model.hlo_module.pb.lock", 0, STALE + 1),
+    ("MODULE_6+aa", "model.neff", 600, STALE + 1),
+    ("MODULE_6+aa", "model.done", 0, STALE + 1),
+    ("MODULE_6+aa", "model.hlo_module.pb.lock", 0, STALE + 1),
+    ("MODULE_7+aa", "model.neff", 700, 50),  # half of it, maybe
+    ("MODULE_7+aa", "model.hlo_module.pb.lock", 0, 50),
 ]
 STATES = {
     "MODULE_1+aa": ("compiled", 5100),
@@ -34,7 +40,10 @@ STATES = {
     "MODULE_3+aa": ("failed", 310),
     "MODULE_4+aa": ("locked", 400),
     "MODULE_5+aa": ("stale lock", 500),
+    "MODULE_6+aa": ("compiled", 600),
+    "MODULE_7+aa": ("locked", 700),
 }
+LOCKS = {4: "locked", 5: "stale lock", 6: "stale lock", 7: "locked"}
 
 
 @pytest.fixture
@@ -52,7 +61,8 @@ def test_graphs_of_neurons_cache(cache):
     assert {graph.name: (graph.state, graph.size) for graph in graphs} == STATES
     assert {graph.compiler for graph in graphs} == {COMPILER}
     assert [graph.size for graph in graphs] == sorted((graph.size for graph in graphs), reverse=True)
-    assert counted(graphs) == dict.fromkeys(("compiled", "stale lock", "locked", "failed", "waiting"), 1)
+    assert {int(graph.name[7]): graph.lock for graph in graphs if graph.lock} == LOCKS
+    assert counted(graphs) == {"compiled": 2, "stale lock": 1, "locked": 2, "failed": 1, "waiting": 1}
     assert next(graph.age for graph in graphs if graph.name == "MODULE_1+aa") == pytest.approx(40)
 
 
@@ -82,6 +92,34 @@ def test_what_is_not_there(url, line):
     with pytest.raises(UserError) as caught:
         contents(url)
     assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("unreadable", ["", COMPILER, f"{COMPILER}/MODULE_2+aa"])
+def test_a_folder_that_cannot_be_read(monkeypatch, cache, unreadable):
+    """Its graphs are not passed over. Patched: a test that root runs may read everything."""
+    listed = LocalFileSystem.ls
+
+    def ls(self, path, **more):
+        if str(path) == str(cache / unreadable):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(self, path, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    with pytest.raises(UserError) as caught:
+        contents(str(cache))
+    assert str(caught.value) == f"{cache / unreadable}: cannot be read: Permission denied"
+
+
+def test_a_graph_that_goes_while_the_list_is_made(monkeypatch, cache):
+    listed = LocalFileSystem.ls
+
+    def ls(self, path, **more):
+        if str(path).endswith("MODULE_2+aa"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return listed(self, path, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    assert {graph.name for graph in contents(str(cache))} == STATES.keys() - {"MODULE_2+aa"}
 
 
 class Locked(fsspec.AbstractFileSystem):
