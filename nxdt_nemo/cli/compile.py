@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nxdt_nemo import console
-from nxdt_nemo.cli.output import into
+from nxdt_nemo.cli.output import cell, into
 from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,13 +70,6 @@ def _needs_a_device() -> None:
         raise UserError(reason, place="nxdt-nemo compile", fix="compile on an instance with Trainium")
 
 
-def _needs_graphs(view: View) -> None:
-    """Raises ConfigError for a lane that traces none."""
-    lane = view.get("neuron.runtime")
-    if lane in ("cpu", "neuron"):
-        raise view.error(f"neuron.runtime={lane}: this lane traces no graphs", "compile with neuron.runtime=xla")
-
-
 def _asked(config: Path | None, overrides: Sequence[str]) -> str:
     """The cache that a configuration names, else the environment's, else Neuron's default."""
     from nxdt_nemo.audit.compile.cache import DEFAULT
@@ -87,7 +80,10 @@ def _asked(config: Path | None, overrides: Sequence[str]) -> str:
 
 
 def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: str | None, *, as_json: bool) -> int:
-    """Run, and say how many graphs there were and how many the cache did not have. The run's exit code."""
+    """Run, and say how many graphs there were and how many the cache did not have.
+
+    The run's exit code; 1 for a run that ended well and asked for none.
+    """
     from nxdt_nemo.audit.compile.short_run import command, read_counts
     from nxdt_nemo.audit.compile.short_run import overrides as short
     from nxdt_nemo.audit.compile.short_run import ranks as ranks_of
@@ -98,18 +94,16 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
         raise UserError("no such script", place=f"--script {script}")
     config = find(config)
     job, view = asked(config, overrides)
-    _needs_graphs(view)
+    _needs_graphs(job, view)
     ranks, neuron = ranks_of(view), neuron_devices() > 0
     url = cache or job.keys.get("compiler_cache_url") or ("" if neuron else DEFAULT_XLA)
     if not neuron and "://" in url:
         raise UserError(f"{url} is not a folder", place="cache", fix="on XLA:CPU use a folder: --cache FOLDER")
     if url and "://" not in url:
-        into(Path(url), "cache")
+        url = str(into(Path(url), "cache").resolve())
     with tempfile.TemporaryDirectory(prefix="nxdt-compile-") as made:
         folder = Path(made)
-        words = [*overrides, *short(view, folder / "run")]
-        if view.get("neuron.runtime") is not None:
-            words.append("++neuron.runtime=xla")  # auto would take the cpu lane of a host without devices
+        words = [*overrides, *short(view, folder / "run", url if neuron else "")]
         done = subprocess.run(
             command(script, config.resolve(), words, ranks),
             env=_environment(job, url, folder, neuron=neuron),
@@ -117,18 +111,32 @@ def _compile(config: Path, overrides: Sequence[str], script: str | None, cache: 
             check=False,
         )
         counts = read_counts(folder)
-    nothing = not neuron and not counts.graphs
-    if done.returncode and not nothing:
-        console.notice(f"the run ended with exit code {done.returncode}: its graphs up to there are in the cache")
-    code = done.returncode or int(nothing)
+    # What torch-xla counts beneath Neuron's wrapper nobody has seen.
+    code = done.returncode or int(not neuron and counts.graphs == 0)
+    if done.returncode:
+        reached = "its graphs up to there are in the cache" if counts.graphs else "it asked for no graph"
+        console.notice(f"the run ended with exit code {code}: {reached}")
+    elif code:
+        console.notice(f"the run asked for no graph: {script or config} trains nothing on the xla lane")
     if as_json:
         typer.echo(json.dumps({"cache": url, "ranks": ranks, "exit_code": code, **vars(counts)}))
-    elif not neuron:
+    elif counts.graphs and not neuron:
         typer.echo(f"{counts.graphs} graphs on {ranks} ranks, {counts.missed} of them not in {url} before")
-    if nothing:
-        ended = f"and ended with exit code {done.returncode}" if done.returncode else "and trained nothing"
-        raise UserError(f"the run asked for no graph {ended}", place=script or str(config), fix="see what it said")
     return code
+
+
+def _needs_graphs(job: Job, view: View) -> None:
+    """Raises UserError for a lane without graphs of torch-xla's; `auto` is the xla lane here."""
+    from nxdt_nemo.runtime.select import VARIABLE
+
+    key = job.keys.get("runtime")
+    lane = key or os.environ.get(VARIABLE) or "auto"
+    if lane in ("auto", "xla"):
+        return
+    reason = "only the xla lane has graphs to compile ahead"
+    if key:
+        raise view.error(f"neuron.runtime={lane}: {reason}", "set neuron.runtime=xla")
+    raise UserError(reason, place=f"{VARIABLE}={lane}", fix="set it to xla, or leave it out")
 
 
 def _environment(job: Job, url: str, folder: Path, *, neuron: bool) -> dict[str, str]:
@@ -136,18 +144,17 @@ def _environment(job: Job, url: str, folder: Path, *, neuron: bool) -> dict[str,
     import dataclasses
 
     from nxdt_nemo.config.environment import apply, settings
+    from nxdt_nemo.config.instances import INSTANCES
+    from nxdt_nemo.runtime.machine import product_name
     from nxdt_nemo.runtime.select import VARIABLE
 
-    environ = dict(os.environ)
-    if environ.get(VARIABLE) == "neuron":
-        raise UserError("the neuron lane traces no graphs", place=f"{VARIABLE}=neuron", fix=f"set {VARIABLE}=xla")
-    environ[VARIABLE] = "xla"
+    environ = os.environ | {VARIABLE: "xla", "NXDT_NEMO_COMPILE_REPORT": str(folder)}
     keys = {**job.keys, "compiler_cache_url": url} if neuron and url else job.keys
-    for line in apply(settings(dataclasses.replace(job, keys=keys), "process", "compile"), environ):
+    job = dataclasses.replace(job, keys=keys, instance=job.instance or INSTANCES.get(product_name()))
+    for line in apply(settings(job, "process", "compile"), environ):
         console.warn(line)
-    environ["NXDT_NEMO_COMPILE_REPORT"] = str(folder)
     if not neuron:
-        environ["XLA_PERSISTENT_CACHE_PATH"] = str(Path(url).resolve())
+        environ["XLA_PERSISTENT_CACHE_PATH"] = url
     return environ
 
 
@@ -171,10 +178,10 @@ def _lines(url: str, graphs: Sequence[Graph]) -> Iterator[str]:
         yield "| graph | compiler | state | size | hours old |"
         yield "|---|---|---|---|---|"
     for graph in graphs:
-        state = f"{graph.state}, stale lock" if graph.left and graph.state != "stale lock" else graph.state
+        state = f"{graph.state}, {graph.lock}" if graph.lock not in ("", graph.state) else graph.state
         cells = (graph.name, graph.compiler, state, _size(graph.size), f"{graph.age / 3600:.1f}")
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-    if any(graph.left for graph in graphs):
+        yield f"| {' | '.join(cell(text) for text in cells)} |"
+    if any(graph.lock == "stale lock" for graph in graphs):
         yield ""
         yield "Where nobody compiles any more: neuron_parallel_compile --command clear-locks"
     if any(graph.state == "failed" for graph in graphs):

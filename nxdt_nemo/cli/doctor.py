@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nxdt_nemo import __version__
+from nxdt_nemo.cli.output import cell
 from nxdt_nemo.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _target(
 def _table(rows: Sequence[Any]) -> Iterator[str]:
     """Named tuples as a Markdown table; columns but the last two are padded, to be read as text too."""
     names = rows[0]._fields
-    cells = [[_cell(str(value)) for value in row] for row in rows]
+    cells = [[cell(str(value)) for value in row] for row in rows]
     widths = [max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(names)]
     widths[-2:] = [len(name) for name in names[-2:]]
     for row in [list(names), ["-" * width for width in widths], *cells]:
@@ -139,17 +140,11 @@ def report(rows: Sequence[Row]) -> Iterator[str]:
     yield f"nxdt-nemo doctor: {count(numbers['problem'], 'problem')}, {count(numbers['note'], 'note')}"
     for section, found in groupby(rows, key=lambda row: row.section):
         group = list(found)
-        width = max(len(_cell(row.what)) for row in group)
+        width = max(len(cell(row.what)) for row in group)
         width = max(width, len(section))
         yield ""
         yield f"| state   | {section:{width}} | found |"
         yield f"|---------|{'-' * (width + 2)}|-------|"
         for row in group:
             text = f"{row.found}; {row.fix}" if row.fix else row.found
-            yield f"| {row.state:7} | {_cell(row.what):{width}} | {_cell(text)} |"
-
-
-def _cell(text: str) -> str:
-    """One line without what Markdown would take for the end of a cell, or for emphasis."""
-    escaped = " ".join(text.split()).replace("|", "\\|")
-    return escaped.replace("*", "\\*")
+            yield f"| {row.state:7} | {cell(row.what):{width}} | {cell(text)} |"

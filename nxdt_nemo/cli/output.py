@@ -1,4 +1,4 @@
-"""Where commands write: a folder that takes files, and no text over another one unasked.
+"""Where commands write: a folder that takes files, no text over another one unasked, and the cells of a table.
 
 Room cli/. Proof: tests/cli/test_doctor_target.py, tests/cli/test_migrate.py.
 """
@@ -10,7 +10,12 @@ from pathlib import Path
 
 from nxdt_nemo.errors import UserError
 
-__all__ = ["into", "write"]
+__all__ = ["cell", "into", "write"]
+
+
+def cell(text: str) -> str:
+    """One line without what Markdown would take for the end of a cell, or for emphasis."""
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
 
 
 def into(folder: Path, option: str) -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import uuid
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from omegaconf import OmegaConf
 
 from nxdt_nemo.audit.compile.cache import STALE, contents, counted
@@ -29,7 +29,10 @@ FILES = [  # module, file, bytes, seconds ago
     ("MODULE_5+aa", "model.hlo_module.pb", 500, STALE + 1),
     ("MODULE_5+aa", "model.hlo_module.pb.lock", 0, STALE + 1),
     ("MODULE_6+aa", "model.neff", 600, STALE + 1),
+    ("MODULE_6+aa", "model.done", 0, STALE + 1),
     ("MODULE_6+aa", "model.hlo_module.pb.lock", 0, STALE + 1),
+    ("MODULE_7+aa", "model.neff", 700, 50),  # half of it, maybe
+    ("MODULE_7+aa", "model.hlo_module.pb.lock", 0, 50),
 ]
 STATES = {
     "MODULE_1+aa": ("compiled", 5100),
@@ -38,7 +41,9 @@ STATES = {
     "MODULE_4+aa": ("locked", 400),
     "MODULE_5+aa": ("stale lock", 500),
     "MODULE_6+aa": ("compiled", 600),
+    "MODULE_7+aa": ("locked", 700),
 }
+LOCKS = {4: "locked", 5: "stale lock", 6: "stale lock", 7: "locked"}
 
 
 @pytest.fixture
@@ -56,8 +61,8 @@ def test_graphs_of_neurons_cache(cache):
     assert {graph.name: (graph.state, graph.size) for graph in graphs} == STATES
     assert {graph.compiler for graph in graphs} == {COMPILER}
     assert [graph.size for graph in graphs] == sorted((graph.size for graph in graphs), reverse=True)
-    assert counted(graphs) == {"compiled": 2} | dict.fromkeys(("stale lock", "locked", "failed", "waiting"), 1)
-    assert {graph.name for graph in graphs if graph.left} == {"MODULE_5+aa", "MODULE_6+aa"}
+    assert {int(graph.name[7]): graph.lock for graph in graphs if graph.lock} == LOCKS
+    assert counted(graphs) == {"compiled": 2, "stale lock": 1, "locked": 2, "failed": 1, "waiting": 1}
     assert next(graph.age for graph in graphs if graph.name == "MODULE_1+aa") == pytest.approx(40)
 
 
@@ -89,17 +94,32 @@ def test_what_is_not_there(url, line):
     assert str(caught.value) == line
 
 
-def test_a_folder_that_may_not_be_read_is_not_an_empty_one(cache, monkeypatch):
-    module, plain = str(cache / COMPILER / "MODULE_2+aa"), os.scandir
+@pytest.mark.parametrize("unreadable", ["", COMPILER, f"{COMPILER}/MODULE_2+aa"])
+def test_a_folder_that_cannot_be_read(monkeypatch, cache, unreadable):
+    """Its graphs are not passed over. Patched: a test that root runs may read everything."""
+    listed = LocalFileSystem.ls
 
-    def forbids(path):
-        if path == module:
-            raise PermissionError(13, "Permission denied", module)
-        return plain(path)
+    def ls(self, path, **more):
+        if str(path) == str(cache / unreadable):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(self, path, **more)
 
-    monkeypatch.setattr(os, "scandir", forbids)
-    with pytest.raises(UserError, match=f"^{re.escape(str(cache))}: .*Permission denied"):
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    with pytest.raises(UserError) as caught:
         contents(str(cache))
+    assert str(caught.value) == f"{cache / unreadable}: cannot be read: Permission denied"
+
+
+def test_a_graph_that_goes_while_the_list_is_made(monkeypatch, cache):
+    listed = LocalFileSystem.ls
+
+    def ls(self, path, **more):
+        if str(path).endswith("MODULE_2+aa"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return listed(self, path, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    assert {graph.name for graph in contents(str(cache))} == STATES.keys() - {"MODULE_2+aa"}
 
 
 class Locked(fsspec.AbstractFileSystem):

@@ -8,7 +8,6 @@ it. torch-xla's: one file a graph, named by a number. Uses fsspec for URLs. Proo
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from nxdt_nemo.errors import UserError, one_line
 
-__all__ = ["DEFAULT", "STALE", "Graph", "State", "contents"]
+__all__ = ["DEFAULT", "STALE", "Graph", "Lock", "State", "contents", "counted"]
 
 DEFAULT = "/var/tmp/neuron-compile-cache"
 """Where Neuron keeps its cache when nobody says otherwise."""
@@ -26,6 +25,7 @@ DEFAULT = "/var/tmp/neuron-compile-cache"
 STALE = 3600.0
 """Seconds after which a lock counts as left behind. A large graph may take longer: look before deleting."""
 
+Lock = Literal["", "locked", "stale lock"]
 State = Literal["compiled", "waiting", "failed", "locked", "stale lock"]
 
 
@@ -38,7 +38,7 @@ class Graph:
     state     compiled; waiting (extracted, not compiled); failed; locked (someone compiles it); stale lock
     size      bytes of all its files
     age       seconds since its newest file was written
-    left      whether a lock older than STALE lies there, beside a compiled graph too
+    lock      of its own, beside a compiled graph too; "" without one
     """
 
     name: str
@@ -46,7 +46,7 @@ class Graph:
     state: State
     size: int
     age: float
-    left: bool = False
+    lock: Lock = ""
 
 
 @dataclass
@@ -56,17 +56,22 @@ class _Files:
     names: list[str] = field(default_factory=list)
     size: int = 0
     newest: float = 0.0
-    lock: float | None = None
+    locked: float | None = None
 
-    def left(self, now: float) -> bool:
-        return self.lock is not None and now - self.lock > STALE
+    def has(self, *endings: str) -> bool:
+        return any(name.endswith(endings) for name in self.names)
+
+    def lock(self, now: float) -> Lock:
+        if self.locked is None:
+            return ""
+        return "stale lock" if now - self.locked > STALE else "locked"
 
     def state(self, now: float) -> State:
-        if any(name.endswith(".neff") for name in self.names):
+        """With a lock, a graph is compiled once .done says that its .neff is whole."""
+        lock = self.lock(now)
+        if self.has(".neff") and (not lock or self.has(".done")):
             return "compiled"
-        if self.lock is not None:
-            return "stale lock" if self.left(now) else "locked"
-        return "failed" if any(name.endswith((".log", ".done")) for name in self.names) else "waiting"
+        return lock or ("failed" if self.has(".log", ".done") else "waiting")
 
 
 def contents(url: str, *, now: float | None = None) -> list[Graph]:
@@ -89,11 +94,11 @@ def contents(url: str, *, now: float | None = None) -> list[Graph]:
             files.newest = max(files.newest, written)
             files.names.append(parts[-1])
             if parts[-1].endswith(".lock"):
-                files.lock = written
+                files.locked = written
         elif re.fullmatch(r"\d{8,}", parts[-1]):
             found.append(Graph(parts[-1], "torch-xla", "compiled", size, now - written))
     for (compiler, name), files in modules.items():
-        found.append(Graph(name, compiler, files.state(now), files.size, now - files.newest, files.left(now)))
+        found.append(Graph(name, compiler, files.state(now), files.size, now - files.newest, files.lock(now)))
     return sorted(found, key=lambda graph: (-graph.size, graph.name))
 
 
@@ -103,29 +108,29 @@ def _walk(url: str) -> Iterator[tuple[str, int, float]]:
     try:
         if not system.isdir(root):
             raise UserError("there is no cache", place=url, fix="name one, or compile first")
-        files = _local(root) if "file" in system.protocol else system.find(root, detail=True)
+        files = list(_files(system, root))
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or one_line(error)}", place=error.filename or url) from None
     except Exception as error:  # a store has errors of its own, for want of credentials for instance
         raise UserError(one_line(error), place=url) from None
-    for path, about in files.items():
-        yield path.removeprefix(root).lstrip("/"), int(about.get("size") or 0), _written(about)
+    for about in files:
+        path = str(about["name"]).removeprefix(root).lstrip("/")
+        yield path, int(about.get("size") or 0), _written(about)
 
 
-def _local(root: str) -> dict[str, dict[str, Any]]:
-    """As fsspec's find, which leaves out folders that it may not read. Raises PermissionError for one."""
-
-    def forbidden(error: OSError) -> None:
-        if isinstance(error, PermissionError):
-            raise error
-
-    found = {}
-    for folder, _, names in os.walk(root, onerror=forbidden):
-        for path in (os.path.join(folder, name) for name in names):
-            with contextlib.suppress(FileNotFoundError):  # someone compiles
-                about = os.stat(path)
-                found[path] = {"size": about.st_size, "mtime": about.st_mtime}
-    return found
+def _files(system: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """fsspec's find, which on disk omits each folder that it cannot read; a store lists all of them in one answer."""
+    if system.async_impl:
+        yield from system.find(folder, detail=True).values()
+        return
+    for about in system.ls(folder, detail=True):
+        if about["type"] != "directory":
+            yield about
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a compiler at work removes what it has done with
+            yield from _files(system, about["name"])
 
 
 def _open(url: str) -> tuple[Any, str]:

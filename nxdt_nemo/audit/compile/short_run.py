@@ -56,8 +56,13 @@ def ranks(view: View) -> int:
     return found
 
 
-def overrides(view: View, folder: Path) -> list[str]:
-    """hydra's, after the user's own: few steps with a validation, nothing written but into `folder`."""
+def overrides(view: View, folder: Path, cache: str = "") -> list[str]:
+    """hydra's, after the user's own: few steps with a validation, nothing written but into `folder`.
+
+    cache  of Neuron's, where graphs go instead of where the configuration says
+    A run hands the keys of `neuron:` on to its environment: those that differ there are replaced, the others left out.
+    """
+    replaced = {"runtime": "xla", "compiler_cache_url": cache}
     asked = "trainer.limit_val_batches"
     batches = min(2, view.number(asked, 2) or 0) if view.get(asked, 1.0) else 0
     logs = min(int(view.number("trainer.log_every_n_steps") or 3), 3)
@@ -71,6 +76,7 @@ def overrides(view: View, folder: Path) -> list[str]:
         "++exp_manager.create_checkpoint_callback=false",
         "++exp_manager.resume_if_exists=false",
         f"++exp_manager.explicit_log_dir={folder}",
+        *(f"++neuron.{key}={value}" for key, value in replaced.items() if value and view.get(f"neuron.{key}")),
     ]
 
 
