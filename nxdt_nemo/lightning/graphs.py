@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.strategies import Strategy
 
-from nxdt_nemo.lightning.logger_connector import log_when_there
+from nxdt_nemo.lightning.logger_connector import log_when_there, rank_on_host
 from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.runtime import current
 
@@ -50,6 +51,7 @@ class GraphsMixin(_Base):
         trainer = self.lightning_module.trainer
         slow_down(trainer.progress_bar_callback)
         log_when_there(trainer._logger_connector)
+        rank_on_host(trainer.checkpoint_callbacks)
         if current().traced:
             gc.collect()
             gc.freeze()  # what is there now is left out when garbage is sought
@@ -89,6 +91,16 @@ class GraphsMixin(_Base):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As validation_step."""
         return _own_graph(super().predict_step, *args, **kwargs)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
+        """As Lightning; of a traced lane on the host, where torch_xla would make a constant of a 0 and another of a 1:
+        two graphs, of which the second comes with the first validation that is not the best so far."""
+        if not current().traced:
+            return bool(super().reduce_boolean_decision(decision, all=all))
+        ranks = torch.tensor(int(decision))
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(ranks)
+        return bool(ranks == torch.distributed.get_world_size()) if all else bool(ranks)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning; and the step's graph ends here."""

@@ -4,14 +4,15 @@ Room lightning/. Stands in for two members of lightning.pytorch.trainer.connecto
 result._ResultCollection.metrics, which turns every value meant for the progress bar into a Python number several
 times a step, drawn or not, and logger_connector._LoggerConnector.progress_bar_metrics, where the bar asks for them;
 and for lightning.pytorch.core.module.LightningModule.log, which sends numbers to the device. Acts on the
-connector of one trainer, by instance, where it writes to loggers. On a device that runs ahead of the host each reading
-would wait for the whole step. Proof: tests/lightning/test_host_reads.py, tests/nemo/test_xla.py.
+connector of one trainer, by instance, where it writes to loggers, and on its checkpoint callbacks, which compare
+values. On a device that runs ahead of the host each reading would wait for the whole step.
+Proof: tests/lightning/test_host_reads.py, tests/nemo/test_xla.py, tools/xla_run.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Number
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from nxdt_nemo.runtime import current
 
-__all__ = ["log", "log_when_there", "metrics", "progress_bar_metrics"]
+__all__ = ["log", "log_when_there", "metrics", "progress_bar_metrics", "rank_on_host"]
 
 Metrics = dict[str, dict[str, Any]]
 
@@ -99,6 +100,24 @@ def _log_metrics(self: Any, metrics: dict[str, Any], step: int | None = None) ->
     tensors: list[torch.Tensor] = []
     apply_to_collection(metrics, torch.Tensor, tensors.append)
     current().defer(write, *tensors)
+
+
+def rank_on_host(callbacks: Iterable[Any]) -> None:
+    """Let checkpoint callbacks compare values of the host: the best so far is one, a number, after a restart, and a
+    tensor of the device from the first better one on. Each kind would have a graph of its own, whenever it comes.
+
+    callbacks  lightning's ModelCheckpoint or subclasses, changed by instance
+    """
+    for callback in callbacks:
+        if hasattr(callback, "_monitor_candidates"):
+            callback._monitor_candidates = functools.partial(_candidates, callback)
+
+
+def _candidates(self: Any, trainer: Any) -> dict[str, torch.Tensor]:
+    """`ModelCheckpoint._monitor_candidates`, on the host."""
+    found = type(self)._monitor_candidates(self, trainer)
+    current().cut()  # one graph for the copies of all values
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def log(original: Callable[..., None], self: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

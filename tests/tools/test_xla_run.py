@@ -14,7 +14,10 @@ import pytest
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from xla_run_lib.runs import Counted, apart  # noqa: E402
+from xla_run_lib.runs import Counted, Job, apart  # noqa: E402
+from xla_run_lib.runs import counted as run_and_count  # noqa: E402
+
+from nxdt_nemo.testing.script_run import write_corpus  # noqa: E402
 
 
 def part(name: str, **numbers: float) -> dict[str, Any]:
@@ -115,3 +118,27 @@ def test_a_short_run() -> None:
     run = subprocess.run([sys.executable, str(TOOLS / "xla_run.py"), *chosen], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     assert run.stdout.count("llama, ") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_torch_xla")
+def test_upstreams_preemption_callback_is_seen(tmp_path: Path) -> None:
+    """Negative control: without our record it reads its flag back after each step."""
+    job = Job("llama", "fp32", 20, 5, without="preemption-flag")
+    done, found = run_and_count(job, write_corpus(tmp_path / "corpus"), tmp_path / "run")
+    assert done.code == 0 and found is not None, done.output[-2000:]
+    assert found.unasked == 20 and not found.good
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_torch_xla")
+def test_a_validation_that_is_not_the_best_compiles_nothing(tmp_path: Path) -> None:
+    """Lightning compares it with the best one so far, and asks all ranks."""
+    corpus = write_corpus(tmp_path / "corpus")
+    for steps in (20, 40):
+        job = Job("gpt", "bf16", steps, 4, keys=("model.optim.lr=0.3",))
+        done, found = run_and_count(job, corpus, tmp_path / "run")
+        assert done.code == 0 and found is not None, done.output[-2000:]
+        assert found.good and not any(found.saves[1:])
+    curve = [*done.curve("val_loss").values()]
+    assert any(later > min(curve[:place]) for place, later in enumerate(curve) if place), "each was the best"

@@ -56,7 +56,7 @@ NUMBER = "aten::_local_scalar_dense"  # a tensor read as a number: counted as a 
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: stock layers or ours; further keys."""
+    """What is run: stock layers or ours; further keys; the id of a patch record that is left out."""
 
     model: str
     precision: str
@@ -65,6 +65,7 @@ class Job:
     stock: bool = False
     keys: tuple[str, ...] = ()
     log_every: int = LOG_EVERY
+    without: str = ""
 
     def overrides(self, corpus: Path, folder: Path) -> list[str]:
         """Its command line."""
@@ -163,7 +164,7 @@ def counted(job: Job, corpus: Path, folder: Path, lane: str = "xla") -> tuple[Ru
     counts = folder / "counts.json"
     folder.mkdir(parents=True, exist_ok=True)
     counts.unlink(missing_ok=True)
-    environment = {"NXDT_NEMO_RUNTIME": lane, "STOCK": "1" if job.stock else ""}
+    environment = {"NXDT_NEMO_RUNTIME": lane, "STOCK": "1" if job.stock else "", "WITHOUT": job.without}
     if lane == "xla":
         environment["COUNTS"] = str(counts)
     done = run(SCRIPT, job.overrides(corpus, folder), folder, seconds=SECONDS, environment=environment, cwd=folder)

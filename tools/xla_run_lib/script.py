@@ -2,6 +2,7 @@
 
 COUNTS  a JSON file: a list of the run's parts; see runs.Counted
 STOCK   "1": megatron-core's own layers, cross entropy, embedding, collectives' mappings and gradient buffers
+WITHOUT the patch record that is left out, by its id
 """
 
 import json
@@ -16,11 +17,12 @@ REPLACED = (
     "cross-entropy", "vocab-embedding", "split-first-dim", "split-last-dim", "grad-norm", "clip-grads", "grad-buffer",
     "grad-bucket-group", "get-specs",
 )  # fmt: skip
-if STOCK:
+left_out = {*(REPLACED if STOCK else ()), os.environ.get("WITHOUT")} - {None, ""}
+if left_out:
     from nxdt_nemo import _activation
 
     patcher = _activation._active.patcher
-    patcher._records = [record for record in patcher._records if record.id not in REPLACED]
+    patcher._records = [record for record in patcher._records if record.id not in left_out]
 
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_model  # noqa: E402 - after the choice
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel  # noqa: E402
