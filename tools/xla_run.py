@@ -115,9 +115,8 @@ validations; "resumed" is a new process that goes on from the middle.
 all later ones. The first step makes rotary angles and Lightning's metrics, all others are the second graph. A
 validation that keeps its last batch reads each loss (upstream's code): a graph for each piece between two readings, for
 each shape of batch; the second finds Lightning's mean as the first left it. A checkpoint's slices are small graphs by
-shape; what is compared with the best validation so far is two more, from the second save of a run on. "end", the last
-save included, is {runs.LAST}: Lightning's metrics start afresh. "after warm-up" is the sum of the later ones' and must
-be 0, and at least 2 validations have to come there.
+shape. "end", the last save included, is {runs.LAST}: Lightning's metrics start afresh. "after warm-up" is the sum of
+the later ones' and must be 0, and at least 2 validations have to come there.
 
 **Read back.** In training steps, with all that follows them up to the next step or validation (the preemption callback
 asks there, and the bar). Two may read, a step after the value was computed. A logged step reads {runs.LOG_VALUES}

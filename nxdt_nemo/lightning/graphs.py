@@ -2,7 +2,7 @@
 
 Room lightning/. A mixin that stands before a strategy's class. Our own strategies have it from strategy.py; others,
 nemo.lightning.MegatronStrategy among them, get it from their Trainer (accelerator_connector.py).
-Proof: tests/nemo/test_nemo2.py, tests/nemo/test_host_reads.py.
+Proof: tests/lightning/test_host_reads.py, tests/nemo/test_nemo2.py, tests/nemo/test_host_reads.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 
-from nxdt_nemo.lightning.logger_connector import log_when_there, rank_on_host
+from nxdt_nemo.lightning.logger_connector import compare_on_host, log_when_there
 from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.runtime import current
+from nxdt_nemo.runtime.hosts import host_world
 
 __all__ = ["GraphsMixin", "give_graphs"]
 
@@ -38,6 +40,7 @@ class GraphsMixin(_Base):
     """
 
     _between = False
+    _hosts: dist.ProcessGroup | None = None
 
     def _get_process_group_backend(self) -> str:
         """The lane's: the collectives of another are no part of a graph."""
@@ -51,7 +54,7 @@ class GraphsMixin(_Base):
         trainer = self.lightning_module.trainer
         slow_down(trainer.progress_bar_callback)
         log_when_there(trainer._logger_connector)
-        rank_on_host(trainer.checkpoint_callbacks)
+        compare_on_host(trainer.checkpoint_callbacks)
         if current().traced:
             gc.collect()
             gc.freeze()  # what is there now is left out when garbage is sought
@@ -70,7 +73,22 @@ class GraphsMixin(_Base):
 
     def teardown(self) -> None:
         gc.unfreeze()
+        self._hosts = None
         super().teardown()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
+        """As Lightning's, from host to host: on the device each of the two answers would be a graph of its own, and
+        compiled when it comes for the first time.
+
+        decision  this rank's
+        all       whether every rank has to say so; else one is enough
+        """
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return decision
+        self._hosts = self._hosts or host_world()  # a collective call, as is this
+        agreed = torch.tensor(decision, dtype=torch.uint8)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX, group=self._hosts)
+        return bool(agreed.numpy())
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -91,16 +109,6 @@ class GraphsMixin(_Base):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As validation_step."""
         return _own_graph(super().predict_step, *args, **kwargs)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
-        """As Lightning; of a traced lane on the host, where torch_xla would make a constant of a 0 and another of a 1:
-        two graphs, of which the second comes with the first validation that is not the best so far."""
-        if not current().traced:
-            return bool(super().reduce_boolean_decision(decision, all=all))
-        ranks = torch.tensor(int(decision))
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(ranks)
-        return bool(ranks == torch.distributed.get_world_size()) if all else bool(ranks)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning; and the step's graph ends here."""

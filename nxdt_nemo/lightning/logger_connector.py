@@ -22,7 +22,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from nxdt_nemo.runtime import current
 
-__all__ = ["log", "log_when_there", "metrics", "progress_bar_metrics", "rank_on_host"]
+__all__ = ["compare_on_host", "log", "log_when_there", "metrics", "progress_bar_metrics"]
 
 Metrics = dict[str, dict[str, Any]]
 
@@ -102,7 +102,7 @@ def _log_metrics(self: Any, metrics: dict[str, Any], step: int | None = None) ->
     current().defer(write, *tensors)
 
 
-def rank_on_host(callbacks: Iterable[Any]) -> None:
+def compare_on_host(callbacks: Iterable[Any]) -> None:
     """Let checkpoint callbacks compare values of the host: the best so far is one, a number, after a restart, and a
     tensor of the device from the first better one on. Each kind would have a graph of its own, whenever it comes.
 

@@ -126,6 +126,56 @@ def test_a_drawn_step_reads_what_it_draws(active, tmp_path):
     assert active(fit, str(tmp_path), 1000, True)["steps"][1:] == [2] * (STEPS - 2), "the count sees a read"
 
 
+class Away:
+    """A value of the device."""
+
+    def cpu(self) -> float:
+        return 1.5
+
+
+class Checkpoints:
+    """What compare_on_host acts on."""
+
+    def _monitor_candidates(self, trainer: Any) -> dict[str, Any]:
+        return {"val_loss": Away()}
+
+
+def test_checkpoints_are_compared_on_the_host():
+    from nxdt_nemo.lightning.logger_connector import compare_on_host
+
+    callback = Checkpoints()
+    compare_on_host([callback, object()])
+    compare_on_host([callback])  # a second fit of the same trainer
+    assert callback._monitor_candidates(None) == {"val_loss": 1.5}
+
+
+def agrees(decisions: list[list[bool]]) -> list[Any]:
+    """What this rank's strategy answers to each decision, by all and by any rank; and the reads."""
+    import torch.distributed as dist
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from nxdt_nemo.lightning.strategy import NeuronStrategyMixin
+
+    class Strategy(NeuronStrategyMixin, DDPStrategy):
+        pass
+
+    strategy = Strategy()
+    with HostReads() as counted:
+        answers = [
+            [strategy.reduce_boolean_decision(of_ranks[dist.get_rank()], all=every) for every in (True, False)]
+            for of_ranks in decisions
+        ]
+    return [answers, counted.count]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_decision_of_all_ranks_reads_nothing(gloo, world):
+    decisions = [[False, True][:world], [True, True][:world], [False, False][:world]]
+    expected = [[all(of_ranks), any(of_ranks)] for of_ranks in decisions]
+    assert gloo(world, agrees, decisions, init=ACTIVE, env=ACTIVE_ENV) == [[expected, 0]] * world
+
+
 # --- preemption ------------------------------------------------------------------------------------------------------
 
 
