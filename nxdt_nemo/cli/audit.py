@@ -103,7 +103,7 @@ def _numbers(text: str, world: int) -> list[int] | None:
         return None
     if text == "all":
         return list(range(world))
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ConfigError(f"{text!r} is no list of ranks", place="--rank", fix="give 0, or 0,31,64")
     return [int(part) for part in text.split(",")]
 
@@ -113,7 +113,7 @@ def _said(texts: Sequence[str]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for text in texts:
         rank, colon, override = text.partition(":")
-        if not (colon and rank.isdigit() and "=" in override):
+        if not (colon and rank.isdecimal() and "=" in override):
             raise ConfigError(f"{text!r} is no override of a rank", place="--except", fix="give RANK:KEY=VALUE")
         found.setdefault(int(rank), []).append(override)
     return found
