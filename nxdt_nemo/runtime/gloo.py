@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nxdt_nemo.runtime import gaps
 from nxdt_nemo.runtime.gaps import PremulSum
 from nxdt_nemo.runtime.groups import Group
 from nxdt_nemo.runtime.ops import Ops, Receive, Send, equal_part
@@ -50,13 +51,7 @@ def table(device: torch.device | None = None) -> Ops:
 
 
 def _all_reduce_(x: torch.Tensor, group: Group, op: Any = "sum") -> torch.Tensor:
-    if isinstance(op, PremulSum):
-        x.mul_(op.factor)
-        op = "sum"
-    if op == "avg" and not x.is_floating_point():  # NCCL cuts to whole numbers, gloo refuses them
-        dist.all_reduce(x, group=group.pg)
-        return x.div_(group.size, rounding_mode="trunc")
-    dist.all_reduce(x, op=REDUCTIONS[op], group=group.pg)
+    gaps.all_reduce(x, op if isinstance(op, PremulSum) else REDUCTIONS[op], group.pg)
     return x
 
 
