@@ -7,6 +7,7 @@ Proof: tests/audit/test_apart.py.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import re
@@ -24,12 +25,15 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 def go_on_in_a_child() -> None:
     """Return in a child process. The parent ends as the child does: with its exit code or, if a signal ended it, with a
-    UserError that names the signal and the line. Of a process with one thread."""
+    UserError that names the signal and the line. A parent that is killed takes the child along. Of a process with one
+    thread."""
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     with tempfile.TemporaryFile("w+") as stack:
         child = os.fork()
         if child == 0:
+            _end_with(parent)
             # The file stays open for as long as faulthandler has it.
             faulthandler.enable(os.dup(stack.fileno()))
             return
@@ -37,6 +41,17 @@ def go_on_in_a_child() -> None:
         if not os.WIFSIGNALED(status):
             raise SystemExit(os.WEXITSTATUS(status))
         raise _ended(signal.Signals(os.WTERMSIG(status)), stack)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with(parent: int) -> None:
+    """Linux ends this process when its parent ends, even one that was killed and could hand nothing on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
 
 
 def _ended(by: signal.Signals, stack: IO[str]) -> UserError:
