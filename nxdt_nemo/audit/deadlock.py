@@ -7,40 +7,86 @@ run that stands still; so is a circle of ranks of which each waits for the next.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
 
 from nxdt_nemo.audit.hlo import Collective
 
 __all__ = ["Mismatch", "compared", "mismatches"]
 
-Seen = tuple[str, str, tuple[int, ...], int]
+
+@dataclass(frozen=True)
+class Seen:
+    """A collective as a rank sees it: what the members of its group have to agree on."""
+
+    kind: str
+    how: str
+    dtype: str
+    group: tuple[int, ...]
+    whole: int
+
+    def __str__(self) -> str:
+        """In words."""
+        how = f" ({self.how})" if self.how else ""
+        return f"{self.kind}{how} of {self.whole} bytes of {self.dtype} over ranks {_listed(self.group)}"
 
 
 class Mismatch(Exception):
     """The first place where ranks part, in words."""
 
 
-def mismatches(ranks: Mapping[int, Sequence[Collective]]) -> Iterator[Mismatch]:
-    """The first difference of each pair of ranks, in what concerns both: groups that hold the two of them. If there is
-    none, ranks that wait for each other in a circle.
+def mismatches(
+    ranks: Mapping[int, Sequence[Collective]], stages: Mapping[int, int] | None = None
+) -> Iterator[Mismatch]:
+    """The first difference of each pair of ranks, in what concerns both: groups that hold the two of them, and, of one
+    pipeline stage, all groups that their programs name. If there is none, ranks that wait for each other in a circle.
 
     ranks   each lowered rank's collectives, in order
+    stages  their pipeline stages; default: one
     """
+    stages = stages or {}
     found = False
     for one, other in combinations(sorted(ranks), 2):
-        ours = [*_shared(ranks[one], one, other)]
-        theirs = [*_shared(ranks[other], other, one)]
-        for place, (left, right) in enumerate(zip_longest(ours, theirs)):
-            if left != right:
-                found = True
-                yield Mismatch(
-                    f"collective {place + 1} of those that ranks {one} and {other} are both in: "
-                    f"rank {one} has {_words(left)}, rank {other} has {_words(right)}"
-                )
-                break
+        if ranks[one] == ranks[other]:
+            continue
+        same_stage = stages.get(one, 0) == stages.get(other, 0)
+        words = _parting(ranks, one, other) or (_other_groups(ranks, one, other) if same_stage else "")
+        if words:
+            found = True
+            yield Mismatch(words)
     if not found and (waiting := _waiting({rank: [*_seen(each, rank)] for rank, each in ranks.items()})):
-        heads = ", ".join(f"rank {rank} for {_words(head)}" for rank, head in waiting.items())
+        heads = ", ".join(f"rank {rank} for {head}" for rank, head in waiting.items())
         yield Mismatch(f"ranks wait for each other in a circle: {heads}")
+
+
+def _parting(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) -> str:
+    """Where the two part in the collectives that both are in, "" if nowhere."""
+    pairs = zip_longest(_shared(ranks[one], one, other), _shared(ranks[other], other, one))
+    for place, (left, right) in enumerate(pairs, 1):
+        if left != right:
+            return (
+                f"collective {place} of those that ranks {one} and {other} are both in: "
+                f"rank {one} has {left or 'none'}, rank {other} has {right or 'none'}"
+            )
+    return ""
+
+
+def _other_groups(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) -> str:
+    """Where two ranks that lower the same sequence cut the same ranks into different groups, "" if nowhere. Each text
+    names the groups of the whole world, also those whose ranks were not lowered."""
+    if [replace(each, groups=()) for each in ranks[one]] != [replace(each, groups=()) for each in ranks[other]]:
+        return ""
+    for place, (left, right) in enumerate(zip(ranks[one], ranks[other], strict=True), 1):
+        ours, theirs = ({rank: group for group in each.groups for rank in group} for each in (left, right))
+        together = [{rank for rank, group in each.items() if len(group) > 1} for each in (ours, theirs)]
+        parts = [rank for rank in sorted(together[0]) if together[0] == together[1] and ours[rank] != theirs[rank]]
+        if parts:
+            return (
+                f"collective {place}, {left.kind} of {left.whole} bytes of {left.dtype}: rank {one} has rank "
+                f"{parts[0]} in a group of ranks {_listed(ours[parts[0]])}, rank {other} has it in one of ranks "
+                f"{_listed(theirs[parts[0]])}"
+            )
+    return ""
 
 
 def compared(ranks: Mapping[int, Sequence[Collective]]) -> int:
@@ -60,7 +106,7 @@ def _waiting(ranks: Mapping[int, Sequence[Seen]]) -> dict[int, Seen]:
         head = _head(ranks, done, ready.pop())
         if head is None:
             continue
-        members = [rank for rank in head[2] if rank in ranks]
+        members = [rank for rank in head.group if rank in ranks]
         if all(_head(ranks, done, rank) == head for rank in members):
             for rank in members:
                 done[rank] += 1
@@ -73,7 +119,7 @@ def _head(ranks: Mapping[int, Sequence[Seen]], done: Mapping[int, int], rank: in
 
 
 def _shared(found: Sequence[Collective], rank: int, peer: int) -> Iterator[Seen]:
-    return (one for one in _seen(found, rank) if peer in one[2])
+    return (one for one in _seen(found, rank) if peer in one.group)
 
 
 def _seen(found: Sequence[Collective], rank: int) -> Iterator[Seen]:
@@ -84,12 +130,8 @@ def _seen(found: Sequence[Collective], rank: int) -> Iterator[Seen]:
         else:
             group = one.group_of(rank)
         if rank in group:
-            yield one.kind, one.dtype, group, one.whole
+            yield Seen(one.kind, one.how, one.dtype, group, one.whole)
 
 
-def _words(seen: Seen | None) -> str:
-    if seen is None:
-        return "none"
-    kind, dtype, group, whole = seen
-    ranks = ",".join(map(str, group)) if len(group) <= 8 else f"{group[0]},{group[1]}..{group[-1]} ({len(group)} ranks)"
-    return f"{kind} of {whole} bytes of {dtype} over ranks {ranks}"
+def _listed(group: Sequence[int]) -> str:
+    return ",".join(map(str, group)) if len(group) <= 8 else f"{group[0]},{group[1]}..{group[-1]} ({len(group)} ranks)"

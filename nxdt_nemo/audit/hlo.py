@@ -25,10 +25,13 @@ ITEMSIZE = {
 
 _LINE = re.compile(r"^\s*(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^%(?P<name>[\w.\-]+) \(.*\{$")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}")
+_REDUCER = re.compile(r"to_apply=%([\w.\-]+)")
+_DIMENSIONS = re.compile(r"[ ,]dimensions=\{([\d,]*)\}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ class Collective:
     dtype   of what is sent
     groups  replica groups, or source and target pairs, as ranks of the world
     whole   bytes of the undivided tensor: what an all-gather has at its end, a reduce-scatter at its start
+    how     what else both ends have to agree on: the reduction, the dimension
     """
 
     kind: str
     dtype: str
     groups: tuple[tuple[int, ...], ...]
     whole: int
+    how: str = ""
 
     @property
     def size(self) -> int:
@@ -197,7 +202,28 @@ class Graph:
         sent = sum(shape.bytes for shape in given)
         groups = _groups(one.attributes)
         whole = sent * max(map(len, groups), default=1) if one.opcode == "all-gather" else sent
-        return Collective(one.opcode, given[0].dtype, groups, whole)
+        return Collective(one.opcode, given[0].dtype, groups, whole, self._how(one))
+
+    def _how(self, one: Operation) -> str:
+        reducer, dims = _REDUCER.search(one.attributes), _DIMENSIONS.search(one.attributes)
+        said = [self._roots[reducer[1]]] if reducer else []
+        return " ".join([*said, *([f"dim {dims[1]}"] if dims else [])])
+
+    @cached_property
+    def _roots(self) -> dict[str, str]:
+        """The last opcode of each computation but the entry: what a reduction adds up by."""
+        return dict(_roots(self.text))
+
+
+def _roots(text: str) -> Iterator[tuple[str, str]]:
+    name = ""
+    for line in text.splitlines():
+        if line.startswith("ENTRY "):
+            return
+        if opened := _COMPUTATION.match(line):
+            name = opened["name"]
+        elif (found := _LINE.match(line)) and found["root"]:
+            yield name, found["opcode"]
 
 
 def _operations(text: str) -> Iterator[Operation]:
@@ -212,8 +238,11 @@ def _operations(text: str) -> Iterator[Operation]:
         elif inside and (found := _LINE.match(line)):
             rest, opcode = line[found.end() :], found["opcode"]
             end = _end_of_operands(rest)
-            operands = () if opcode in ("constant", "parameter") else tuple(_OPERAND.findall(rest[:end]))
-            yield Operation(found["name"], opcode, shapes_of(found["shape"]), operands, rest[end:])
+            if opcode in ("constant", "parameter"):  # what it holds, or its number
+                yield Operation(found["name"], opcode, shapes_of(found["shape"]), (), rest)
+            else:
+                operands = tuple(_OPERAND.findall(rest[:end]))
+                yield Operation(found["name"], opcode, shapes_of(found["shape"]), operands, rest[end:])
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:

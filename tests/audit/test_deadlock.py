@@ -9,8 +9,8 @@ TP = ((0, 1), (2, 3))
 DP = ((0, 2), (1, 3))
 
 
-def of(kind: str, groups: tuple[tuple[int, ...], ...], whole: int = 64) -> Collective:
-    return Collective(kind, "f32", groups, whole)
+def of(kind: str, groups: tuple[tuple[int, ...], ...], whole: int = 64, how: str = "") -> Collective:
+    return Collective(kind, "f32", groups, whole, how)
 
 
 def test_ranks_of_different_stages_share_what_both_are_in_only() -> None:
@@ -51,3 +51,32 @@ def test_pairs_that_have_something_to_compare_are_counted() -> None:
     both, stages = [of("all-reduce", TP)], [of("all-gather", ((0, 3), (1, 2)))]
     assert compared({0: both}) == compared({0: both, 2: both}) == 0
     assert compared({0: both + stages, 1: both, 3: []}) == 2
+
+
+def test_another_reduction_and_another_dimension_are_named() -> None:
+    [found] = mismatches({0: [of("all-reduce", TP, how="add")], 1: [of("all-reduce", TP, how="maximum")]})
+    assert "rank 0 has all-reduce (add) of" in str(found) and "rank 1 has all-reduce (maximum) of" in str(found)
+    [found] = mismatches({0: [of("all-gather", TP, how="dim 0")], 1: [of("all-gather", TP, how="dim 1")]})
+    assert "all-gather (dim 0)" in str(found) and "all-gather (dim 1)" in str(found)
+
+
+def test_groups_that_contradict_each_other_are_named_though_the_lowered_ranks_share_none() -> None:
+    crossed = ((0, 3), (1, 2))
+    [found] = mismatches({0: [of("all-reduce", DP)], 1: [of("all-reduce", crossed)]})
+    assert str(found) == (
+        "collective 1, all-reduce of 64 bytes of f32: rank 0 has rank 0 in a group of ranks 0,2, rank 1 has it in one "
+        "of ranks 0,3"
+    )
+    assert not [*mismatches({0: [of("all-reduce", DP)], 1: [of("all-reduce", DP[::-1])]})]
+
+
+def test_a_program_may_leave_ranks_out_that_it_does_not_know() -> None:
+    own, others = ((0, 1), (2,), (3,)), ((2, 3), (0,), (1,))
+    assert not [*mismatches({0: [of("all-reduce", own)], 2: [of("all-reduce", others)]})]
+
+
+def test_stages_name_pairs_of_their_own() -> None:
+    """The second stage receives on the list that the third sends on."""
+    even, odd = ((0, 1), (2, 3)), ((1, 2), (3, 0))
+    order = {1: [of("all-gather", even), of("all-gather", odd)], 2: [of("all-gather", odd), of("all-gather", even)]}
+    assert not [*mismatches(order, {1: 1, 2: 2})]

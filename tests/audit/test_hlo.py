@@ -80,6 +80,8 @@ def test_collectives_have_their_groups_and_the_bytes_that_a_rank_receives_at_lea
     assert gather.received == 16 * 6 * 4 // 2
     assert scatter.group_of(4) == (0, 4) and scatter.group_of(1) == () and scatter.received == 16 * 6 * 4 // 2
     assert permute.groups == ((0, 1), (1, 0)) and permute.received == 8 * 6 * 4
+    assert [one.how for one in Graph(TEXT).collectives] == ["add", "dim 0", "add dim 0", ""]
+    assert Graph(TEXT.replace("%add.8 = f32[] add(", "%max.8 = f32[] maximum(")).collectives[0].how == "maximum"
 
 
 def test_parameters_are_the_entrys_own() -> None:
