@@ -7,7 +7,8 @@ frees most goes first. Barriers are operations, and so hold what is recomputed b
 
 What memory is: a product, a collective, a reduction, and an elementwise operation that several others read or that a
 product or a collective reads. An elementwise operation with one reader is fused into it; broadcasts, casts, slices and
-transpositions are made where they are read; gradients that add up do so one by one. Elementwise results take the place
+transpositions are made where they are read, and what spreads little over much; gradients that add up do so one by one;
+what is made several times of the same values is made once. Elementwise results take the place
 of what they read last. Parameters live all along; results of the graph take the places of parameters of their shapes,
 as far as there are any, and the others have places of their own from the beginning, as buffers of a result have.
 Proof: tests/audit/test_schedule.py, which also has the bytes of XLA:CPU's own schedule.
@@ -19,9 +20,9 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nxdt_nemo.audit.hlo import COLLECTIVES, Operation
+from nxdt_nemo.audit.hlo import COLLECTIVES, Operation, Shape
 
 __all__ = ["peak_bytes"]
 
@@ -32,12 +33,33 @@ FUSES = frozenset(("reduce", "scatter", "gather"))  # of KEPT: what takes an ele
 MOVES = frozenset(("reshape", "transpose", "broadcast", "bitcast", "slice", "get-tuple-element", "tuple",
                    "opt-barrier", "convert", "reverse"))  # fmt: skip
 GIVEN = frozenset(("constant", "iota", "parameter"))
+APART = frozenset((*COLLECTIVES, "parameter", "opt-barrier", "custom-call", "rng", "rng-bit-generator"))
+"""What stands several times and is made several times."""
+SPREAD = 4
+"""How many times larger than what it is made of a value is that is rather made again than kept."""
 
 
 def peak_bytes(operations: Sequence[Operation]) -> int:
     """The most bytes at once: of the list schedule, or of the text's order where that has less."""
-    plan = _plan(operations)
-    return min(_peak(plan, _list(plan)), _peak(plan, range(len(operations))))
+    plan = _plan(_distinct(operations))
+    return min(_peak(plan, _list(plan)), _peak(plan, range(len(plan.operations))))
+
+
+def _distinct(operations: Sequence[Operation]) -> list[Operation]:
+    """Without those that make once more what an earlier one makes, as every compiler leaves them out: each layer and
+    micro-batch makes its own cosines of the same angles. What is drawn, sent or held back is made as often as it
+    stands there."""
+    kept, same = list[Operation](), dict[str, str]()
+    made: dict[tuple[str, tuple[Shape, ...], tuple[str, ...], str], str] = {}
+    for one in operations:
+        operands = tuple(same.get(name, name) for name in one.operands)
+        if one.opcode not in APART:
+            first = made.setdefault((one.opcode, one.shapes, operands, one.attributes), one.name)
+            if first != one.name and one is not operations[-1]:
+                same[one.name] = first
+                continue
+        kept.append(replace(one, operands=operands) if operands != one.operands else one)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -101,12 +123,17 @@ def _sources(
 ) -> list[frozenset[int]]:
     """Whose memory each value is made of: what moves or is fused has its operands', a part of a tuple that part's.
 
-    Changes `own`: what is made of constants alone has none, and a sum has that is all that reads its terms."""
+    Changes `own`: what is made of constants alone has none, nor what spreads little over much (labels, compared with
+    each row of the vocabulary): it is made where it is read. A sum has that is all that reads its terms."""
     nothing: frozenset[int] = frozenset()
 
     def alone(source: int) -> bool:
         seen, of_the_graph = _read_by(source, operations, readers)
         return own[source] and len(seen) == 1 and not of_the_graph
+
+    def spread(index: int, sources: frozenset[int]) -> bool:
+        size = sum(operations[source].bytes for source in sources)
+        return not sources or (operations[index].bytes >= SPREAD * size and not _read_by(index, operations, readers)[1])
 
     found, parts = list[frozenset[int]](), dict[int, list[frozenset[int]]]()
     for index, one in enumerate(operations):
@@ -121,7 +148,7 @@ def _sources(
         elif one.opcode == "get-tuple-element" and given[0] in parts:
             number = re.search(r"index=(\d+)", one.attributes)
             mine = parts[given[0]][int(number[1])] if number else mine
-        elif own[index] and not mine and one.opcode not in KEPT:
+        elif own[index] and one.opcode not in KEPT and spread(index, mine):
             own[index] = False
         elif own[index]:
             mine = frozenset((index,))

@@ -31,13 +31,14 @@ def test_a_product_that_frees_more_than_it_takes_is_made_early() -> None:
     """The text makes both wide ones before it adds up what is made of them, as torch_xla does with weight gradients."""
     found = peak(
         "%p = f32[256] parameter(0)",
+        "%q = f32[256] parameter(1)",
         dot("wide.1", "f32[4,256]", "p", "p"),
-        dot("wide.2", "f32[4,256]", "p", "p"),
+        dot("wide.2", "f32[4,256]", "q", "p"),
         dot("small.1", "f32[256]", "wide.1", "p"),
         dot("small.2", "f32[256]", "wide.2", "p"),
         "ROOT %sum = f32[256] add(f32[256] %small.1, f32[256] %small.2)",
     )
-    assert found == (1 + 1 + 4 + 1) * K  # the parameter, one small one, the other with what it is made of
+    assert found == (2 + 1 + 4 + 1) * K  # the parameters, one small one, the other with what it is made of
 
 
 def test_a_barrier_holds_back_what_is_made_again() -> None:
@@ -67,6 +68,39 @@ def test_elementwise_operations_take_the_place_of_what_they_read_or_none() -> No
         "ROOT %sum = f32[256] reduce(f32[4,256] %d, f32[] %one), dimensions={0}",
     )
     assert found == (1 + 1 + 4 + 4) * K - K  # the sum has the parameter's place
+
+
+def test_what_is_made_twice_is_made_once() -> None:
+    """Cosines of the same angles, in two micro-batches."""
+    angles = [
+        "%p = f32[256] parameter(0)",
+        "%q = f32[256] parameter(1)",
+        *(f"%cos.{one} = f32[256] cosine(f32[256] %p)" for one in (1, 2)),
+        *(dot(f"d.{one}.{two}", "f32[256]", f"cos.{one}", "q") for one in (1, 2) for two in (1, 2)),
+        *(f"%sum.{one} = f32[256] add(f32[256] %d.{one}.1, f32[256] %d.{one}.2)" for one in (1, 2)),
+        "ROOT %sum = f32[256] multiply(f32[256] %sum.1, f32[256] %sum.2)",
+    ]
+    twice = [
+        line.replace("cosine(f32[256] %p)", "cosine(f32[256] %q)") if "%cos.2" in line else line for line in angles
+    ]
+    assert peak(*angles) == (2 + 1 + 1) * K  # parameters, cosines, a product that takes its sum's place
+    assert peak(*twice) > peak(*angles)
+
+
+def test_what_spreads_little_over_much_is_made_where_it_is_read() -> None:
+    """Labels, compared with each row of the vocabulary, in forward and backward."""
+    assert (
+        peak(
+            "%labels = f32[256] parameter(0)",
+            "%rows = f32[16,256] iota(), iota_dimension=0",
+            "%each = f32[16,256] broadcast(f32[256] %labels), dimensions={1}",
+            "%same = pred[16,256] compare(f32[16,256] %each, f32[16,256] %rows), direction=EQ",
+            "%first = f32[256] reduce(pred[16,256] %same), dimensions={0}, to_apply=%add",
+            "%second = f32[256] reduce(pred[16,256] %same), dimensions={0}, to_apply=%max",
+            "ROOT %sum = f32[256] add(f32[256] %first, f32[256] %second)",
+        )
+        == (1 + 2) * K
+    )
 
 
 # --- beside XLA:CPU ---------------------------------------------------------------------------------------------------
