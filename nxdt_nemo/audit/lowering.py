@@ -71,7 +71,12 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
     recorder.reading = False
     lane: Any = current()
 
-    with _as_rank(config, rank, world), pretend(lane, rank, world, Replicas(), recorder.cut), _reads() as reads:
+    with (
+        _as_rank(config, rank, world),
+        pretend(lane, rank, world, Replicas(), recorder.cut),
+        _unverified(),
+        _reads() as reads,
+    ):
         try:
             model, trainer = _build(config)
             trainer.callbacks.append(_counting(steps, recorder, seen, reads))
@@ -260,6 +265,20 @@ def _as_rank(config: Any, rank: int, world: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _unverified() -> Iterator[None]:
+    """torch's DistributedDataParallel, which NeMo puts around a model without main weights, asks all ranks for the
+    shapes of their parameters, and reads the answer in C++: nobody is there to differ."""
+    from torch.nn.parallel import distributed
+
+    asks = distributed._verify_param_shape_across_processes  # type: ignore[attr-defined]
+    distributed._verify_param_shape_across_processes = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        distributed._verify_param_shape_across_processes = asks  # type: ignore[attr-defined]
 
 
 def _build(config: Any) -> tuple[Any, Any]:

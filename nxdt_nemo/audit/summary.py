@@ -7,6 +7,7 @@ report says. Proof: tests/audit/test_audit.py.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any
 
 from nxdt_nemo.audit.bounds import Bounds, bounds
 from nxdt_nemo.audit.deadlock import compared, mismatches
-from nxdt_nemo.audit.formula import Count, Decoder, count
+from nxdt_nemo.audit.formula import FORMULA, Count, Decoder, count
 from nxdt_nemo.audit.hlo import Collective, Graph
 from nxdt_nemo.audit.lowering import STEPS, Lowered, lower
 from nxdt_nemo.audit.points import Point, Points, points
@@ -27,7 +28,11 @@ from nxdt_nemo.config.neuron import neuron_section
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
-__all__ = ["Audit", "Rank", "audit", "chosen"]
+__all__ = ["ROOM", "Audit", "Rank", "audit", "chosen"]
+
+ROOM = 0.8
+"""The part of a rank's memory that live bytes may take for it to hold the step: buffers are packed with gaps, and a
+line through small steps can be 5 % low (docs/audit.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Rank:
                     a formula
     peak_bytes      live at once, in an order that keeps few alive (schedule.py)
     state_bytes     that the step is given: weights, gradients' and optimizer's memory, the batch
-    program         digest of the largest step that was lowered: equal for ranks that run one program
+    program         digest of the largest step that was lowered, all its graphs: equal for ranks that run one program
     """
 
     rank: int
@@ -97,6 +102,28 @@ class Audit:
     compared: int
     seconds: float
 
+    @property
+    def peak_bytes(self) -> int:
+        """Live at once, on the rank that has most."""
+        return max(rank.peak_bytes for rank in self.ranks)
+
+    @property
+    def fits(self) -> bool | None:
+        """Do live bytes leave the target the room that they need? None without a target."""
+        return self.peak_bytes <= ROOM * self.hbm if self.hbm else None
+
+    @property
+    def formula(self) -> str:
+        """What FLOPs were counted by hand by, for their hardware's or their model's part; "" without either."""
+        known = any(rank.analytic or (rank.bounds and rank.bounds.mfu is not None) for rank in self.ranks)
+        return FORMULA if known else ""
+
+    @property
+    def runs(self) -> bool:
+        """Would the job run as it stands: ranks agree, nothing leaves the graph, memory holds what is live?"""
+        apart = any(rank.host_transfers or rank.fallbacks for rank in self.ranks)
+        return not (self.mismatch or apart or (self.hbm and self.peak_bytes > self.hbm))
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, by the names of docs/audit.md."""
         first = self.ranks[0]
@@ -110,9 +137,12 @@ class Audit:
             "graphs": max(rank.graphs for rank in self.ranks),
             "parameters": first.parameters,
             "flops": first.flops,
+            "formula": self.formula,
+            "dtypes": dict(first.dtypes),
             "collectives": [dataclasses.asdict(one) for one in first.transfers],
-            "peak_bytes": max(rank.peak_bytes for rank in self.ranks),
+            "peak_bytes": self.peak_bytes,
             "hbm_bytes": self.hbm,
+            "fits": self.fits,
             "mfu_bound": min(
                 (one.bounds.mfu for one in self.ranks if one.bounds and one.bounds.mfu is not None), default=None
             ),
@@ -145,14 +175,14 @@ def audit(
     *,
     ranks: Sequence[int] | None = None,
     target: Instance | None = None,
-    keep: Callable[[int, Graph], None] | None = None,
+    keep: Callable[[int, Sequence[Graph]], None] | None = None,
     whole: bool = False,
     elsewhere: Mapping[int, Any] | None = None,
 ) -> Audit:
     """Lower the step of `ranks` (see chosen) of a world, and read it.
 
     config      a NeMo configuration, resolved
-    keep        called with each rank's largest lowered step
+    keep        called with each rank's largest lowered step, graph by graph
     whole       lower all layers and micro-batches
     elsewhere   ranks that were started with another configuration, and that; they are lowered too
     Raises UserError for what a run would refuse.
@@ -160,7 +190,7 @@ def audit(
     began = time.monotonic()
     elsewhere = elsewhere or {}
     ranks = chosen(world, int(config.model.get("pipeline_model_parallel_size") or 1)) if ranks is None else ranks
-    for named, option in ((ranks, "--rank"), (elsewhere, "--except")):
+    for named, option in ((ranks, "--rank, --ranks"), (elsewhere, "--except")):
         if outside := [rank for rank in named if not 0 <= rank < world]:
             raise ConfigError(f"rank {outside[0]} is not in a world of {world}", place=option)
     base = _Job.of(config, world, whole=whole)
@@ -175,18 +205,20 @@ def audit(
     for rank, job in jobs.items():
         found[rank] = job.lowered(rank)
         if keep is not None:
-            keep(rank, found[rank][job.points.all[-1]].step[-1])
+            keep(rank, found[rank][job.points.all[-1]].step)
     steps_of = {
         rank: [one for graph in found[rank][job.points.all[-1]].step for one in graph.collectives]
         for rank, job in jobs.items()
     }
+    stages = {rank: lowered[jobs[rank].points.all[-1]].stage[0] for rank, lowered in found.items()}
+    parting = next((str(one) for one in mismatches(steps_of, stages)), "")
     return Audit(
         world,
         base.points,
         target.name if target else "",
         target.core(lnc).hbm if target else 0,
         tuple(_rank(jobs[rank].config, lowered, jobs[rank].points, target, lnc) for rank, lowered in found.items()),
-        sizes or next((str(one) for one in mismatches(steps_of)), ""),
+        "; ".join(filter(None, (sizes, parting))),
         compared(steps_of),
         time.monotonic() - began,
     )
@@ -264,6 +296,7 @@ def _rank(
     moved = wanted.value(summed(lambda graph: graph.product_bytes))
     times = _times(lowered, wanted)
     analytic, model_flops = _analytic(config, last), _model_flops(config, last)
+    given = wanted.value(lambda point: max(map(_given, lowered[point].step)))
     dtype: Dtype = "bfloat16" if any(graph.dtypes.get("bf16", 0) for graph in last.step) else "float32"
     found = None
     if target is not None:
@@ -288,20 +321,29 @@ def _rank(
         analytic,
         _transfers(times, last.rank),
         _least(config, last, count_of),
-        round(
-            wanted.at_full_pipeline(lambda point: max(peak_bytes(graph.operations) for graph in lowered[point].step))
-        ),
-        round(wanted.value(lambda point: max(_given(graph) for graph in lowered[point].step))),
+        round(wanted.at_full_pipeline(lambda point: max(map(_live, lowered[point].step))) + given),
+        round(given),
         found,
         last.reads,
         last.fallbacks,
         dict(sum((graph.dtypes for graph in last.step), Counter())),
-        last.step[-1].digest,
+        _program(last.step),
     )
+
+
+def _program(step: Sequence[Graph]) -> str:
+    """A digest of all graphs of a step."""
+    digests = [graph.digest for graph in step]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _given(graph: Graph) -> int:
     return sum(shape.bytes for shape in graph.parameters())
+
+
+def _live(graph: Graph) -> int:
+    """At once, beside what it is given."""
+    return peak_bytes(graph.operations) - _given(graph)
 
 
 def _times(lowered: Mapping[Point, Lowered], wanted: Points) -> list[tuple[Collective, float]]:

@@ -5,19 +5,21 @@ Room cli/. Parses and prints; nxdt_nemo.audit.summary lowers and reads. Proof: t
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nxdt_nemo.cli.output import into
-from nxdt_nemo.errors import ConfigError
+from nxdt_nemo.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from nxdt_nemo.audit.hlo import Graph
     from nxdt_nemo.audit.summary import Audit, Rank
+    from nxdt_nemo.config.instances import Instance
 
 __all__ = ["audit"]
 
@@ -30,10 +32,14 @@ def audit(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As on a NeMo script's command line.")
     ] = None,
-    world: Annotated[int, typer.Option("--world", help="Ranks; default: devices x nodes.", show_default=False)] = 0,
+    world: Annotated[
+        int | None, typer.Option("--world", help="Ranks; default: devices x nodes.", show_default=False)
+    ] = None,
     rank: Annotated[str, typer.Option("--rank", help="0, or 0,31,64; default: one of each stage.")] = "",
     ranks: Annotated[str, typer.Option("--ranks", help="`all`: every rank.")] = "",
-    target: Annotated[str, typer.Option("--target", help="An instance, for its memory and peaks.")] = "",
+    target: Annotated[
+        str, typer.Option("--target", help="An instance, for its memory and peaks; default: neuron.instance.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Lower all layers and micro-batches, however many.")] = False,
     otherwise: Annotated[
@@ -46,8 +52,8 @@ def audit(
 ) -> None:
     """Lower the training step of chosen ranks of a world, in one process, and run none of it.
 
-    Exit code 1 if ranks that wait for each other lower different collectives, or a step reads what the host gave the
-    device; 2 for what cannot be lowered.
+    Exit code 1 if ranks that wait for each other lower different collectives, a step reads what the host gave the
+    device, operations fall off XLA, or what is live is more than the instance has; 2 for what cannot be lowered.
     """
     import os
     import sys
@@ -55,12 +61,13 @@ def audit(
     import nxdt_nemo
     from nxdt_nemo.audit.apart import go_on_in_a_child
 
+    if world is not None and world < 1:
+        raise ConfigError(f"{world} is no number of ranks", place="--world", fix="leave it out for devices x nodes")
     found, world = _checked(config, overrides or [], world)
-    elsewhere = {
-        number: _checked(config, [*(overrides or []), *said], world)[0]
-        for number, said in _said(otherwise or []).items()
-    }
-    chosen = _numbers(rank or ranks, world)
+    said = _said(otherwise or []).items()
+    elsewhere = {one: _otherwise(config, [*(overrides or []), *more], one, world) for one, more in said}
+    chosen = _numbers(rank, ranks, world)
+    chip = _target(found, target, config.name, world)
     if hlo is not None:
         into(hlo, "--hlo")
     go_on_in_a_child()
@@ -69,16 +76,16 @@ def audit(
     try:
         sys.stdout = sys.stderr  # NeMo and Lightning print
         nxdt_nemo.activate()
-        result = _run(found, world, chosen, target, hlo, full, elsewhere)
+        result = _run(found, world, chosen, chip, hlo, full, elsewhere)
     finally:
         sys.stdout = out
     typer.echo(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(report(result)))
-    if result.mismatch or any(one.host_transfers for one in result.ranks):
+    if not result.runs:
         raise typer.Exit(1)
 
 
-def _checked(path: Path, overrides: Sequence[str], world: int) -> tuple[Any, int]:
-    """The configuration, and the world; 0: devices x nodes. Raises ConfigError for what a run would refuse, for a
+def _checked(path: Path, overrides: Sequence[str], world: int | None) -> tuple[Any, int]:
+    """The configuration, and the world; None: devices x nodes. Raises ConfigError for what a run would refuse, for a
     configuration without the numbers that a step is sized by, and for one that trains otherwise than is lowered."""
     from nxdt_nemo.config.report import shown
     from nxdt_nemo.config.validate import read, validate_config
@@ -98,13 +105,39 @@ def _checked(path: Path, overrides: Sequence[str], world: int) -> tuple[Any, int
     return config, world or view.size("trainer.devices") * view.size("trainer.num_nodes")
 
 
-def _numbers(text: str, world: int) -> list[int] | None:
+def _otherwise(path: Path, overrides: Sequence[str], rank: int, world: int) -> Any:
+    """The configuration that a rank was started with; errors name the rank."""
+    try:
+        return _checked(path, overrides, world)[0]
+    except UserError as error:
+        raise ConfigError(str(error), place=f"--except {rank}") from None
+
+
+def _target(config: Any, name: str, place: str, world: int) -> Instance | None:
+    """The instance that was named, else the configuration's. Raises ConfigError for a job that it does not hold."""
+    from nxdt_nemo.config.instances import instance
+    from nxdt_nemo.config.job import job_of
+    from nxdt_nemo.config.neuron import neuron_section
+    from nxdt_nemo.config.view import View
+
+    named = instance(name, place="--target") if name else None
+    job = job_of(View(config, place=place), neuron_section(config, place=place), on=named)
+    job.check_ranks()
+    dataclasses.replace(job, nodes=max(1, world // (job.devices or 1))).check_nodes()
+    return job.instance
+
+
+def _numbers(rank: str, ranks: str, world: int) -> list[int] | None:
+    """Either option's ranks, None for those that the audit chooses."""
+    if rank and ranks:
+        raise ConfigError("--rank and --ranks both say which ranks are lowered", fix="leave one of them out")
+    place, text = ("--rank", rank) if rank else ("--ranks", ranks)
     if not text:
         return None
     if text == "all":
         return list(range(world))
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise ConfigError(f"{text!r} is no list of ranks", place="--rank", fix="give 0, or 0,31,64")
+        raise ConfigError(f"{text!r} is no list of ranks", place=place, fix="give 0, or 0,31,64, or all")
     return [int(part) for part in text.split(",")]
 
 
@@ -123,20 +156,20 @@ def _run(
     config: Any,
     world: int,
     ranks: list[int] | None,
-    target: str,
+    target: Instance | None,
     hlo: Path | None,
     whole: bool,
     elsewhere: dict[int, Any],
 ) -> Audit:
     from nxdt_nemo.audit.summary import audit as audited
-    from nxdt_nemo.config.instances import instance
 
-    def keep(rank: int, graph: Graph) -> None:
-        if hlo is not None:
-            (hlo / f"rank{rank}.hlo").write_text(graph.text)
+    def keep(rank: int, step: Sequence[Graph]) -> None:
+        for place, graph in enumerate(step):
+            if hlo is not None:
+                name = f"rank{rank}.hlo" if len(step) == 1 else f"rank{rank}.{place}.hlo"
+                (hlo / name).write_text(graph.text)
 
-    chip = instance(target, place="--target") if target else None
-    return audited(config, world, ranks=ranks, target=chip, keep=keep, whole=whole, elsewhere=elsewhere)
+    return audited(config, world, ranks=ranks, target=target, keep=keep, whole=whole, elsewhere=elsewhere)
 
 
 def report(found: Audit) -> Iterator[str]:
@@ -157,11 +190,10 @@ def report(found: Audit) -> Iterator[str]:
         yield f"| {row.kind} | {row.dtype} | {_ranks(row.ranks)} | {row.times:.0f} | {row.received / 1e9:.3f} |"
     yield ""
     yield from _verdicts(found)
-    if first.analytic or (first.bounds and first.bounds.mfu is not None):
-        from nxdt_nemo.audit.formula import FORMULA
-
-        yield "\nFLOPs by hand, of a micro-batch on a rank:\n"
-        yield from (f"    {line}" for line in FORMULA.splitlines())
+    yield "\nFLOPs are those of the lowered products: 2 x elements of the result x elements that are summed over."
+    if found.formula:
+        yield "By hand, of a micro-batch on a rank:\n"
+        yield from (f"    {line}" for line in found.formula.splitlines())
 
 
 def _what(found: Audit) -> Iterator[str]:
@@ -194,10 +226,8 @@ def _ranks(group: Sequence[int]) -> str:
 
 def _verdicts(found: Audit) -> Iterator[str]:
     if found.hbm:
-        peak = max(one.peak_bytes for one in found.ranks)
-        word = "fits" if peak <= found.hbm else "DOES NOT FIT"
-        live = f"{peak / 1e9:.1f} GB live at once, in an order that keeps few alive, of {found.hbm / 1e9:.1f} GB a rank"
-        yield f"- memory: {live}: {word}"
+        yield f"- memory: {_memory(found)}"
+    yield f"- bytes of results by dtype, rank {found.ranks[0].rank}: {_shares(found.ranks[0].dtypes)}"
     for one in found.ranks:
         if one.bounds:
             yield (
@@ -221,6 +251,20 @@ def _verdicts(found: Audit) -> Iterator[str]:
     yield f"- tensors of the device read by the host in a step: {', '.join(reads) or 'none'}"
     yield f"- deadlock check: {found.mismatch or agreement(found.compared)}"
     yield f"- {found.seconds:.0f} s"
+
+
+def _memory(found: Audit) -> str:
+    live, has = f"{found.peak_bytes / 1e9:.1f} GB live at once", f"{found.hbm / 1e9:.1f} GB a rank of {found.target}"
+    words = "fits" if found.fits else "LITTLE ROOM for gaps and the compiler's own buffers"
+    if found.peak_bytes > found.hbm:
+        words = "DOES NOT FIT"
+    return f"{live}, in an order that keeps few alive, of {has}: {words}"
+
+
+def _shares(sizes: Mapping[str, int]) -> str:
+    whole = sum(sizes.values()) or 1
+    shares = sorted(((size / whole, name) for name, size in sizes.items()), reverse=True)
+    return ", ".join(f"{name} {share:.0%}" for share, name in shares if share >= 0.005)
 
 
 def agreement(pairs: int) -> str:

@@ -157,9 +157,11 @@ def find(path: Path) -> Path:
     """A file, or the one of ours that has this name (`train`). Raises UserError when there is neither."""
     if path.is_file():
         return path
-    ours = folder("configs") / path.with_suffix(".yaml").name
+    ours = folder("configs") / f"{path.stem}.yaml"
     if path.parent == Path() and ours.is_file():
         return ours
+    if path.is_dir():
+        raise UserError("is a folder", place=str(path), fix="name a YAML file in it")
     from difflib import get_close_matches
 
     beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
