@@ -19,10 +19,12 @@ scores     2 B q D pairs for each of the two products; pairs = S S, in causal bl
            window only from the first key that a block's first query sees
 head       2 T H v, v the rank's part of the vocabulary
 backward   twice the forward's; attention in blocks makes its scores again: 5 products for the forward's 2
-experts    an MLP as often as a token has experts, and 2 T H E to choose them; a rank has its share of both
+experts    an MLP as often as a token has experts, and 2 T H E to choose them; a rank has its share of both. Rows of no
+           token, where each of E experts has room for C of T' tokens of a rank: an MLP E C / T' times a token in all
 context    a rank has its share of the tokens, and of S (S + 1) / 2 pairs
 recompute  full: a layer's forward once more; selective: its attention's; but for a last product that nothing reads:
-           full, the MLP's second; selective, of whole scores, theirs with V
+           full, the MLP's second (not a shared expert's, whose sum is sent before the others' tokens are); selective,
+           of whole scores, theirs with V
 """
 
 Recompute = Literal["", "selective", "full"]
@@ -34,6 +36,8 @@ class Decoder:
 
     layers     of this rank
     experts    MLPs of a token's: 1, or the experts that it is sent to
+    shared     MLPs of all tokens' beside them, with their part of ffn
+    padded     MLPs of rows of no token, for each token; below 0 where tokens are dropped
     router     experts that are chosen from, over the ranks that divide the tokens that choose
     block      queries of a block of causal attention; 0 where scores are made whole
     window     keys before its own that a query sees in such a block; None: all
@@ -57,6 +61,8 @@ class Decoder:
     recompute: Recompute = ""
     recomputed_layers: int = 0
     experts: float = 1.0
+    shared: float = 0.0
+    padded: float = 0.0
     router: float = 0.0
     context: int = 1
 
@@ -81,15 +87,17 @@ def count(part: Decoder) -> Count:
     """By FORMULA."""
     tokens = part.seq * part.batch / part.context
     projections = 2 * tokens * part.hidden * part.features * (2 * part.queries + 2 * part.groups)
-    mlp = 2 * tokens * part.hidden * part.ffn * (3 if part.gated else 2) * part.experts
+    row = 2 * tokens * part.hidden * part.ffn
+    each = row * (3 if part.gated else 2)
+    mlp, padding = each * (part.experts + part.shared), each * part.padded
     router = 2 * tokens * part.hidden * part.router
     product = 2 * part.batch * part.queries * part.features * part.pairs / part.context
     head = 2 * tokens * part.hidden * part.vocab if part.head else 0
     linear, attention = projections + mlp + router, 2 * product
     model = part.layers * (3 * linear + 3 * attention) + 3 * head
-    unread = 2 * tokens * part.hidden * part.ffn * part.experts
+    unread = row * (part.experts + part.padded)
     selective = attention if part.block else product
-    again = {"": 0.0, "selective": selective, "full": linear + attention - unread}[part.recompute]
+    again = {"": 0.0, "selective": selective, "full": linear + padding + attention - unread}[part.recompute]
     scores_again = product if part.block else 0
-    hardware = model + part.layers * scores_again + part.recomputed_layers * again
+    hardware = model + part.layers * (3 * padding + scores_again) + part.recomputed_layers * again
     return Count(hardware, model)

@@ -352,14 +352,17 @@ class _Blank:
 
 
 def _forget() -> None:
-    """Let the next rank begin anew: NeMo keeps sizes in a singleton, megatron-core in module variables."""
+    """Let the next rank begin anew: NeMo keeps sizes in a singleton, megatron-core in module variables, where the
+    balancing losses of each layer add up too."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
     from nemo.utils import AppState
     from nemo.utils.metaclasses import Singleton
 
     parallel_state.destroy_model_parallel()
     unset_num_microbatches_calculator()
+    get_moe_layer_wise_logging_tracker().clear()
     Singleton._Singleton__instances.pop(AppState, None)
 
 

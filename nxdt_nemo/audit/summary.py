@@ -13,7 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from nxdt_nemo.audit.bounds import Bounds, bounds
 from nxdt_nemo.audit.deadlock import compared, mismatches
@@ -28,11 +29,14 @@ from nxdt_nemo.config.neuron import neuron_section
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
 
+if TYPE_CHECKING:
+    from nxdt_nemo.megatron.transformer.moe.token_dispatcher import Bound
+
 __all__ = ["ROOM", "Audit", "Rank", "audit", "chosen"]
 
 ROOM = 0.8
-"""The part of a rank's memory that live bytes may take for it to hold the step: buffers are packed with gaps, and a
-line through small steps can be 5 % low (docs/audit.md)."""
+"""The part of a rank's memory that live bytes may take for it to hold the step: buffers are packed with gaps, and the
+compiler has some of its own (docs/audit.md)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Rank:
     operations      of the largest step that was lowered
     flops           of a micro-batch, recomputation included; analytic: the same by hand
     least_bytes     of whole tensors that a step's collectives cannot do without (docs/communication.md), None without
-                    a formula
+                    a formula; expected_bytes: with what is known to be sent beyond that
     peak_bytes      live at once, in an order that keeps few alive (schedule.py)
     state_bytes     that the step is given: weights, gradients' and optimizer's memory, the batch
     program         digest of the largest step that was lowered, all its graphs: equal for ranks that run one program
@@ -71,6 +75,7 @@ class Rank:
     analytic: Count | None
     transfers: tuple[Transfer, ...]
     least_bytes: float | None
+    expected_bytes: float | None
     peak_bytes: int
     state_bytes: int
     bounds: Bounds | None
@@ -240,6 +245,10 @@ class _Job:
     @classmethod
     def of(cls, config: Any, world: int, *, whole: bool) -> _Job:
         """Raises ConfigError for a world or a batch that cannot be divided."""
+        from nxdt_nemo.config.rules import apply, check
+
+        config = _copy(config)
+        apply(config, check(config, world_size=world).changes)  # as a run's hydra_runner does
         model = config.model
         parts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
         width = math.prod(int(model.get(part) or 1) for part in parts)
@@ -265,9 +274,7 @@ class _Job:
 
     def _resized(self, point: Point) -> Any:
         """The config of a smaller step."""
-        from omegaconf import OmegaConf
-
-        short = OmegaConf.create(OmegaConf.to_container(self.config, resolve=True))
+        short = _copy(self.config)
         stages = int(short.model.get("pipeline_model_parallel_size") or 1)
         chunks = int(short.model.get("virtual_pipeline_model_parallel_size") or 1)
         if int(short.model.num_layers) % (stages * chunks) == 0:
@@ -275,6 +282,12 @@ class _Job:
         short.model.global_batch_size = point[1] * self.one_each
         short.trainer.num_nodes = max(1, self.world // int(short.trainer.devices))
         return short
+
+
+def _copy(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
 
 
 def _sizes(rank: int, job: _Job, base: _Job) -> str:
@@ -320,7 +333,7 @@ def _rank(
         flops_step / count_of,
         analytic,
         _transfers(times, last.rank),
-        _least(config, last, count_of),
+        *_sent(config, last, count_of),
         round(wanted.at_full_pipeline(lambda point: max(map(_live, lowered[point].step))) + given),
         round(given),
         found,
@@ -364,37 +377,41 @@ def _transfers(times: Sequence[tuple[Collective, float]], rank: int) -> tuple[Tr
     return tuple(sorted(rows, key=lambda row: -row.received))
 
 
-def _plain_decoder(model: Any, stages: int) -> bool:
-    """No context parallelism, no experts, even stages: what the formulas here are asked for."""
-    apart = _context_parallel(model) > 1 or bool(model.get("num_moe_experts"))
-    return not apart and int(model.num_layers) % stages == 0
+def _alike(model: Any, stages: int) -> bool:
+    """Layers that are all of one kind, as many in each stage."""
+    experts = model.get("num_moe_experts") and model.get("moe_layer_freq", 1) != 1
+    return not experts and int(model.num_layers) % stages == 0
 
 
-def _least(config: Any, lowered: Lowered, count_of: int) -> float | None:
-    """Bytes of whole tensors that a step of this rank has to send."""
-    from nxdt_nemo.megatron.communication import Model, Step, sent, stages_of
+def _sent(config: Any, lowered: Lowered, count_of: int) -> tuple[float | None, float | None]:
+    """Bytes of whole tensors that a step of this rank has to send, and that it is known to."""
+    from nxdt_nemo.megatron.communication import NOT_LEFT_OUT, Model, Step, sent, stages_of
 
     model = config.model
     stage, stages = lowered.stage
-    if not _plain_decoder(model, stages):
-        return None
+    half = "bf16" in str(config.trainer.precision)
+    if not _alike(model, stages) or _context_parallel(model) > 1 or not _plain_experts(model, half=half):
+        return None, None
     tp, heads = _tensor_parallel(model), int(model.num_attention_heads)
     groups, gated = int(model.get("num_query_groups") or heads), "glu" in str(model.get("activation", "gelu"))
     learned = model.get("position_embedding_type", "learned_absolute") == "learned_absolute"
-    half = "bf16" in str(config.trainer.precision)
+    balancing = model.get("moe_router_load_balancing_type", "aux_loss")
     decoder = Model(
         layers=int(model.num_layers),
         hidden=int(model.hidden_size),
         heads=heads,
         kv_groups=groups,
         head=int(model.get("kv_channels") or model.hidden_size // heads),
-        ffn=int(model.ffn_hidden_size),
+        ffn=_expert_ffn(model),
         vocab=lowered.vocab * tp,
         gated=gated,
         biases=bool(model.get("bias", True)),
         norm=1 if "rms" in str(model.get("normalization", "layernorm")) else 2,
         learned=int(model.max_position_embeddings) if learned else 0,
         tied=bool(model.get("share_embeddings_and_output_weights", True)),
+        experts=int(model.get("num_moe_experts") or 0),
+        topk=int(model.get("moe_router_topk", 2)),
+        balanced=bool(model.get("moe_aux_loss_coeff", 0)) and balancing == "aux_loss",
         width=2 if half else 4,
     )
     step = Step(
@@ -404,41 +421,80 @@ def _least(config: Any, lowered: Lowered, count_of: int) -> float | None:
         stages=stages_of(decoder.layers, stages),
         tp=tp,
         dp=lowered.world // (tp * stages),
+        ep=int(model.get("expert_model_parallel_size") or 1),
+        etp=tp,  # NeMo's strategy knows no other
         sp=bool(model.get("sequence_parallel")),
         zero=str(model.optim.name) in ("distributed_fused_adam", "mcore_distributed_optim"),
         recompute=str(model.get("activations_checkpoint_granularity") or "") == "full",
+        grouped=bool(model.get("moe_grouped_gemm", False)),
+        static=True,
     )
-    return float(sum(term.least for term in sent(decoder, step, stage)))
+    terms = [term for term in sent(decoder, step, stage) if term.why != NOT_LEFT_OUT]  # a graph leaves it out
+    return float(sum(term.least for term in terms)), float(sum(term.bytes for term in terms))
+
+
+def _plain_experts(model: Any, *, half: bool) -> bool:
+    """No experts, or such as the arithmetic of communication is of: no token is dropped, none is mixed with those of
+    other ranks, each expert has room for all, and a token's probability has four bytes."""
+    if not model.get("num_moe_experts"):
+        return True
+    own, routed = model.get("mcore_customization_config") or {}, str(model.get("moe_router_dtype"))
+    bound = _bound(model)
+    return (
+        bound.factor is None
+        and bound.capacity is None
+        and own.get("token_shuffle_group_size", 1) == 1
+        and not model.get("moe_shared_expert_intermediate_size")
+        and model.get("moe_router_load_balancing_type", "aux_loss") in ("aux_loss", "none")
+        and (routed == "fp32" or (routed == "None" and not half))
+    )
 
 
 def _analytic(config: Any, lowered: Lowered) -> Count | None:
     """By hand, for what the formula knows the hardware's part of."""
-    block = _block(config.model)
-    if block is None or not _plain_decoder(config.model, lowered.stage[1]):
+    model, block = config.model, _block(config.model)
+    if block is None or not _alike(model, lowered.stage[1]) or _context_parallel(model) > 1:
         return None
-    return count(_part(config.model, lowered, block))
+    return count(_part(model, lowered, block))
 
 
 def _model_flops(config: Any, lowered: Lowered) -> float | None:
     """Of a micro-batch, what the model needs of this rank: experts and parts of a sequence too, a share of all ranks'.
     None for uneven stages, layers of which some have experts, and scores of which the batch has the mask."""
-    model = config.model
-    context, experts = _context_parallel(model), int(model.get("num_moe_experts") or 0)
+    model, context = config.model, _context_parallel(config.model)
     block = _block(model) if context == 1 else 1 if model.get("get_attention_mask_from_fusion", True) else None
-    uneven = int(model.num_layers) % lowered.stage[1] or (experts and model.get("moe_layer_freq", 1) != 1)
-    if block is None or uneven:
+    if block is None or not _alike(model, lowered.stage[1]):
         return None
-    part = replace(_part(model, lowered, block), context=context)
-    if experts:
-        ffn = int(model.get("moe_ffn_hidden_size") or model.ffn_hidden_size)
-        shared = int(model.get("moe_shared_expert_intermediate_size") or 0)
-        part = replace(
-            part,
-            ffn=ffn // _tensor_parallel(model),
-            experts=int(model.get("moe_router_topk", 2)) + shared / ffn,
-            router=experts / _tensor_parallel(model),  # with experts a sequence is always divided
-        )
-    return count(part).model
+    return count(replace(_part(model, lowered, block), context=context)).model
+
+
+def _experts(model: Any) -> tuple[float, float, float, float]:
+    """A Decoder's experts, shared, padded and router."""
+    experts, tp = int(model.get("num_moe_experts") or 0), _tensor_parallel(model)
+    if not experts:
+        return 1.0, 0.0, 0.0, 0.0
+    shared = int(model.get("moe_shared_expert_intermediate_size") or 0) / _expert_ffn(model)
+    topk, parts = int(model.get("moe_router_topk", 2)), tp * _context_parallel(model)  # experts divide the sequence
+    tokens = int(model.encoder_seq_length) * int(model.micro_batch_size) // parts
+    rows = _bound(model).rows(tokens, topk, experts)
+    return topk, shared, experts * rows / tokens - topk, experts / tp
+
+
+def _bound(model: Any) -> Bound:
+    """What room an expert has."""
+    from nxdt_nemo.megatron.transformer.moe.token_dispatcher import Bound
+
+    own, factor = model.get("mcore_customization_config") or {}, model.get("moe_expert_capacity_factor")
+    capacity = None if factor is None or factor < 0 else factor
+    found = Bound.of(SimpleNamespace(**{**own, "moe_expert_capacity_factor": capacity}), ragged=False)
+    assert found is not None
+    return found
+
+
+def _expert_ffn(model: Any) -> int:
+    """Hidden values of an expert; without experts of the MLP."""
+    own = model.get("moe_ffn_hidden_size") if model.get("num_moe_experts") else None
+    return int(own or model.ffn_hidden_size)
 
 
 def _tensor_parallel(model: Any) -> int:
@@ -450,7 +506,7 @@ def _context_parallel(model: Any) -> int:
 
 
 def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
-    """This rank's part of a model without experts whose sequence is whole."""
+    """This rank's part of a model whose sequence is whole."""
     stage, stages = lowered.stage
     tp, heads = _tensor_parallel(model), int(model.num_attention_heads)
     groups = int(model.get("num_query_groups") or heads)
@@ -459,6 +515,7 @@ def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
     some = int(model.get("activations_checkpoint_num_layers") or layers)
     every = asked == "selective" or model.get("activations_checkpoint_method") == "uniform"
     seen = int((model.get("window_size") or (-1,))[0])
+    experts, shared, padded, router = _experts(model)
     return Decoder(
         layers=layers,
         hidden=int(model.hidden_size),
@@ -467,7 +524,7 @@ def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
         queries=heads // tp,
         groups=max(groups // tp, 1),
         features=int(model.get("kv_channels") or model.hidden_size // heads),
-        ffn=int(model.ffn_hidden_size) // tp,
+        ffn=_expert_ffn(model) // tp,
         gated="glu" in str(model.get("activation", "gelu")),
         vocab=lowered.vocab,
         head=stage == stages - 1,
@@ -475,6 +532,10 @@ def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
         window=seen if seen >= 0 else None,
         recompute="full" if asked == "full" else "selective" if asked == "selective" else "",
         recomputed_layers=(layers if every else min(some, layers)) if asked else 0,
+        experts=experts,
+        shared=shared,
+        padded=padded,
+        router=router,
     )
 
 

@@ -244,7 +244,11 @@ def _verdicts(found: Audit) -> Iterator[str]:
         yield f"- ranks of stages {several} run different programs: each is compiled"
     ratios = [one.sent_bytes / one.least_bytes for one in found.ranks if one.least_bytes]
     if ratios:
-        yield f"- collectives' bytes (whole tensors) over the least that the layout needs: {max(ratios):.3f} at most"
+        known = max(one.sent_bytes / one.expected_bytes for one in found.ranks if one.expected_bytes)
+        yield (
+            f"- collectives' bytes (whole tensors) over the least that the layout needs: {max(ratios):.3f} at most; "
+            f"over what it is known to send (docs/communication.md): {known:.3f}"
+        )
     fell = {name for one in found.ranks for name in one.fallbacks}
     yield f"- operations that fall off XLA: {', '.join(sorted(fell)) or 'none'}"
     reads = sorted({place for one in found.ranks for place in one.host_transfers})

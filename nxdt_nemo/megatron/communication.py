@@ -50,6 +50,7 @@ class Model:
     masked   a BERT's head: a dense layer and a norm before the output layer
     logits   the output layer has biases (BERT, T5)
     experts  of size ffn each, of which a token sees topk; 0: one MLP
+    balanced a loss counts the tokens of each expert (aux_loss)
     width    bytes of a parameter and of an activation
     """
 
@@ -69,6 +70,7 @@ class Model:
     logits: bool = False
     experts: int = 0
     topk: int = 2
+    balanced: bool = True
     width: int = 4
 
 
@@ -389,7 +391,7 @@ class _Rank:
         if not model.experts:
             return
         passes = 2 if step.recompute else 1
-        if step.tp * step.cp > 1:
+        if model.balanced and step.tp * step.cp > 1:
             yield self._same(
                 "tp-cp", "all_reduce", "tokens of each expert, for the loss", model.experts * COUNT * self.runs
             )

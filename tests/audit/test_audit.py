@@ -2,84 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nxdt_nemo.config.instances import GIB, instance
+from nxdt_nemo.testing.audited import audited as audited_here
 from nxdt_nemo.testing.pool import RankError, RankPool
-from nxdt_nemo.testing.traced import TRACED_ENV
 
 pytestmark = pytest.mark.ranks
 
-TINY = [
-    "model=llama3_8b",
-    "target=trn2",
-    "model.encoder_seq_length=64",
-    "model.max_position_embeddings=64",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=96",
-    "model.num_attention_heads=8",
-    "model.num_query_groups=2",
-    "model.num_layers=6",
-    "model.micro_batch_size=1",
-    "neuron.vocab_size=512",
-    "model.make_vocab_size_divisible_by=8",
-]
 TP4 = ["model.tensor_model_parallel_size=4", "model.pipeline_model_parallel_size=1", "model.global_batch_size=8"]
 PP2 = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "model.global_batch_size=12"]
 
 
-@pytest.fixture(scope="module")
-def pool(with_torch_xla: None) -> Iterator[RankPool]:
-    """A process on the xla lane."""
-    with RankPool(1, env=TRACED_ENV, init="nxdt_nemo:activate", group=False, timeout=600) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def audited(pool: RankPool) -> Callable[..., dict[str, Any]]:
-    """audited(overrides, world, **more): the JSON.
-
-    on         overrides of ranks that were started otherwise
-    meanwhile  a function of this module, which each training step calls with its loss
-    """
-    return lambda *args, **more: pool.run(_audited, args, more)[0]
-
-
-def _audited(args: tuple[list[str], int], more: dict[str, Any]) -> dict[str, Any]:
-    from nxdt_nemo.audit.summary import audit
-    from nxdt_nemo.config.validate import read
-
-    overrides, world = args
-    elsewhere = {
-        rank: read(Path("train.yaml"), [*TINY, *overrides, *said]) for rank, said in more.pop("on", {}).items()
-    }
-    config = read(Path("train.yaml"), [*TINY, *overrides])
-    chip = instance("trn2.48xlarge", place="--target")
-    with _calling(more.pop("meanwhile", "")):
-        found: dict[str, Any] = audit(config, world, target=chip, elsewhere=elsewhere, **more).as_json()
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+def audited_while(name: str, *arguments: Any) -> dict[str, Any]:
+    """The audit of a job whose training steps call a function of this module with their loss."""
+    with _calling(globals()[name]):
+        return audited_here(*arguments, ranks=[0])
 
 
 @contextmanager
-def _calling(name: str) -> Iterator[None]:
+def _calling(function: Callable[[Any], None]) -> Iterator[None]:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
     stock = MegatronGPTModel.training_step
 
     def training_step(self: Any, dataloader_iter: Any) -> Any:  # Lightning looks at the name
         loss = stock(self, dataloader_iter)
-        globals()[name](loss)
+        function(loss)
         return loss
 
-    MegatronGPTModel.training_step = training_step if name else stock
+    MegatronGPTModel.training_step = training_step
     try:
         yield
     finally:
@@ -152,7 +110,7 @@ def test_long_sequences_have_the_formulas_flops(audited: Callable[..., dict[str,
 def test_experts_and_parts_of_a_sequence_have_an_mfu(
     audited: Callable[..., dict[str, Any]], special: list[str], experts: int, parts: int
 ) -> None:
-    """Of the model's FLOPs, counted here, at SMALL's sizes; what the hardware does is not known by hand."""
+    """Of the model's FLOPs, counted here, at SMALL's sizes; what the hardware does with parts is not known by hand."""
     found = audited([*TP4[1:], *SMALL, *special], 4, ranks=[0])
     bounds, core = found["ranks"][0]["bounds"], instance("trn2.48xlarge").core()
     tp, tokens, hidden, queries, groups, features, seq = 4 // parts, 64 // parts, 64, 8, 2, 8, 64
@@ -162,7 +120,7 @@ def test_experts_and_parts_of_a_sequence_have_an_mfu(
     scores = 2 * 2 * queries / tp * features * pairs
     model = 4 * 3 * (2 * (layer + scores) + 2 * tokens * hidden * 512 / tp)  # 4 micro-batches, 2 layers
     assert bounds["mfu"] * bounds["step"] * core.flops["bfloat16"] == pytest.approx(model, rel=1e-9)
-    assert found["mfu_bound"] == bounds["mfu"] and found["ranks"][0]["analytic"] is None
+    assert found["mfu_bound"] == bounds["mfu"] and (found["ranks"][0]["analytic"] is None) == (parts > 1)
 
 
 @pytest.mark.slow
@@ -219,14 +177,14 @@ def test_a_tensor_that_a_step_computes_is_not_read(pool: RankPool) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_step_reads_and_what_falls_off_xla_is_listed(audited: Callable[..., dict[str, Any]]) -> None:
+def test_what_a_step_reads_and_what_falls_off_xla_is_listed(pool: RankPool) -> None:
     one = [*TP4, "model.num_layers=1", "model.global_batch_size=2"]
-    found = audited(one, 8, ranks=[0], meanwhile="reads_and_falls_off")
+    [found] = pool.run(audited_while, "reads_and_falls_off", one, 8)
     assert found["fallbacks"] == {"aten::logaddexp": 1}
     [(place, times)] = found["host_transfers"].items()
     assert times == 1 and "test_audit.py:" in place
     with pytest.raises(RankError, match=r"test_audit.py:\d+: a step reads a tensor of the device there \(item\)"):
-        audited(one, 8, ranks=[0], meanwhile="reads_the_loss")
+        pool.run(audited_while, "reads_the_loss", one, 8)
 
 
 @pytest.mark.slow

@@ -46,6 +46,6 @@ def forward(original: Callable[..., Any], self: Any, hidden_states: Tensor) -> A
     """Upstream's of [S, B, H]; in training on tokens that were mixed with those of other ranks, if so configured."""
     if self.token_shuffle_group is None or not self.training:
         return original(self, hidden_states)
-    mixed, order = shuffle(hidden_states, self.token_shuffle_group)
+    mixed, back = shuffle(hidden_states, self.token_shuffle_group)
     output, bias = original(self, mixed)
-    return unshuffle(output, order, self.token_shuffle_group), bias
+    return unshuffle(output, back, self.token_shuffle_group), bias

@@ -65,7 +65,8 @@ def _neighbours(data_parallel: dist.ProcessGroup, size: int) -> Group:
 def shuffle(x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """x [S, B, H] with an equal part of each rank's tokens, drawn at random; and what unshuffle needs.
 
-    The order is drawn on the host from torch's own random stream, which checkpoints save and recomputation sets back.
+    The order is drawn on the host from torch's own random stream, which checkpoints save and recomputation sets back,
+    and turned round there: sorting falls off XLA.
     Bytes received a rank, n = S B H itemsize: forward n (g - 1) / g for g ranks, backward the same.
     Raises ConfigError if g does not divide S B. Paper: Lewis et al. 2021, arXiv:2103.16716, section 3.1.
     """
@@ -73,11 +74,12 @@ def shuffle(x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     if tokens.shape[0] % group.size:
         reason = f"{group.size} does not divide the {tokens.shape[0]} tokens of a rank"
         raise ConfigError(reason, place=PLACE, fix="use a divisor, or 1 for none")
-    order = torch.randperm(tokens.shape[0]).to(x.device)
-    return all_to_all(tokens.index_select(0, order), group).view(x.shape), order
+    order = torch.randperm(tokens.shape[0])
+    mixed = tokens.index_select(0, order.to(x.device))
+    return all_to_all(mixed, group).view(x.shape), order.argsort().to(x.device)
 
 
-def unshuffle(x: Tensor, order: Tensor, group: Group) -> Tensor:
-    """The tokens [S, B, H] in the places that shuffle took them from."""
+def unshuffle(x: Tensor, back: Tensor, group: Group) -> Tensor:
+    """The tokens [S, B, H] in the places that shuffle took them from; back is what it gave."""
     tokens = all_to_all(x.flatten(0, -2), group)  # equal parts: the exchange is its own inverse
-    return tokens.index_select(0, order.argsort()).view(x.shape)
+    return tokens.index_select(0, back).view(x.shape)
