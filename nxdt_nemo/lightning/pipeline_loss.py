@@ -63,7 +63,8 @@ def _put_off(owner: Any) -> Iterator[_No]:
 def _in_stages() -> bool:
     from megatron.core import parallel_state
 
-    return parallel_state.get_pipeline_model_parallel_world_size() > 1
+    stages: int = parallel_state.get_pipeline_model_parallel_world_size()
+    return stages > 1
 
 
 def _to_first_stage(loss: torch.Tensor) -> None:
