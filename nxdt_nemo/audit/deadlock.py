@@ -7,7 +7,7 @@ run that stands still; so is a circle of ranks of which each waits for the next.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, zip_longest
 
 from nxdt_nemo.audit.hlo import Collective
@@ -38,8 +38,9 @@ class Mismatch(Exception):
 def mismatches(
     ranks: Mapping[int, Sequence[Collective]], stages: Mapping[int, int] | None = None
 ) -> Iterator[Mismatch]:
-    """The first difference of each pair of ranks, in what concerns both: groups that hold the two of them, and, of one
-    pipeline stage, all groups that their programs name. If there is none, ranks that wait for each other in a circle.
+    """The first difference of each pair of ranks, in what concerns both: groups that hold the two of them; of one
+    pipeline stage, also what the one's program has the other do. If there is none, ranks that wait for each other in a
+    circle.
 
     ranks   each lowered rank's collectives, in order
     stages  their pipeline stages; default: one
@@ -50,7 +51,7 @@ def mismatches(
         if ranks[one] == ranks[other]:
             continue
         same_stage = stages.get(one, 0) == stages.get(other, 0)
-        words = _parting(ranks, one, other) or (_other_groups(ranks, one, other) if same_stage else "")
+        words = _parting(ranks, one, other) or (_contradiction(ranks, one, other) if same_stage else "")
         if words:
             found = True
             yield Mismatch(words)
@@ -71,21 +72,15 @@ def _parting(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) ->
     return ""
 
 
-def _other_groups(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) -> str:
-    """Where two ranks that lower the same sequence cut the same ranks into different groups, "" if nowhere. Each text
-    names the groups of the whole world, also those whose ranks were not lowered."""
-    if [replace(each, groups=()) for each in ranks[one]] != [replace(each, groups=()) for each in ranks[other]]:
-        return ""
-    for place, (left, right) in enumerate(zip(ranks[one], ranks[other], strict=True), 1):
-        ours, theirs = ({rank: group for group in each.groups for rank in group} for each in (left, right))
-        together = [{rank for rank, group in each.items() if len(group) > 1} for each in (ours, theirs)]
-        parts = [rank for rank in sorted(together[0]) if together[0] == together[1] and ours[rank] != theirs[rank]]
-        if parts:
-            return (
-                f"collective {place}, {left.kind} of {left.whole} bytes of {left.dtype}: rank {one} has rank "
-                f"{parts[0]} in a group of ranks {_listed(ours[parts[0]])}, rank {other} has it in one of ranks "
-                f"{_listed(theirs[parts[0]])}"
-            )
+def _contradiction(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) -> str:
+    """What a rank's program has another do that does not do it, "" if nothing: each text names the groups of the whole
+    world, and ranks of a stage, whether they share a group or not, run one program. The other may do more: a group of a
+    script's own is not known to the rest."""
+    for teller, doer in ((one, other), (other, one)):
+        own = _seen(ranks[doer], doer)
+        for told in _seen(ranks[teller], doer):
+            if len(told.group) > 1 and told not in own:  # as far as the iterator is
+                return f"by the program of rank {teller}, rank {doer} has {told}; it has none there"
     return ""
 
 

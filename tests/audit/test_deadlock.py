@@ -16,7 +16,7 @@ def of(kind: str, groups: tuple[tuple[int, ...], ...], whole: int = 64, how: str
 def test_ranks_of_different_stages_share_what_both_are_in_only() -> None:
     one = [of("all-reduce", TP), of("all-gather", ((0, 2), (1, 3))), of("all-reduce", TP)]
     other = [of("all-gather", DP)]
-    assert not [*mismatches({0: one, 2: other})]
+    assert not [*mismatches({0: one, 2: other}, {0: 0, 2: 1})]
 
 
 def test_another_order_is_named_with_both_sides() -> None:
@@ -63,10 +63,10 @@ def test_another_reduction_and_another_dimension_are_named() -> None:
 def test_groups_that_contradict_each_other_are_named_though_the_lowered_ranks_share_none() -> None:
     crossed = ((0, 3), (1, 2))
     [found] = mismatches({0: [of("all-reduce", DP)], 1: [of("all-reduce", crossed)]})
-    assert str(found) == (
-        "collective 1, all-reduce of 64 bytes of f32: rank 0 has rank 0 in a group of ranks 0,2, rank 1 has it in one "
-        "of ranks 0,3"
-    )
+    words = "by the program of rank 0, rank 1 has all-reduce of 64 bytes of f32 over ranks 1,3; it has none there"
+    assert str(found) == words
+    [found] = mismatches({0: [of("all-reduce", TP)], 3: [of("all-gather", DP), of("all-reduce", DP)]})
+    assert "by the program of rank 0, rank 3 has all-reduce of 64 bytes of f32 over ranks 2,3" in str(found)
     assert not [*mismatches({0: [of("all-reduce", DP)], 1: [of("all-reduce", DP[::-1])]})]
 
 
