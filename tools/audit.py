@@ -54,9 +54,8 @@ class Row:
     stages: int = 1
 
     def programs(self, ranks: Iterable[int]) -> int:
-        """How many these ranks should have: one a stage; NeMo sends the loss from the last rank of all to the first."""
-        each = self.world // self.stages
-        return len({(rank // each, self.stages > 1 and rank in (0, self.world - 1)) for rank in ranks})
+        """How many these ranks should have: one a stage."""
+        return len({rank // (self.world // self.stages) for rank in ranks})
 
 
 ROWS = (

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 
+from nxdt_nemo.lightning import pipeline_loss
 from nxdt_nemo.lightning.logger_connector import compare_on_host, log_when_there
 from nxdt_nemo.lightning.progress import slow_down
 from nxdt_nemo.runtime import current
@@ -109,6 +110,11 @@ class GraphsMixin(_Base):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As validation_step."""
         return _own_graph(super().predict_step, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning; and ranks of a pipeline's stage have one graph where NeMo sends the loss from one to one."""
+        step = super().training_step
+        return pipeline_loss.training_step(step, self, *args, **kwargs) if current().traced else step(*args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning; and the step's graph ends here."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,24 +264,38 @@ def test_lines_through_small_steps_are_the_whole_step(
 
 
 @pytest.mark.slow
-def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]]) -> None:
-    """Ranks of a stage run one program, but for the loss, which NeMo sends from the world's last rank to its first."""
-    found = audited(PP2, 8, ranks=[*range(8)])
+@pytest.mark.parametrize(("stages", "world"), [(2, 8), (3, 6)])
+def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]], stages: int, world: int) -> None:
+    """Ranks of a stage run one program: each of the last one sends the loss to its own of the first, once."""
+    layout, each = [*PP2, f"model.pipeline_model_parallel_size={stages}"], world // stages
+    found = audited(layout, world, ranks=[*range(world)])
     assert found["mismatch"] is None
-    assert [rank["stage"][0] for rank in found["ranks"]] == [0] * 4 + [1] * 4
-    programs = [rank["program"] for rank in found["ranks"]]
-    assert len({*programs[1:4]}) == len({*programs[4:7]}) == 1 and len({*programs}) == 4
-    for rank, other in ((0, 1), (7, 6)):
-        more, less = moved(found["ranks"][rank]), moved(found["ranks"][other])
-        assert more - less == {("all-gather", "f32", 2, 1.0, 4.0): 1} and not less - more
-    [loss] = [row for row in found["ranks"][0]["transfers"] if row["ranks"] == [0, 7]]
-    assert loss["kind"] == "all-gather" and loss["times"] == 1 and loss["received"] == 4
+    stage_of = {rank["program"]: rank["stage"][0] for rank in found["ranks"]}
+    assert [stage_of[rank["program"]] for rank in found["ranks"]] == [rank // each for rank in range(world)]
+    assert len(stage_of) == stages
+    for rank in found["ranks"]:
+        here = rank["rank"]
+        pair = [here % each, here % each + world - each]  # of its pipeline the first and the last
+        losses = [row for row in rank["transfers"] if row["ranks"] == pair and is_loss(row)]
+        assert len(losses) == (here in pair)
+    if stages == 2:
+        parted = audited(layout, world, ranks=[0, 1], meanwhile="from_the_last_rank_to_the_first")
+        assert len({rank["program"] for rank in parted["ranks"]}) == 2, "what NeMo does by itself"
 
 
-def moved(rank: dict[str, Any]) -> Counter[tuple[Any, ...]]:
-    """A rank's collectives, whoever is at their other ends."""
-    rows = rank["transfers"]
-    return Counter((row["kind"], row["dtype"], len(row["ranks"]), row["times"], row["received"]) for row in rows)
+def is_loss(row: dict[str, Any]) -> bool:
+    """One number, once in a step."""
+    return bool((row["kind"], row["dtype"], row["times"], row["received"]) == ("all-gather", "f32", 1, 4))
+
+
+def from_the_last_rank_to_the_first(loss: Any) -> None:
+    import torch.distributed as dist
+
+    last = dist.get_world_size() - 1
+    if dist.get_rank() == last:
+        dist.send(loss, 0)
+    elif dist.get_rank() == 0:
+        dist.recv(loss, last)
 
 
 @pytest.mark.slow
