@@ -11,17 +11,21 @@ from nxdt_nemo.testing.parity import relative
 from .conftest import Run
 
 STEPS = ("trainer.max_steps=6", "trainer.val_check_interval=3", "exp_manager.create_checkpoint_callback=false")
-
-
-PP2 = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")
+TWO = "trainer.devices=2"
+LAYOUTS = {
+    "one rank": (),
+    "two stages": (TWO, "model.pipeline_model_parallel_size=2"),
+    "tensor and sequence parallel": (TWO, "model.tensor_model_parallel_size=2", "model.sequence_parallel=True"),
+    "data parallel": (TWO, "model.tensor_model_parallel_size=1"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(), PP2], ids=["one rank", "two stages"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("with_torch_xla")
-def test_the_cpu_lanes_losses(train: Callable[..., Run], layout: tuple[str, ...]) -> None:
+def test_the_cpu_lanes_losses(train: Callable[..., Run], layout: str) -> None:
     """What rank 0 logs: with two stages the other one's loss."""
-    runs = [train(*STEPS, *layout, name=lane, environment={"NXDT_NEMO_RUNTIME": lane}) for lane in ("cpu", "xla")]
+    runs = [train(*STEPS, *LAYOUTS[layout], name=lane, environment={"NXDT_NEMO_RUNTIME": lane}) for lane in ("cpu", "xla")]
     for run in runs:
         assert run.code == 0, run.output[-3000:]
     assert "nxdt_nemo: lane xla" in runs[1].output
