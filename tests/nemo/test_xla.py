@@ -25,7 +25,9 @@ LAYOUTS = {
 @pytest.mark.usefixtures("with_torch_xla")
 def test_the_cpu_lanes_losses(train: Callable[..., Run], layout: str) -> None:
     """What rank 0 logs: with two stages the other one's loss."""
-    runs = [train(*STEPS, *LAYOUTS[layout], name=lane, environment={"NXDT_NEMO_RUNTIME": lane}) for lane in ("cpu", "xla")]
+    runs = [
+        train(*STEPS, *LAYOUTS[layout], name=lane, environment={"NXDT_NEMO_RUNTIME": lane}) for lane in ("cpu", "xla")
+    ]
     for run in runs:
         assert run.code == 0, run.output[-3000:]
     assert "nxdt_nemo: lane xla" in runs[1].output
