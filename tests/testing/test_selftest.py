@@ -129,6 +129,13 @@ def test_a_collective_that_gives_nan(monkeypatch, tmp_path):
     assert (found.ok, found.found) == (False, "wrong on 2 ranks: broadcast")
 
 
+@pytest.mark.parametrize("found", [[{}, {}], [{"all_reduce": 0.0}, {}], [{}, {"all_reduce": 0.0}]])
+def test_a_rank_that_tells_nothing_of_its_collectives(monkeypatch, tmp_path, found):
+    monkeypatch.setattr(stages._Bench, "ranks", lambda *_: found)
+    (stage,) = run(tmp_path, "xla", {"collectives": STAGES["collectives"]})
+    assert not stage.ok and stage.found.startswith("a rank did not tell what it got")
+
+
 def test_stages_share_the_time(monkeypatch, tmp_path):
     """What a stage may take is what those before it have left; the last finds nothing."""
     clock, given = [100.0], []

@@ -135,6 +135,8 @@ def main() -> int:
     parser.add_argument("--settings", default=",".join(SETTINGS), help="hidden sizes; default: all")
     parser.add_argument("--pairs", type=int, default=12)
     args = parser.parse_args()
+    if args.pairs < 2:
+        parser.error("--pairs: a ratio is the median of two at least")
     settings = args.settings.split(",")
     for setting in settings:
         if setting not in SETTINGS:

@@ -109,6 +109,9 @@ def _worst(errors: Iterable[float]) -> float:
 def collectives(bench: _Bench) -> str:
     """Two ranks' collectives give what they have to."""
     found = bench.ranks(2, "collective_errors")
+    names = set().union(*found)
+    if not names or any(one.keys() != names for one in found):
+        raise Failed(f"a rank did not tell what it got: {' and '.join(str(sorted(one)) for one in found)}")
     wrong = sorted({name for one in found for name, error in one.items() if error})
     if wrong:
         raise Failed(f"wrong on 2 ranks: {', '.join(wrong)}")
