@@ -92,7 +92,7 @@ test-xla-run: $(STAMP) ## the stock NeMo script on the xla lane: graphs compiled
 	@$(PY) tools/xla_run.py
 
 .PHONY: test-lift
-test-lift: $(STAMP) ## all ranks of a layout in one process on the xla lane, against the cpu lane's; writes docs/results/xla_lift.md
+test-lift: $(STAMP) ## ranks of the xla lane, all in one process or as processes, against the cpu lane's; writes docs/results/xla_lift.md
 	@$(PY) tools/lift.py
 
 .PHONY: test-audit

@@ -30,11 +30,16 @@ def lifted_env(layout: Layout) -> dict[str, str]:
 
 @dataclass
 class Lifted:
-    """losses and grad_norms of each step, by rank; how many graphs each step compiled."""
+    """losses and grad_norms of each step, by rank, and how many graphs each step compiled.
+
+    within  of each step, what happened while it was traced that has no place in its one graph: readings, executions,
+            operations off XLA, as runtime/xla/metrics.py counts them
+    """
 
     losses: list[list[float]] = field(default_factory=list)
     grad_norms: list[list[float]] = field(default_factory=list)
     compiled: list[int] = field(default_factory=list)
+    within: list[dict[str, int]] = field(default_factory=list)
 
 
 def train(
@@ -49,7 +54,7 @@ def train(
     from megatron.core import parallel_state
 
     from nxdt_nemo.runtime.xla.lift import Lift
-    from nxdt_nemo.runtime.xla.metrics import graphs_compiled
+    from nxdt_nemo.runtime.xla.metrics import counters, graphs_compiled, since
     from nxdt_nemo.runtime.xla.world import pretend
 
     lift, report = Lift(layout.world), Lifted()
@@ -81,12 +86,15 @@ def train(
             inputs = [_stacked(lift, [mine[k] for mine in batches]) for k in range(len(batches[0]))]
 
             def run(*parts: torch.Tensor, step: int = step) -> list[torch.Tensor]:
+                began = counters()
                 for chunk in training.chunks:
                     chunk.zero_grad_buffer()
                 training.optimizer.zero_grad()
                 given = [Batch(tokens, labels) for tokens, labels in zip(parts[::2], parts[1::2], strict=True)]  # type: ignore[arg-type]
                 losses = forward_backward(training.chunks, recipe, given, read=torch.Tensor.clone)
-                return [torch.stack(losses).mean(), update(training.optimizer, recipe, step, read=torch.Tensor.detach)]
+                norm = update(training.optimizer, recipe, step, read=torch.Tensor.detach)
+                report.within.append(since(began))
+                return [torch.stack(losses).mean(), norm]
 
             loss, norm = lift.step(state, [tensor for pair in inputs for tensor in pair], run)
             now = graphs_compiled()

@@ -83,16 +83,18 @@ def train(
     resume: Path | None = None,
     save: Path | None = None,
     ddp: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Part:
     """One rank's part of a run: build its stage, load its share of the weights, train.
 
     steps          those of the recipe to make (default: all)
     resume, save   megatron-core distributed checkpoints to begin with and to end with
     ddp            further fields of megatron-core's DistributedDataParallelConfig
+    fields         further ones of the TransformerConfig
     """
     lane_here()  # unless the pool has
     try:
-        return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {})
+        return _train(recipe, weights, layout, fault, steps, resume, save, ddp or {}, fields)
     finally:
         forget_groups()
 
@@ -106,8 +108,9 @@ def _train(
     resume: Path | None,
     save: Path | None,
     ddp: Mapping[str, Any],
+    fields: Mapping[str, Any] | None,
 ) -> Part:
-    training = set_up(recipe, weights, layout, ddp)
+    training = set_up(recipe, weights, layout, ddp, fields)
     ranks, report = Ranks.here(), Part(Ranks.here().tp[0])
     if resume is not None:
         load_checkpoint(training.model, training.optimizer, resume, fault)

@@ -25,7 +25,9 @@ from nxdt_nemo.testing.reference import STOCK_ENV, Trained
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NO_CLIPPING", "Errors", "Parity", "Row", "errors", "relative"]
+    from nxdt_nemo.testing.traced import Traced
+
+__all__ = ["NO_CLIPPING", "Errors", "Parity", "Row", "errors", "relative", "traced_errors"]
 
 NO_CLIPPING = 1e9  # a recipe's clip that no norm reaches
 
@@ -98,6 +100,15 @@ def relative(left: Sequence[float], right: Sequence[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
 
 
+def traced_errors(parts: Sequence[Traced], expected: Trained) -> tuple[float, float]:
+    """Ranks of a lane that traces against the first steps of a run: of the losses, a mean over the ranks that have
+    some, and of each rank's gradient norms."""
+    losses = [sum(step) / len(step) for step in zip(*(part.losses for part in parts if part.losses), strict=True)]
+    steps = len(parts[0].grad_norms)
+    norms = max(relative(part.grad_norms, expected.grad_norms[:steps]) for part in parts)
+    return relative(losses, expected.losses[:steps]), norms
+
+
 def _marks(recipe: Recipe) -> list[str]:
     """What a row's name says of its recipe."""
     marks = {"bf16": recipe.dtype == "bfloat16", "no clipping": recipe.clip >= NO_CLIPPING}
@@ -134,7 +145,7 @@ class Parity:
     _own: RankPools = field(default_factory=RankPools, repr=False)
     _weights: dict[Recipe, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _stock: dict[Recipe, Trained] = field(default_factory=dict, repr=False)
-    _ours: dict[tuple[Recipe, Layout, Fault], tuple[Trained, float]] = field(default_factory=dict, repr=False)
+    _ours: dict[tuple[Any, ...], tuple[Trained, float]] = field(default_factory=dict, repr=False)
     _bytes: dict[tuple[Recipe, Layout], list[int]] = field(default_factory=dict, repr=False)
     _nemo: dict[tuple[Any, ...], tuple[Trained, float, NemoPart]] = field(default_factory=dict, repr=False)
     _nemo_bytes: dict[tuple[Any, ...], list[int]] = field(default_factory=dict, repr=False)
@@ -164,11 +175,15 @@ class Parity:
             self._stock[recipe] = self._run_stock("reference:train", recipe, self.weights(recipe))
         return self._stock[recipe]
 
-    def ours(self, recipe: Recipe, layout: Layout, fault: Fault = "") -> tuple[Trained, float]:
-        """The backend in a layout, and how far copies of gradients differ between its ranks."""
-        key = (recipe, layout, fault)
+    def ours(self, recipe: Recipe, layout: Layout, fault: Fault = "", **fields: Any) -> tuple[Trained, float]:
+        """The backend in a layout, and how far copies of gradients differ between its ranks.
+
+        fields  further ones of the TransformerConfig
+        """
+        key = (recipe, layout, fault, tuple(sorted(fields.items())))
         if key not in self._ours:
-            parts = self._run_ours(layout, recipe, self.weights(recipe), layout, fault)
+            arguments = (recipe, self.weights(recipe), layout, fault, None, None, None, None, fields)
+            parts = self._run_ours(layout, *arguments)
             self._ours[key] = ours.assemble(parts)
             self._bytes[recipe, layout] = [part.state_bytes for part in parts]
         return self._ours[key]

@@ -58,7 +58,7 @@ def train(
     fields         further ones of the TransformerConfig
     ddp            further ones of the DistributedDataParallelConfig
     """
-    from nxdt_nemo.runtime.xla.metrics import counters, wait
+    from nxdt_nemo.runtime.xla.metrics import counters, since, wait
 
     lane = lane_here()
     training = set_up(recipe, weights, layout, ddp, fields)
@@ -75,10 +75,8 @@ def train(
             kept.append(([sum(losses) / len(losses)] if losses else [], norm))
             lane.step_boundary()
             wait()
-            now = counters()
-            changed = {name: now[name] - before.get(name, 0) for name in now}
-            report.steps.append({name: count for name, count in changed.items() if count})
-            before = now
+            report.steps.append(since(before))
+            before = counters()
     report.losses = [float(loss) for losses, _ in kept for loss in losses]
     report.grad_norms = [float(norm) for _, norm in kept]
     if save is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_nemo.runtime.xla.process_group import OPERATORS
 from nxdt_nemo.testing.on_a_lane import PLACED, by_the_table, expected, placed
 from nxdt_nemo.testing.ours import ACTIVE
 from nxdt_nemo.testing.pool import RankPools, lane_here
@@ -329,37 +330,60 @@ def test_both_neighbours_may_send_first(pools: Callable[..., list[Any]]) -> None
     ]
 
 
-def on_gloo() -> list[Any]:
-    """What a group of the user's own on gloo says to a tensor of the device, and does with one of the host."""
+# By operator, what leads to it: a method of the process group that torch.distributed's functions call.
+ON_GLOO: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "allgather_": lambda group, x: group.allgather([[x, x]], [x]),
+    "allgather_coalesced_": lambda group, x: group.allgather_coalesced([[x], [x]], [x]),
+    "allgather_into_tensor_coalesced_": lambda group, x: group.allgather_into_tensor_coalesced([x], [x[:1]]),
+    "allreduce_": lambda group, x: group.allreduce([x]),
+    "allreduce_coalesced_": lambda group, x: group.allreduce_coalesced([x]),
+    "alltoall_": lambda group, x: group.alltoall([x, x], [x, x]),
+    "alltoall_base_": lambda group, x: group.alltoall_base(x, x, [], []),
+    "broadcast_": lambda group, x: group.broadcast(x, 0),
+    "gather_": lambda group, x: group.gather([x, x] if group.rank() == 0 else [], x, 0),
+    "_allgather_base_": lambda group, x: group._allgather_base(x, x[:1]),
+    "_reduce_scatter_base_": lambda group, x: group._reduce_scatter_base(x[:1], x),
+    "recv_": lambda group, x: group.recv([x], 1 - group.rank(), 0),
+    "recv_any_source_": lambda group, x: group.recv_anysource([x], 0),
+    "reduce_": lambda group, x: group.reduce(x, 0),
+    "reduce_scatter_": lambda group, x: group.reduce_scatter(x, [x, x]),
+    "reduce_scatter_tensor_coalesced_": lambda group, x: group.reduce_scatter_tensor_coalesced([x[:1]], [x]),
+    "scatter_": lambda group, x: group.scatter(x, [x, x] if group.rank() == 0 else [], 0),
+    "send": lambda group, x: group.send([x], 1 - group.rank(), 0),
+}
+
+
+def on_gloo(operator: str) -> tuple[str, list[float], list[float]]:
+    """What a group of the user's own on gloo says to a tensor of the device; the tensor; and what it reduces."""
     import torch.distributed as dist
 
     from nxdt_nemo.errors import LaneError
 
     lane = lane_here()
     group = dist.new_group(backend="gloo")
-    x = torch.ones(2, device=lane.device())
-    calls: tuple[Callable[[], Any], ...] = (
-        lambda: dist.all_reduce(x, group=group),
-        lambda: dist.broadcast(x, 0, group=group),
-        lambda: dist.all_gather_into_tensor(torch.empty(4, device=x.device), x, group=group),
-        lambda: dist.reduce_scatter_tensor(torch.empty(1, device=x.device), x, group=group),
-        lambda: dist.all_to_all_single(torch.empty_like(x), x, group=group),
-        lambda: dist.send(x, 1 - dist.get_rank(), group=group),
-    )
-    said: list[Any] = []
-    for call in calls:
-        try:
-            call()
-        except LaneError as error:
-            said.append(str(error).partition(" ")[0])
+    x, said = torch.ones(2, device=lane.device()), ""
+    try:
+        ON_GLOO[operator](group, x)
+    except LaneError as error:
+        said = str(error)
     host = torch.ones(2)
     dist.all_reduce(host, group=group)
-    return [*said, host.tolist()]
+    dist.destroy_process_group(group)
+    return said, x.tolist(), host.tolist()
 
 
-def test_gloo_refuses_tensors_of_the_device(pools: Callable[..., list[Any]]) -> None:
-    names = ["allreduce", "broadcast", "allgather_base", "reduce_scatter_base", "alltoall_base", "send"]
-    assert pools(2, on_gloo) == [[*names, [2.0, 2.0]]] * 2
+@pytest.mark.parametrize("operator", ON_GLOO)
+def test_gloo_refuses_tensors_of_the_device(pools: Callable[..., list[Any]], operator: str) -> None:
+    said = (
+        f"{operator.strip('_')} of tensors on the device, in a process group of another backend, would change nothing; "
+        "make the group without backend=, or give it tensors of the host"
+    )
+    assert pools(2, on_gloo, operator) == [(said, [1.0, 1.0], [2.0, 2.0])] * 2
+
+
+def test_no_operator_of_tensors_is_forgotten() -> None:
+    there = {name.removeprefix("c10d::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("c10d::")}
+    assert set(ON_GLOO) == set(OPERATORS) == there - {"barrier", "monitored_barrier_"}
 
 
 def looked_at(within: bool) -> dict[str, int]:

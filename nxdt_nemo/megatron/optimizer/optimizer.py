@@ -7,6 +7,7 @@ get_megatron_optimizer constructs it by name. Proof: tests/megatron/test_zero.py
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ class ChainedOptimizer(_ChainedOptimizer):
         result: tuple[bool, Any, Any] = super().step()
         current().optimizer_stepped()
         return result
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> Any:
+        """As upstream, which asks the host for each of two optimizers' norms: tensors stay where they are."""
+        if len(self.chained_optimizers) == 1 or self.grads_states_parallel_group_is_shared():
+            return super().get_grad_norm()
+        norms = [one.get_grad_norm() for one in self.chained_optimizers]
+        squares: Any = sum(norm**2 for norm in norms if norm is not None)  # one without parameters has none
+        return squares.sqrt() if isinstance(squares, torch.Tensor) else math.sqrt(squares)
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As upstream; and what one optimizer has saved into several, or several into one, where they are sharded ones.

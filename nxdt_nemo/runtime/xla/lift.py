@@ -6,7 +6,9 @@ what shows that a program is the same for all ranks, for up to 32 of them on two
 before torch_xla is imported, and a process of its own. No pipelines: their stages are different programs.
 
 On XLA:CPU a collective-permute aborts the process in this mode, and an all-to-all fails: both are an all-gather and a
-choice here. Imports torch and torch_xla. Proof: tests/megatron/test_xla_lift.py.
+choice here. A step that draws random numbers is refused: torch_xla's seed is one number of the graph, so that all ranks
+would draw the same ones, in tensor-parallel regions too. Imports torch and torch_xla.
+Proof: tests/runtime/test_xla_lift.py, tests/megatron/test_xla_lift.py.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Lift(Dialect):
         self._values: dict[tuple[int, ...], Tensor] = {}
         self._here: dict[tuple[int, ...], Tensor] = {}
         self._channel = 0
+        self._drawing_nothing: set[bytes] = set()  # keys of graphs
 
     # --- values ---
 
@@ -91,6 +94,7 @@ class Lift(Dialect):
 
         state   the tensors that live on from step to step, as they are now; their memory is exchanged
         inputs  [W, ...], see stack; `run` gets each rank's part
+        Raises LaneError for a step that draws random numbers.
         """
         self._here.clear()
         self._channel = 0
@@ -101,8 +105,22 @@ class Lift(Dialect):
         results = [self.leave(result) for result in run(*(self.enter(one) for one in inputs))]
         lasting = list(state())
         self._kept = {id(tensor): self.leave(tensor.detach()) for tensor in lasting}
-        torch_xla._XLAC._xla_sync_multi([*self._kept.values(), *results], devices=[], wait=True, sync_xla_data=True)
+        made = [*self._kept.values(), *results]
+        self._refuse_draws(made)
+        torch_xla._XLAC._xla_sync_multi(made, devices=[], wait=True, sync_xla_data=True)
         return [result.cpu() for result in results]
+
+    def _refuse_draws(self, made: list[Tensor]) -> None:
+        key = torch_xla._XLAC._get_graph_hash(made)
+        if key in self._drawing_nothing:
+            return
+        if "rng-bit-generator" in torch_xla._XLAC._get_xla_tensors_hlo(made):
+            raise LaneError(
+                "the step draws random numbers, and all ranks of one process would draw the same ones",
+                place="Lift.step",
+                fix="set hidden_dropout and attention_dropout to 0",
+            )
+        self._drawing_nothing.add(key)
 
     def keep(self, tensor: Tensor, parts: Sequence[Tensor]) -> None:
         """Give a tensor of `state` its ranks' values."""

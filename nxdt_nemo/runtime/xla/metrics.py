@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 
-__all__ = ["counters", "graphs_compiled", "wait"]
+__all__ = ["counters", "graphs_compiled", "since", "wait"]
 
 METRICS = {"CompileTime": "compiled", "ExecuteTime": "executed", "TransferFromDeviceTime": "read"}
 
@@ -19,6 +19,12 @@ def counters() -> dict[str, int]:
     found = {short: int((met.metric_data(name) or (0,))[0]) for name, short in METRICS.items()}
     aten = {name: int(met.counter_value(name)) for name in met.counter_names() if name.startswith("aten::")}
     return found | {name: value for name, value in aten.items() if value}
+
+
+def since(before: dict[str, int]) -> dict[str, int]:
+    """What has been counted since `before`, an answer of counters; without what has not."""
+    changed = {name: count - before.get(name, 0) for name, count in counters().items()}
+    return {name: count for name, count in changed.items() if count}
 
 
 def graphs_compiled() -> int:
