@@ -12,13 +12,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from nxdt_nemo.audit.bounds import Bounds, bounds
+from nxdt_nemo.audit.by_hand import hardware_flops, model_flops, sent_bytes
 from nxdt_nemo.audit.deadlock import compared, mismatches
-from nxdt_nemo.audit.formula import FORMULA, Count, Decoder, count
+from nxdt_nemo.audit.formula import FORMULA, Count
 from nxdt_nemo.audit.hlo import Collective, Graph
 from nxdt_nemo.audit.lowering import STEPS, Lowered, lower
 from nxdt_nemo.audit.points import Point, Points, points
@@ -28,9 +28,6 @@ from nxdt_nemo.config.job import job_of
 from nxdt_nemo.config.neuron import neuron_section
 from nxdt_nemo.config.view import View
 from nxdt_nemo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from nxdt_nemo.megatron.transformer.moe.token_dispatcher import Bound
 
 __all__ = ["ROOM", "Audit", "Rank", "audit", "chosen"]
 
@@ -308,7 +305,7 @@ def _rank(
     flops_step = wanted.value(summed(lambda graph: graph.flops))
     moved = wanted.value(summed(lambda graph: graph.product_bytes))
     times = _times(lowered, wanted)
-    analytic, model_flops = _analytic(config, last), _model_flops(config, last)
+    analytic, needed = hardware_flops(config, last), model_flops(config, last)
     given = wanted.value(lambda point: max(map(_given, lowered[point].step)))
     dtype: Dtype = "bfloat16" if any(graph.dtypes.get("bf16", 0) for graph in last.step) else "float32"
     found = None
@@ -318,7 +315,7 @@ def _rank(
             lnc,
             dtype=dtype,
             flops=flops_step,
-            model_flops=None if model_flops is None else model_flops * count_of,
+            model_flops=None if needed is None else needed * count_of,
             bytes_moved=moved,
             collectives=times,
             rank=last.rank,
@@ -333,7 +330,7 @@ def _rank(
         flops_step / count_of,
         analytic,
         _transfers(times, last.rank),
-        *_sent(config, last, count_of),
+        *sent_bytes(config, last, count_of),
         round(wanted.at_full_pipeline(lambda point: max(map(_live, lowered[point].step))) + given),
         round(given),
         found,
@@ -375,197 +372,3 @@ def _transfers(times: Sequence[tuple[Collective, float]], rank: int) -> tuple[Tr
             entry[place] += value
     rows = [Transfer(kind, dtype, group, *values) for (kind, dtype, group), values in sums.items()]
     return tuple(sorted(rows, key=lambda row: -row.received))
-
-
-def _alike(model: Any, stages: int) -> bool:
-    """Layers that are all of one kind, as many in each stage."""
-    experts = model.get("num_moe_experts") and model.get("moe_layer_freq", 1) != 1
-    return not experts and int(model.num_layers) % stages == 0
-
-
-def _sent(config: Any, lowered: Lowered, count_of: int) -> tuple[float | None, float | None]:
-    """Bytes of whole tensors that a step of this rank has to send, and that it is known to."""
-    from nxdt_nemo.megatron.communication import NOT_LEFT_OUT, Model, Step, sent, stages_of
-
-    model = config.model
-    stage, stages = lowered.stage
-    half = "bf16" in str(config.trainer.precision)
-    if not _alike(model, stages) or _context_parallel(model) > 1 or not _plain_experts(model, half=half):
-        return None, None
-    tp, heads = _tensor_parallel(model), int(model.num_attention_heads)
-    groups, gated = int(model.get("num_query_groups") or heads), "glu" in str(model.get("activation", "gelu"))
-    learned = model.get("position_embedding_type", "learned_absolute") == "learned_absolute"
-    balancing = model.get("moe_router_load_balancing_type", "aux_loss")
-    decoder = Model(
-        layers=int(model.num_layers),
-        hidden=int(model.hidden_size),
-        heads=heads,
-        kv_groups=groups,
-        head=int(model.get("kv_channels") or model.hidden_size // heads),
-        ffn=_expert_ffn(model),
-        vocab=lowered.vocab * tp,
-        gated=gated,
-        biases=bool(model.get("bias", True)),
-        norm=1 if "rms" in str(model.get("normalization", "layernorm")) else 2,
-        learned=int(model.max_position_embeddings) if learned else 0,
-        tied=bool(model.get("share_embeddings_and_output_weights", True)),
-        experts=int(model.get("num_moe_experts") or 0),
-        topk=int(model.get("moe_router_topk", 2)),
-        balanced=bool(model.get("moe_aux_loss_coeff", 0)) and balancing == "aux_loss",
-        width=2 if half else 4,
-    )
-    step = Step(
-        seq=int(model.encoder_seq_length),
-        micro_batch=int(model.micro_batch_size),
-        micro_batches=count_of,
-        stages=stages_of(decoder.layers, stages),
-        tp=tp,
-        dp=lowered.world // (tp * stages),
-        ep=int(model.get("expert_model_parallel_size") or 1),
-        etp=tp,  # NeMo's strategy knows no other
-        sp=bool(model.get("sequence_parallel")),
-        zero=str(model.optim.name) in ("distributed_fused_adam", "mcore_distributed_optim"),
-        recompute=str(model.get("activations_checkpoint_granularity") or "") == "full",
-        grouped=bool(model.get("moe_grouped_gemm", False)),
-        static=True,
-    )
-    terms = [term for term in sent(decoder, step, stage) if term.why != NOT_LEFT_OUT]  # a graph leaves it out
-    return float(sum(term.least for term in terms)), float(sum(term.bytes for term in terms))
-
-
-def _plain_experts(model: Any, *, half: bool) -> bool:
-    """No experts, or such as the arithmetic of communication is of: no token is dropped, none is mixed with those of
-    other ranks, each expert has room for all, and a token's probability has four bytes."""
-    if not model.get("num_moe_experts"):
-        return True
-    own, routed = model.get("mcore_customization_config") or {}, str(model.get("moe_router_dtype"))
-    bound = _bound(model)
-    return (
-        bound.factor is None
-        and bound.capacity is None
-        and own.get("token_shuffle_group_size", 1) == 1
-        and not model.get("moe_shared_expert_intermediate_size")
-        and model.get("moe_router_load_balancing_type", "aux_loss") in ("aux_loss", "none")
-        and (routed == "fp32" or (routed == "None" and not half))
-    )
-
-
-def _analytic(config: Any, lowered: Lowered) -> Count | None:
-    """By hand, for what the formula knows the hardware's part of."""
-    model, block = config.model, _block(config.model)
-    if block is None or not _alike(model, lowered.stage[1]) or _context_parallel(model) > 1:
-        return None
-    return count(_part(model, lowered, block))
-
-
-def _model_flops(config: Any, lowered: Lowered) -> float | None:
-    """Of a micro-batch, what the model needs of this rank: experts and parts of a sequence too, a share of all ranks'.
-    None for uneven stages, layers of which some have experts, and scores of which the batch has the mask."""
-    model, context = config.model, _context_parallel(config.model)
-    block = _block(model) if context == 1 else 1 if model.get("get_attention_mask_from_fusion", True) else None
-    if block is None or not _alike(model, lowered.stage[1]):
-        return None
-    return count(replace(_part(model, lowered, block), context=context)).model
-
-
-def _experts(model: Any) -> tuple[float, float, float, float]:
-    """A Decoder's experts, shared, padded and router."""
-    experts, tp = int(model.get("num_moe_experts") or 0), _tensor_parallel(model)
-    if not experts:
-        return 1.0, 0.0, 0.0, 0.0
-    shared = int(model.get("moe_shared_expert_intermediate_size") or 0) / _expert_ffn(model)
-    topk, parts = int(model.get("moe_router_topk", 2)), tp * _context_parallel(model)  # experts divide the sequence
-    tokens = int(model.encoder_seq_length) * int(model.micro_batch_size) // parts
-    rows = _bound(model).rows(tokens, topk, experts)
-    return topk, shared, experts * rows / tokens - topk, experts / tp
-
-
-def _bound(model: Any) -> Bound:
-    """What room an expert has."""
-    from nxdt_nemo.megatron.transformer.moe.token_dispatcher import Bound
-
-    own, factor = model.get("mcore_customization_config") or {}, model.get("moe_expert_capacity_factor")
-    capacity = None if factor is None or factor < 0 else factor
-    found = Bound.of(SimpleNamespace(**{**own, "moe_expert_capacity_factor": capacity}), ragged=False)
-    assert found is not None
-    return found
-
-
-def _expert_ffn(model: Any) -> int:
-    """Hidden values of an expert; without experts of the MLP."""
-    own = model.get("moe_ffn_hidden_size") if model.get("num_moe_experts") else None
-    return int(own or model.ffn_hidden_size)
-
-
-def _tensor_parallel(model: Any) -> int:
-    return int(model.get("tensor_model_parallel_size") or 1)
-
-
-def _context_parallel(model: Any) -> int:
-    return int(model.get("context_parallel_size") or 1)
-
-
-def _part(model: Any, lowered: Lowered, block: int) -> Decoder:
-    """This rank's part of a model whose sequence is whole."""
-    stage, stages = lowered.stage
-    tp, heads = _tensor_parallel(model), int(model.num_attention_heads)
-    groups = int(model.get("num_query_groups") or heads)
-    layers, seq = int(model.num_layers) // stages, int(model.encoder_seq_length)
-    asked = str(model.get("activations_checkpoint_granularity") or "")
-    some = int(model.get("activations_checkpoint_num_layers") or layers)
-    every = asked == "selective" or model.get("activations_checkpoint_method") == "uniform"
-    seen = int((model.get("window_size") or (-1,))[0])
-    experts, shared, padded, router = _experts(model)
-    return Decoder(
-        layers=layers,
-        hidden=int(model.hidden_size),
-        seq=seq,
-        batch=int(model.micro_batch_size),
-        queries=heads // tp,
-        groups=max(groups // tp, 1),
-        features=int(model.get("kv_channels") or model.hidden_size // heads),
-        ffn=_expert_ffn(model) // tp,
-        gated="glu" in str(model.get("activation", "gelu")),
-        vocab=lowered.vocab,
-        head=stage == stages - 1,
-        block=block,
-        window=seen if seen >= 0 else None,
-        recompute="full" if asked == "full" else "selective" if asked == "selective" else "",
-        recomputed_layers=(layers if every else min(some, layers)) if asked else 0,
-        experts=experts,
-        shared=shared,
-        padded=padded,
-        router=router,
-    )
-
-
-def _block(model: Any) -> int | None:
-    """Queries of a block of the model's attention, 0 where its scores are made whole; None for what the formula does
-    not know: blocks that are not causal, and what cuts the sequence among ranks."""
-    import torch
-
-    from nxdt_nemo.megatron.transformer.attention_choice import Call, choose
-    from nxdt_nemo.megatron.transformer.blocked_attention import BLOCK
-
-    heads, seq = int(model.num_attention_heads), int(model.encoder_seq_length)
-    features = int(model.get("kv_channels") or model.hidden_size // heads)
-    causal = bool(model.get("get_attention_mask_from_fusion", True))  # otherwise the batch has a mask
-    name = choose(
-        Call(
-            lane="xla",
-            dtype=torch.bfloat16,
-            queries=seq,
-            keys=seq,
-            heads=heads,
-            groups=int(model.get("num_query_groups") or heads),
-            features=features,
-            values=features,
-            causal=causal,
-            masked=not causal,
-            alibi=model.get("position_embedding_type") == "alibi",
-            window=bool(model.get("window_size")),
-            dropout=float(model.get("attention_dropout", 0.1)) > 0,
-            parts=_context_parallel(model),
-        )
-    ).name
-    return {"upstream": 0, "sdpa": 0, "blocked": BLOCK if causal else None}.get(name)
