@@ -71,8 +71,8 @@ def sent_bytes(config: Any, lowered: Lowered, micro_batches: int) -> tuple[float
 
 
 def hardware_flops(config: Any, lowered: Lowered) -> Count | None:
-    """Of a micro-batch on this rank. None beside model_flops' cases for context parallelism: which scores a part makes is
-    not known by hand."""
+    """Of a micro-batch on this rank. None where model_flops is, and for context parallelism: which scores a part makes
+    is not known by hand."""
     model, block = config.model, _block(config.model)
     if block is None or not _alike(model, lowered.stage[1]) or _context_parallel(model) > 1:
         return None

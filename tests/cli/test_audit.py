@@ -90,7 +90,7 @@ def test_mistakes_are_one_line_before_anything_is_started(arguments: list[str], 
 
 RANK = Rank(
     0, (0, 1), graphs=2, executions=1, operations=9, parameters=8, flops=7.0, analytic=None, transfers=(),
-    least_bytes=None, peak_bytes=100, state_bytes=50, bounds=None, host_transfers={}, fallbacks={},
+    least_bytes=None, expected_bytes=None, peak_bytes=100, state_bytes=50, bounds=None, host_transfers={}, fallbacks={},
     dtypes={"bf16": 75, "f32": 25}, program="0" * 64,
 )  # fmt: skip
 FOUND = Audit(2, Points((1,), (1,), (1, 1)), "trn2.48xlarge", 125, (RANK,), mismatch="", compared=0, seconds=1.0)
