@@ -1,7 +1,7 @@
 """The audit of large jobs, and of the audit itself: docs/results/audit.md.
 
     python tools/audit.py                 # all rows; 40 minutes of two cores
-    python tools/audit.py --rows 8b-64    # some of them; the page keeps the others' last outcome, from build/audit
+    python tools/audit.py --rows 8b-64    # some of them; the page has the others' last outcome, of build/audit
 
 Each row is `nxdt-nemo audit` in a process of its own; its seconds and memory are the process's. Exit code 1 when a
 ratio is off (FLOPs by 2 %, collectives' bytes by 2 % of what is known to be sent and, without experts, of the least),
@@ -274,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"some of: {', '.join(row.name for row in ROWS)}")
     asked = parser.parse_args(arguments).rows
     names = asked.split(",") if asked else [row.name for row in ROWS]
+    if unknown := {*names} - {row.name for row in ROWS}:
+        parser.error(f"--rows: there is no {', '.join(sorted(unknown))}")
     KEPT.mkdir(parents=True, exist_ok=True)
     for row in ROWS:
         if row.name in names:
@@ -283,7 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {name: Found(**json.loads(file.read_text())) for name, file in files.items() if file.exists()}
     text, good = page(found)
     print(text)
-    RESULT.write_text(text)
+    if missing := [row.name for row in ROWS if row.name not in found]:
+        print(f"{RESULT.name} stays as it is: never run here: {', '.join(missing)}", file=sys.stderr)
+    else:
+        RESULT.write_text(text)
     return 0 if good else 1
 
 

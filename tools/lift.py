@@ -137,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help=f"some of: {', '.join(row.name for row in (*ROWS, *PROCESSES))}")
     asked = parser.parse_args(arguments).rows
+    if unknown := {*asked.split(",")} - {row.name for row in (*ROWS, *PROCESSES)} if asked else ():
+        parser.error(f"--rows: there is no {', '.join(sorted(unknown))}")
     lifted, processes = Sheet("all ranks in one process", COLUMNS), Sheet("each rank a process", OF_PROCESSES)
     with Parity(timeout=3600) as parity:
         for row in (*ROWS, *PROCESSES):

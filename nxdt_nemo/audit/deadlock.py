@@ -39,8 +39,8 @@ def mismatches(
     ranks: Mapping[int, Sequence[Collective]], stages: Mapping[int, int] | None = None
 ) -> Iterator[Mismatch]:
     """The first difference of each pair of ranks, in what concerns both: groups that hold the two of them; of one
-    pipeline stage, also what the one's program has the other do. If there is none, ranks that wait for each other in a
-    circle.
+    pipeline stage, also what the one's program has the other all-reduce. If there is none, ranks that wait for each
+    other in a circle.
 
     ranks   each lowered rank's collectives, in order
     stages  their pipeline stages; default: one
@@ -73,13 +73,14 @@ def _parting(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) ->
 
 
 def _contradiction(ranks: Mapping[int, Sequence[Collective]], one: int, other: int) -> str:
-    """What a rank's program has another do that does not do it, "" if nothing: each text names the groups of the whole
-    world, and ranks of a stage, whether they share a group or not, run one program. The other may do more: a group of a
-    script's own is not known to the rest."""
+    """What a rank's program has another all-reduce that does not, "" if nothing: each text names the groups of the
+    whole world, and ranks of a stage, whether they share a group or not, run one program. The other may do more: a
+    group of a script's own is not known to the rest. Only an all-reduce names no groups but those that there are: what
+    gathers has the rest of the world in groups that stand for none (runtime/xla/in_graph.py)."""
     for teller, doer in ((one, other), (other, one)):
         own = _seen(ranks[doer], doer)
         for told in _seen(ranks[teller], doer):
-            if len(told.group) > 1 and told not in own:  # as far as the iterator is
+            if told.kind == "all-reduce" and len(told.group) > 1 and told not in own:  # as far as the iterator is
                 return f"by the program of rank {teller}, rank {doer} has {told}; it has none there"
     return ""
 
@@ -121,11 +122,21 @@ def _seen(found: Sequence[Collective], rank: int) -> Iterator[Seen]:
     """Those that a rank is in."""
     for one in found:
         if one.kind == "collective-permute":
-            group = tuple(sorted({end for pair in one.groups for end in pair}))
+            group = _linked(one.groups, rank)
         else:
             group = one.group_of(rank)
         if rank in group:
             yield Seen(one.kind, one.how, one.dtype, group, one.whole)
+
+
+def _linked(pairs: Sequence[tuple[int, ...]], rank: int) -> tuple[int, ...]:
+    """The ranks that a chain of source and target pairs leads to: a program names those of the whole world."""
+    found, waiting = set[int](), [rank] if any(rank in pair for pair in pairs) else []
+    while waiting:
+        here = waiting.pop()
+        found.add(here)
+        waiting += {end for pair in pairs if here in pair for end in pair} - found
+    return tuple(sorted(found))
 
 
 def _listed(group: Sequence[int]) -> str:

@@ -53,7 +53,7 @@ def _distinct(operations: Sequence[Operation]) -> list[Operation]:
     made: dict[tuple[str, tuple[Shape, ...], tuple[str, ...], str], str] = {}
     for one in operations:
         operands = tuple(same.get(name, name) for name in one.operands)
-        if one.opcode not in APART:
+        if one.opcode not in APART and "{...}" not in one.attributes:  # a constant whose numbers were left out
             first = made.setdefault((one.opcode, one.shapes, operands, one.attributes), one.name)
             if first != one.name and one is not operations[-1]:
                 same[one.name] = first
@@ -132,8 +132,10 @@ def _sources(
         return own[source] and len(seen) == 1 and not of_the_graph
 
     def spread(index: int, sources: frozenset[int]) -> bool:
+        opcodes, of_the_graph = _read_by(index, operations, readers)
+        kept = of_the_graph or not (KEPT - FUSES).isdisjoint(opcodes)
         size = sum(operations[source].bytes for source in sources)
-        return not sources or (operations[index].bytes >= SPREAD * size and not _read_by(index, operations, readers)[1])
+        return not sources or (operations[index].bytes >= SPREAD * size and not kept)
 
     found, parts = list[frozenset[int]](), dict[int, list[frozenset[int]]]()
     for index, one in enumerate(operations):

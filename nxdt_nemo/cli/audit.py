@@ -62,7 +62,9 @@ def audit(
     from nxdt_nemo.audit.apart import go_on_in_a_child
 
     if world is not None and world < 1:
-        raise ConfigError(f"{world} is no number of ranks", place="--world", fix="leave it out for devices x nodes")
+        raise ConfigError(
+            f"{world} is no number of ranks", place="--world", fix="give 1 or more, or leave it out for devices x nodes"
+        )
     found, world = _checked(config, overrides or [], world)
     said = _said(otherwise or []).items()
     elsewhere = {one: _otherwise(config, [*(overrides or []), *more], one, world) for one, more in said}
@@ -122,6 +124,9 @@ def _target(config: Any, name: str, place: str, world: int) -> Instance | None:
 
     named = instance(name, place="--target") if name else None
     job = job_of(View(config, place=place), neuron_section(config, place=place), on=named)
+    if job.devices and world > job.devices and world % job.devices:
+        reason = f"{world} ranks are no whole number of nodes of trainer.devices={job.devices}"
+        raise ConfigError(reason, place="--world", fix=f"use {world // job.devices * job.devices}")
     job.check_ranks()
     dataclasses.replace(job, nodes=max(1, world // (job.devices or 1))).check_nodes()
     return job.instance
@@ -274,7 +279,7 @@ def _shares(sizes: Mapping[str, int]) -> str:
 def agreement(pairs: int) -> str:
     """What a deadlock check says that found nothing among so many pairs of ranks."""
     if not pairs:
-        return "nothing compared: no two of the lowered ranks wait for each other; name some of one group"
+        return "no two of the lowered ranks are in one group, of which nothing was compared; name some of one"
     many = (
         f"{pairs} pairs of lowered ranks that wait for each other lower"
         if pairs > 1

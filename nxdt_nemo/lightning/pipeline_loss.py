@@ -24,6 +24,8 @@ def training_step(step: Callable[..., Any], strategy: Any, *args: Any, **kwargs:
     """What `step(*args, **kwargs)` returns: the loss, float32 [], or a dict with it.
 
     step   upstream's of this strategy; where it would send and log the loss, this does so in its place, at its end
+    NeMo 1 logs the loss of the world's last rank, this rank 0's own pipeline's: one number where the loss is averaged
+    over data-parallel ranks, as all of NeMo's are.
     Before, stages but the last have a loss of 0; after, so have only those between first and last.
     """
     module = strategy.lightning_module

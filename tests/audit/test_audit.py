@@ -239,6 +239,7 @@ def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]],
     if stages == 2:
         parted = audited(layout, world, ranks=[0, 1], meanwhile="from_the_last_rank_to_the_first")
         assert len({rank["program"] for rank in parted["ranks"]}) == 2, "what NeMo does by itself"
+        assert parted["mismatch"] is None
 
 
 def is_loss(row: dict[str, Any]) -> bool:

@@ -70,6 +70,19 @@ def test_groups_that_contradict_each_other_are_named_though_the_lowered_ranks_sh
     assert not [*mismatches({0: [of("all-reduce", DP)], 1: [of("all-reduce", DP[::-1])]})]
 
 
+def test_groups_that_stand_for_none_are_no_promise() -> None:
+    """A transfer from rank 3 to 0: their programs have the others in a pair, whose own programs have nothing."""
+    assert not [*mismatches({0: [of("all-gather", ((0, 3), (1, 2)))], 1: []})]
+
+
+def test_rings_of_the_whole_world_are_rings_of_their_own() -> None:
+    """Of context parallelism in two stages, which send each other something besides."""
+    rings, between = of("collective-permute", ((0, 1), (1, 0), (2, 3), (3, 2))), of("all-gather", DP)
+    assert not [*mismatches({0: [rings, between], 2: [between, rings]}, {0: 0, 2: 1})]
+    [found] = mismatches({0: [rings, of("all-reduce", TP)], 1: [of("all-reduce", TP), rings]})
+    assert "rank 0 has collective-permute of 64 bytes of f32 over ranks 0,1, rank 1 has all-reduce" in str(found)
+
+
 def test_a_program_may_leave_ranks_out_that_it_does_not_know() -> None:
     own, others = ((0, 1), (2,), (3,)), ((2, 3), (0,), (1,))
     assert not [*mismatches({0: [of("all-reduce", own)], 2: [of("all-reduce", others)]})]

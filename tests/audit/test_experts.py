@@ -141,6 +141,7 @@ PP2 = ["model.pipeline_model_parallel_size=2", "model.num_layers=2", "model.glob
 INVARIANT = {
     "cp2tp2": ([*TP2, *ONE, "model.context_parallel_size=2", "model.global_batch_size=2"], 8),
     "cp2tp2ep2": ([*TP2, *ONE, *MIXTRAL, EP2, "model.context_parallel_size=2", "model.global_batch_size=2"], 8),
+    "cp2pp2": ([*TP1, *PP2, "model.context_parallel_size=2"], 8),
     "tp2, dropout": ([*TP2, *ONE, *DROPOUT, "model.global_batch_size=4"], 4),
     "pp2tp2, dropout": ([*TP2, *PP2, *DROPOUT], 8),
     "pp2tp2ep2": ([*TP2, *PP2, *MIXTRAL, EP2], 8),

@@ -142,15 +142,16 @@ def lowered_and_live(recipe: Recipe, fields: dict[str, Any], dump: str) -> tuple
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("micro_batches", "fields"),
-    [(1, {}), (2, FULL), (4, FULL)],
+    ("micro_batches", "fields", "part"),
+    [(1, {}, 1.0), (2, {}, 0.7), (2, FULL, 1.0), (4, FULL, 1.0)],
 )
 def test_it_is_near_what_lives_in_xlas_schedule(
-    with_torch_xla: None, tmp_path: Path, micro_batches: int, fields: dict[str, Any]
+    with_torch_xla: None, tmp_path: Path, micro_batches: int, fields: dict[str, Any], part: float
 ) -> None:
+    """Of several micro-batches without recomputation XLA:CPU keeps more than it would have to."""
     sizes = {"layers": 3, "hidden": 128, "seq": 256, "heads": 4, "kv_groups": 2, "ffn": 352, "vocab": 1024}
     recipe = Recipe.of("llama", micro_batch=1, micro_batches=micro_batches, **sizes)
     flags = f"--xla_dump_to={tmp_path} {DISABLED}"
     with RankPool(1, env=TRACED_ENV | {"XLA_FLAGS": flags}, init=ACTIVE, group=False, timeout=300) as pool:
         [(text, live)] = pool.run(lowered_and_live, recipe, fields, str(tmp_path))
-    assert peak_bytes(Graph(text).operations) == pytest.approx(live, rel=NEAR)
+    assert peak_bytes(Graph(text).operations) == pytest.approx(part * live, rel=NEAR)

@@ -78,6 +78,10 @@ def test_other_groups_of_a_rank_end_it_with_1(ours: Start) -> None:
         (["train", *LLAMA, "--except", "5"], "--except: '5' is no override of a rank"),
         (["train", *LLAMA, "--target", "trn1.2xlarge"], "trainer.devices=64, and a trn1.2xlarge has 2; use 2"),
         (["train", *LLAMA, "trainer.devices=256"], "trainer.devices=256, and a trn2.48xlarge has 128; use 64 or 128"),
+        (
+            ["train", *LLAMA, "--world", "96", "model.global_batch_size=6"],
+            "--world: 96 ranks are no whole number of nodes",
+        ),
         (["train", *LLAMA, "trainer.devices=32", "--world", "64"], "leaves a part of each trn2.48xlarge idle"),
         (["."], ".: is a folder; name a YAML file in it"),
     ],
@@ -120,5 +124,5 @@ def test_what_leaves_the_graph_does_not_run_as_it_stands(wrong: str) -> None:
 
 
 def test_a_deadlock_check_without_pairs_does_not_say_that_all_is_well() -> None:
-    assert "nothing compared" in agreement(0)
+    assert "no two of the lowered ranks are in one group" in agreement(0)
     assert agreement(1).startswith("the one pair") and agreement(3).startswith("3 pairs")

@@ -14,7 +14,11 @@ STEPS = ("trainer.max_steps=6", "trainer.val_check_interval=3", "exp_manager.cre
 TWO = "trainer.devices=2"
 LAYOUTS = {
     "one rank": (),
-    "two stages": (TWO, "model.pipeline_model_parallel_size=2"),
+    "two stages, one embedding": (
+        TWO,
+        "model.pipeline_model_parallel_size=2",
+        "model.share_embeddings_and_output_weights=True",
+    ),
     "tensor and sequence parallel": (TWO, "model.tensor_model_parallel_size=2", "model.sequence_parallel=True"),
     "data parallel": (TWO, "model.tensor_model_parallel_size=1"),
 }

@@ -17,7 +17,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench" / "xla_step.py"
 def test_a_row_of_the_lane_and_one_of_eager() -> None:
     chosen = ["--settings=128", "--pairs=2"]
     run = subprocess.run([sys.executable, str(TOOL), *chosen], capture_output=True, text=True, timeout=300)
-    assert not run.stderr.strip().endswith("Error") and "Traceback" not in run.stderr, run.stderr[-3000:]
+    assert "Traceback" not in run.stderr, run.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| 128 ")]
     assert [row[2] for row in rows][:2] == ["the xla lane", "the cpu lane, eager"] and len(rows) == 4
     assert rows[0][5:7] == ["2", "0"]  # graphs, and those that came later

@@ -3,7 +3,7 @@
 Room nemo/. Wraps nemo.collections.nlp.modules.common.megatron.clip_grads.clip_grad_norm_fp32, which sums squares over
 tensor- and pipeline-parallel ranks only: with expert parallelism each rank clips by a norm of its own experts, and what
 they hold alike drifts apart. What tensor-parallel ranks hold alike it counts on the first, so that the others trace
-another graph. Proof: tests/nemo/test_optim.py, tests/cli/test_audit.py.
+another graph. Proof: tests/nemo/test_optim.py, tests/nemo/test_xla.py, tests/cli/test_audit.py.
 """
 
 from __future__ import annotations
