@@ -19,10 +19,10 @@ TP4 = ["model.tensor_model_parallel_size=4", "model.pipeline_model_parallel_size
 PP2 = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "model.global_batch_size=12"]
 
 
-def audited_while(name: str, *arguments: Any) -> dict[str, Any]:
+def audited_while(name: str, ranks: list[int], *arguments: Any) -> dict[str, Any]:
     """The audit of a job whose training steps call a function of this module with their loss."""
     with _calling(globals()[name]):
-        return audited_here(*arguments, ranks=[0])
+        return audited_here(*arguments, ranks=ranks)
 
 
 @contextmanager
@@ -178,12 +178,12 @@ def test_a_tensor_that_a_step_computes_is_not_read(pool: RankPool) -> None:
 @pytest.mark.slow
 def test_what_a_step_reads_and_what_falls_off_xla_is_listed(pool: RankPool) -> None:
     one = [*TP4, "model.num_layers=1", "model.global_batch_size=2"]
-    [found] = pool.run(audited_while, "reads_and_falls_off", one, 8)
+    [found] = pool.run(audited_while, "reads_and_falls_off", [0], one, 8)
     assert found["fallbacks"] == {"aten::logaddexp": 1}
     [(place, times)] = found["host_transfers"].items()
     assert times == 1 and "test_audit.py:" in place
     with pytest.raises(RankError, match=r"test_audit.py:\d+: a step reads a tensor of the device there \(item\)"):
-        pool.run(audited_while, "reads_the_loss", one, 8)
+        pool.run(audited_while, "reads_the_loss", [0], one, 8)
 
 
 @pytest.mark.slow
@@ -223,7 +223,9 @@ def test_lines_through_small_steps_are_the_whole_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stages", "world"), [(2, 8), (3, 6)])
-def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]], stages: int, world: int) -> None:
+def test_every_rank_of_a_pipelines_world(
+    audited: Callable[..., dict[str, Any]], pool: RankPool, stages: int, world: int
+) -> None:
     """Ranks of a stage run one program: each of the last one sends the loss to its own of the first, once."""
     layout, each = [*PP2, f"model.pipeline_model_parallel_size={stages}"], world // stages
     found = audited(layout, world, ranks=[*range(world)])
@@ -237,7 +239,7 @@ def test_every_rank_of_a_pipelines_world(audited: Callable[..., dict[str, Any]],
         losses = [row for row in rank["transfers"] if row["ranks"] == pair and is_loss(row)]
         assert len(losses) == (here in pair)
     if stages == 2:
-        parted = audited(layout, world, ranks=[0, 1], meanwhile="from_the_last_rank_to_the_first")
+        [parted] = pool.run(audited_while, "from_the_last_rank_to_the_first", [0, 1], layout, world)
         assert len({rank["program"] for rank in parted["ranks"]}) == 2, "what NeMo does by itself"
         assert parted["mismatch"] is None
 
