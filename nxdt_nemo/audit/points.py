@@ -3,7 +3,8 @@
 Room audit/. Standard library only. Layers of a stage are alike, and micro-batches of a step: what a step has of
 products, parameters and collectives' bytes is a + b L + c M + d L M of L layers and M micro-batches. Not of that kind:
 how many transfers a sharded optimizer's buckets make (their bytes are), and memory, which is read where the pipeline is
-full and gradients add up (at three micro-batches their sum lies beside a term), and taken along L only.
+full and gradients add up (at three micro-batches their sum lies beside a term), and taken along L only: the first stage
+has most with two micro-batches more than there are stages.
 Proof: tests/audit/test_points.py, and against whole steps docs/results/audit.md.
 """
 
@@ -60,7 +61,7 @@ def points(model: Mapping[str, Any], micro_batches: int, *, whole: bool = False)
     layers, rest = divmod(int(model["num_layers"]), stages * chunks)
     few = () if whole or rest or not _alike(model) else FEW
     least = stages if chunks > 1 else 1
-    most = 2 * stages if chunks > 1 else max(stages, 3)
+    most = 2 * stages if chunks > 1 else stages + 2
     return Points(
         few if few and few[-1] < layers else (layers,),
         (least, most) if not whole and micro_batches > most else (micro_batches,),
