@@ -217,7 +217,8 @@ def test_lines_through_small_steps_are_the_whole_step(
     for one, all_of_it in zip(small["ranks"], whole["ranks"], strict=True):
         for name in ("flops", "parameters", "sent_bytes", "state_bytes"):
             assert one[name] == pytest.approx(all_of_it[name], rel=1e-3), name
-        assert one["peak_bytes"] == pytest.approx(all_of_it["peak_bytes"], rel=0.01)
+        # In a pipeline's first stage the list schedule looks up embeddings of later micro-batches ahead: 1.1 % here.
+        assert one["peak_bytes"] == pytest.approx(all_of_it["peak_bytes"], rel=0.02)
     assert small["mismatch"] is None and whole["mismatch"] is None
 
 
