@@ -50,6 +50,11 @@ STAGES_2048 = ("--rank", "0,31,256,1792")  # of the first stage its first and la
 FEW = ("model.num_layers=8", "model.global_batch_size=8")  # 4 micro-batches: what can be lowered whole
 
 
+def of_tp8(rank: int) -> tuple[str, ...]:
+    """A rank that was started with TP 8 and as many micro-batches: 8 replicas, where the others are 2."""
+    return "--except", f"{rank}:model.tensor_model_parallel_size=8", "--except", f"{rank}:model.global_batch_size=8"
+
+
 @dataclass(frozen=True)
 class Row:
     """A job. `options`: further ones of the command; `kind`: what is looked at; `stages`: of its pipeline.
@@ -106,14 +111,7 @@ ROWS = (
         "Llama-3 8B, rank 1 with TP 8 and a batch of as many micro-batches: other groups alone",
         64,
         (*EIGHT, "model.num_layers=1", "model.global_batch_size=2"),
-        (
-            "--rank",
-            "0,1",
-            "--except",
-            "1:model.tensor_model_parallel_size=8",
-            "--except",
-            "1:model.global_batch_size=8",
-        ),
+        ("--rank", "0,1", *of_tp8(1)),
         "broken",
     ),
     Row(
@@ -121,14 +119,7 @@ ROWS = (
         "the same of rank 33, which is in no group with rank 0 before",
         64,
         (*EIGHT, "model.num_layers=1", "model.global_batch_size=2"),
-        (
-            "--rank",
-            "0",
-            "--except",
-            "33:model.tensor_model_parallel_size=8",
-            "--except",
-            "33:model.global_batch_size=8",
-        ),
+        ("--rank", "0", *of_tp8(33)),
         "broken",
     ),
 )

@@ -217,9 +217,7 @@ class Graph:
 
 def _roots(text: str) -> Iterator[tuple[str, str]]:
     name = ""
-    for line in text.splitlines():
-        if line.startswith("ENTRY "):
-            return
+    for line in text.partition("\nENTRY ")[0].splitlines():
         if opened := _COMPUTATION.match(line):
             name = opened["name"]
         elif (found := _LINE.match(line)) and found["root"]:

@@ -63,7 +63,7 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
     signal where an operation falls off XLA that needs what a step computes: see apart.py.
     """
     from nxdt_nemo.runtime.xla.in_graph import Replicas
-    from nxdt_nemo.runtime.xla.metrics import counters
+    from nxdt_nemo.runtime.xla.metrics import since
     from nxdt_nemo.runtime.xla.world import Recorder, pretend
 
     config = _shortened(config, steps)
@@ -86,7 +86,6 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
             vocab = int(model.padded_vocab_size) // int(config.model.get("tensor_model_parallel_size") or 1)
         finally:
             _forget()
-    fell = {name: number - seen.before.get(name, 0) for name, number in counters().items() if name.startswith("aten::")}
     return Lowered(
         rank,
         world,
@@ -95,7 +94,7 @@ def lower(config: Any, rank: int, world: int, steps: int = STEPS) -> Lowered:
         stage,
         count,
         vocab,
-        {name: number for name, number in fell.items() if number},
+        {name: number for name, number in since(seen.before).items() if name.startswith("aten::")},
         dict(reads.found),
     )
 

@@ -132,10 +132,10 @@ def _sources(
         return own[source] and len(seen) == 1 and not of_the_graph
 
     def spread(index: int, sources: frozenset[int]) -> bool:
+        if not sources or operations[index].bytes < SPREAD * sum(operations[source].bytes for source in sources):
+            return not sources
         opcodes, of_the_graph = _read_by(index, operations, readers)
-        kept = of_the_graph or not (KEPT - FUSES).isdisjoint(opcodes)
-        size = sum(operations[source].bytes for source in sources)
-        return not sources or (operations[index].bytes >= SPREAD * size and not kept)
+        return not of_the_graph and (KEPT - FUSES).isdisjoint(opcodes)
 
     found, parts = list[frozenset[int]](), dict[int, list[frozenset[int]]]()
     for index, one in enumerate(operations):

@@ -208,11 +208,9 @@ def audit(
         found[rank] = job.lowered(rank)
         if keep is not None:
             keep(rank, found[rank][job.points.all[-1]].step)
-    steps_of = {
-        rank: [one for graph in found[rank][job.points.all[-1]].step for one in graph.collectives]
-        for rank, job in jobs.items()
-    }
-    stages = {rank: lowered[jobs[rank].points.all[-1]].stage[0] for rank, lowered in found.items()}
+    largest = {rank: found[rank][job.points.all[-1]] for rank, job in jobs.items()}
+    steps_of = {rank: [one for graph in last.step for one in graph.collectives] for rank, last in largest.items()}
+    stages = {rank: last.stage[0] for rank, last in largest.items()}
     parting = next((str(one) for one in mismatches(steps_of, stages)), "")
     return Audit(
         world,

@@ -5,6 +5,8 @@ Room runtime/. Reads torch_xla.debug.metrics. Proof: tests/megatron/test_xla.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 
@@ -21,7 +23,7 @@ def counters() -> dict[str, int]:
     return found | {name: value for name, value in aten.items() if value}
 
 
-def since(before: dict[str, int]) -> dict[str, int]:
+def since(before: Mapping[str, int]) -> dict[str, int]:
     """What has been counted since `before`, an answer of counters; without what has not."""
     changed = {name: count - before.get(name, 0) for name, count in counters().items()}
     return {name: count for name, count in changed.items() if count}
